@@ -1,0 +1,353 @@
+#include "communicator.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <sstream>
+#include <thread>
+
+namespace ep {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+// How long a wait lasts before this rank publishes in the group's store where it stands, and how long a rank that saw
+// a failure gives the others to do the same. Short against any useful timeout, long against any healthy exchange.
+constexpr milliseconds kPublishAfter{1000};
+constexpr milliseconds kPoll{20};
+
+std::mutex registry_mutex;
+std::map<std::string, std::shared_ptr<Communicator>>& registry() {
+  // Never destroyed: an op may still run on another thread while the process exits.
+  static auto* communicators = new std::map<std::string, std::shared_ptr<Communicator>>();
+  return *communicators;
+}
+
+std::string list_ranks(const std::vector<int>& ranks) {
+  std::ostringstream out;
+  out << (ranks.size() == 1 ? "rank " : "ranks ");
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    out << (i ? ", " : "") << ranks[i];
+  }
+  return out.str();
+}
+
+std::string store_key(const Communicator& comm, int rank) {
+  return "torch_ep/" + std::to_string(comm.generation) + "/" + std::to_string(rank);
+}
+
+// Headers travel on the CPU where the group has a CPU backend, so that no device is waited for.
+c10::DeviceType header_device(c10d::ProcessGroup& group) {
+  const auto devices = group.getDeviceTypes();
+  for (const auto& device : devices) {
+    if (device.type() == c10::kCPU) {
+      return c10::kCPU;
+    }
+  }
+  return devices.empty() ? c10::kCPU : devices.front().type();
+}
+
+// The same memory as rows of bytes: an all-to-all then needs to know no dtype.
+at::Tensor as_bytes(const at::Tensor& t, int64_t row_bytes) {
+  return at::from_blob(t.data_ptr(), {t.size(0), row_bytes}, t.options().dtype(at::kByte));
+}
+
+}  // namespace
+
+const char* name_of(OpKind op) {
+  switch (op) {
+    case OpKind::init:
+      return "torch_ep.init";
+    case OpKind::plan:
+      return "ep::plan";
+    case OpKind::dispatch:
+      return "ep::dispatch";
+    case OpKind::combine:
+      return "ep::combine";
+  }
+  return "an unknown op";
+}
+
+void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
+  TORCH_CHECK_VALUE(
+      limit < 0 || got <= limit,
+      name_of(op),
+      ": expected at most ",
+      name,
+      " = ",
+      limit,
+      ", the limit given to torch_ep.init, got ",
+      got);
+}
+
+void init_communicator(const std::string& group_name, int64_t timeout_ms, at::IntArrayRef limits) {
+  static std::map<std::string, int64_t> generations;
+  auto group = c10d::resolve_process_group(group_name);
+  auto comm = std::make_shared<Communicator>();
+  comm->group_name = group_name;
+  comm->identity = group.get();
+  comm->rank = group->getRank();
+  comm->world_size = group->getSize();
+  comm->timeout = milliseconds(timeout_ms);
+  TORCH_INTERNAL_ASSERT(limits.size() == 4);
+  comm->max_hidden = limits[1];
+  comm->max_topk = limits[2];
+  comm->max_experts = limits[3];
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    comm->generation = ++generations[group_name];
+  }
+  Exchange exchange(
+      comm,
+      OpKind::init,
+      std::vector<int64_t>(comm->world_size, 0),
+      {{"max_tokens_per_rank", limits[0]},
+       {"hidden", limits[1]},
+       {"num_topk", limits[2]},
+       {"num_experts", limits[3]},
+       {"timeout in ms", timeout_ms}});
+  exchange.confirm();
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[group_name] = comm;
+}
+
+void destroy_communicator(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry().erase(group_name);
+}
+
+std::shared_ptr<Communicator> find_communicator(const std::string& group_name, int64_t world_size, OpKind op) {
+  if (world_size == 1) {
+    return nullptr;
+  }
+  std::shared_ptr<Communicator> comm;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    auto found = registry().find(group_name);
+    if (found != registry().end()) {
+      comm = found->second;
+    }
+  }
+  TORCH_CHECK(
+      comm,
+      name_of(op),
+      ": expected an initialised group, got group '",
+      group_name,
+      "': call torch_ep.init(group) on every rank first");
+  TORCH_CHECK(
+      c10d::resolve_process_group(group_name).get() == comm->identity,
+      name_of(op),
+      ": group '",
+      group_name,
+      "' was re-created since torch_ep.init: call torch_ep.init(group) on every rank again");
+  TORCH_CHECK_VALUE(
+      comm->world_size == world_size,
+      name_of(op),
+      ": expected world_size ",
+      comm->world_size,
+      " (the size of group '",
+      group_name,
+      "'), got ",
+      world_size);
+  return comm;
+}
+
+Exchange::Exchange(
+    std::shared_ptr<Communicator> comm,
+    OpKind op,
+    std::vector<int64_t> send_rows,
+    const std::vector<Agreed>& agreed,
+    const std::optional<std::string>& failure)
+    : comm_(std::move(comm)),
+      group_(c10d::resolve_process_group(comm_->group_name)),
+      op_(op),
+      sequence_(comm_->sequence++),
+      send_rows_(std::move(send_rows)),
+      agreed_(agreed),
+      failed_(failure.has_value()),
+      deadline_(steady_clock::now() + comm_->timeout) {
+  TORCH_INTERNAL_ASSERT(agreed.size() <= kMaxAgreed);
+  const int64_t world_size = comm_->world_size;
+  auto headers = at::empty({world_size, static_cast<int64_t>(sizeof(Header))}, at::kByte);
+  auto* header = reinterpret_cast<Header*>(headers.mutable_data_ptr());
+  for (int64_t peer = 0; peer < world_size; ++peer) {
+    Header& h = header[peer];
+    std::memset(&h, 0, sizeof(h));
+    h.op = static_cast<int64_t>(op_);
+    h.sequence = sequence_;
+    h.rows = send_rows_[peer];
+    h.failed = failed_;
+    for (size_t i = 0; i < agreed.size(); ++i) {
+      h.agreed[i] = agreed[i].value;
+    }
+    if (failure) {
+      std::strncpy(h.message.data(), failure->c_str(), h.message.size() - 1);
+    }
+  }
+  headers_in_ = headers.to(header_device(*group_));
+  headers_out_ = at::empty_like(headers_in_);
+  std::vector<int64_t> even;
+  c10d::AllToAllOptions options;
+  options.timeout = comm_->timeout;
+  header_work_ = group_->alltoall_base(headers_out_, headers_in_, even, even, options);
+}
+
+std::vector<int64_t> Exchange::confirm() {
+  await(header_work_, headers_out_.is_cpu(), Phase::headers);
+  if (failed_) {
+    return {};
+  }
+  const auto headers = headers_out_.cpu();
+  const auto* header = reinterpret_cast<const Header*>(headers.const_data_ptr());
+  const int rank = comm_->rank;
+  for (int peer = 0; peer < comm_->world_size; ++peer) {
+    const Header& h = header[peer];
+    if (h.op != static_cast<int64_t>(op_) || h.sequence != sequence_) {
+      std::ostringstream message;
+      message << name_of(op_) << ": ranks issued different sequences of operators on group '" << comm_->group_name
+              << "': rank " << rank << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << peer
+              << " in " << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence << ")";
+      C10_THROW_ERROR(DistError, message.str());
+    }
+  }
+  std::vector<int64_t> recv_rows(comm_->world_size);
+  for (int peer = 0; peer < comm_->world_size; ++peer) {
+    const Header& h = header[peer];
+    if (h.failed) {
+      std::ostringstream message;
+      message << name_of(op_) << ": rank " << peer << " failed before exchange " << sequence_ << ": "
+              << h.message.data();
+      C10_THROW_ERROR(DistError, message.str());
+    }
+    for (size_t i = 0; i < agreed_.size(); ++i) {
+      if (h.agreed[i] != agreed_[i].value) {
+        std::ostringstream message;
+        message << name_of(op_) << ": expected the same " << agreed_[i].name << " on every rank, got "
+                << agreed_[i].value << " on rank " << rank << " and " << h.agreed[i] << " on rank " << peer;
+        C10_THROW_ERROR(DistError, message.str());
+      }
+    }
+    recv_rows[peer] = h.rows;
+  }
+  return recv_rows;
+}
+
+void Exchange::start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) {
+  const auto row_shape = input.sizes().slice(1);
+  const int64_t row_bytes = c10::multiply_integers(row_shape) * static_cast<int64_t>(input.element_size());
+  if (row_bytes == 0) {
+    return;  // rows of width zero, on every rank: the headers agreed
+  }
+  auto out = as_bytes(output, row_bytes);
+  auto in = as_bytes(input, row_bytes);
+  auto output_splits = recv_rows;
+  auto input_splits = send_rows_;
+  c10d::AllToAllOptions options;
+  options.timeout = comm_->timeout;
+  transfers_.push_back({group_->alltoall_base(out, in, output_splits, input_splits, options), output, input});
+}
+
+void Exchange::finish() {
+  for (const auto& transfer : transfers_) {
+    await(transfer.work, transfer.output.is_cpu(), Phase::rows);
+  }
+  transfers_.clear();
+}
+
+// Note [Waiting with a name]
+// The backend's own time-out says that something did not arrive, not from whom. So a rank that waits for long, or whose
+// exchange failed, publishes in the group's store how far it came; whoever then has to report the failure names the
+// ranks that published nothing as late. On the way that matters, where all goes well, the store is never touched.
+void Exchange::await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Phase phase) {
+  bool published = false;
+  const auto publish = [&] {
+    if (published) {
+      return;
+    }
+    published = true;
+    try {
+      group_->getStore()->set(store_key(*comm_, comm_->rank), std::to_string(progress(phase)));
+    } catch (const std::exception&) {
+      // The store went away with the rank that kept it; `blame` finds that out again and says so.
+    }
+  };
+  const auto publish_at = steady_clock::now() + kPublishAfter;
+  try {
+    if (on_cpu) {
+      // Under a backend that waits on the host, the time-out is the backend's, given with the options.
+      try {
+        work->wait(kPublishAfter);
+      } catch (const std::exception&) {
+        if (work->isCompleted()) {
+          throw;
+        }
+        publish();
+        work->wait();
+      }
+      return;
+    }
+    while (!work->isCompleted()) {
+      const auto now = steady_clock::now();
+      if (now > deadline_) {
+        C10_THROW_ERROR(DistError, "timed out");
+      }
+      if (now > publish_at) {
+        publish();
+      }
+      std::this_thread::yield();
+    }
+    work->wait();  // orders the current stream after the transfer; rethrows the backend's own error
+  } catch (const std::exception& error) {
+    publish();
+    C10_THROW_ERROR(DistError, blame(phase, error.what()));
+  }
+}
+
+std::string Exchange::blame(Phase phase, const std::string& cause) {
+  std::vector<int> late;
+  bool store_lost = false;
+  // A rank that is in this exchange publishes within kPublishAfter; one that comes to it later fails at once and does
+  // so too. Where only one rank is left unheard of, nothing is gained by waiting longer.
+  const auto give_up = std::max(deadline_, steady_clock::now() + kPublishAfter) + kPublishAfter;
+  while (true) {
+    late.clear();
+    try {
+      auto store = group_->getStore();
+      for (int peer = 0; peer < comm_->world_size; ++peer) {
+        const auto key = store_key(*comm_, peer);
+        if (peer != comm_->rank && (!store->check({key}) || std::stoll(store->get_to_str(key)) < progress(phase))) {
+          late.push_back(peer);
+        }
+      }
+    } catch (const std::exception&) {
+      store_lost = true;
+      break;
+    }
+    if (late.size() <= 1 || steady_clock::now() > give_up) {
+      break;
+    }
+    std::this_thread::sleep_for(kPoll);
+  }
+  std::ostringstream message;
+  message << name_of(op_) << ": rank " << comm_->rank << " waited in exchange " << sequence_ << " of group '"
+          << comm_->group_name << "' (" << (phase == Phase::headers ? "headers" : "rows") << ", time-out "
+          << comm_->timeout.count() << " ms) for ";
+  if (store_lost) {
+    message << "a rank that is gone; the group's store is gone too, so it is likely the one that keeps it (rank 0)";
+  } else if (late.empty()) {
+    message << "a transfer that failed although every rank had reached it";
+  } else {
+    message << list_ranks(late) << ", not heard of since: dead, stalled, or running something else";
+  }
+  message << ". The backend said: " << cause.substr(0, cause.find('\n'));
+  return message.str();
+}
+
+}  // namespace ep

@@ -1,0 +1,113 @@
+// Communicators and exchanges of the c10d transport: how bytes reach a peer through any ProcessGroup.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace ep {
+
+// What an exchange is for. Every rank must issue the same sequence of these on one group.
+enum class OpKind : int64_t { init, plan, dispatch, combine };
+
+const char* name_of(OpKind op);
+
+// A number on which all ranks of an exchange must agree, with the name that an error calls it by.
+struct Agreed {
+  const char* name;
+  int64_t value;
+};
+
+// One rank's end of a group, made by `torch_ep.init` and found again through the group's name.
+struct Communicator {
+  std::string group_name;
+  c10d::ProcessGroup* identity;  // compared, never followed: tells a re-created group from the one of `init`
+  int rank;
+  int world_size;
+  int64_t generation;  // how often this process called `init` on this name: keeps old store keys apart
+  std::chrono::milliseconds timeout;
+  // Of `init`; -1: no limit. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
+  int64_t max_hidden, max_topk, max_experts;
+  int64_t sequence = 0;  // exchanges begun
+};
+
+// Throws if `got` is above a limit of `init`.
+void check_limit(OpKind op, const char* name, int64_t limit, int64_t got);
+
+// Collective. Throws unless every rank of the group passes the same numbers.
+void init_communicator(const std::string& group_name, int64_t timeout_ms, at::IntArrayRef limits);
+// Local; a name that is not initialised is not an error.
+void destroy_communicator(const std::string& group_name);
+// nullptr for one rank. Throws if the group was not initialised or its size is not `world_size`.
+std::shared_ptr<Communicator> find_communicator(const std::string& group_name, int64_t world_size, OpKind op);
+
+// Note [One exchange]
+// An exchange starts with a header that every rank sends to every other: op kind, sequence number, the numbers on which
+// they must agree, the rows to come, and whether the sender failed before it could send any. Only when all headers agree
+// does a byte of data move. So a rank that runs another op, passes other sizes or has a bad argument becomes an error
+// on every rank in the same exchange, and the group stays usable: all of them took part in the same all-to-all.
+class Exchange {
+ public:
+  static constexpr size_t kMaxAgreed = 6;
+  static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
+
+  // Starts the headers' all-to-all and returns at once. `send_rows[r]`: rows that this rank will send to r.
+  // `failure`: this rank's own error; its peers are told and `confirm` throws.
+  Exchange(
+      std::shared_ptr<Communicator> comm,
+      OpKind op,
+      std::vector<int64_t> send_rows,
+      const std::vector<Agreed>& agreed,
+      const std::optional<std::string>& failure = std::nullopt);
+
+  // Waits for the headers and checks them. Returns the rows that each rank will send here.
+  std::vector<int64_t> confirm();
+
+  // Starts moving rows: `input` holds those for rank 0 first. Both are contiguous with the same row size.
+  void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows);
+  // Waits for everything started.
+  void finish();
+
+ private:
+  struct Header {
+    int64_t op;
+    int64_t sequence;
+    int64_t rows;
+    int64_t failed;
+    std::array<int64_t, kMaxAgreed> agreed;
+    std::array<char, kMaxMessage> message;
+  };
+
+  enum class Phase : int64_t { headers, rows };
+
+  struct Transfer {
+    c10::intrusive_ptr<c10d::Work> work;
+    at::Tensor output, input;  // alive until the transfer ends
+  };
+
+  // Grows with every step that a rank takes: what it publishes when it has to wait for long.
+  int64_t progress(Phase phase) const { return 2 * sequence_ + static_cast<int64_t>(phase); }
+  void await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Phase phase);
+  std::string blame(Phase phase, const std::string& cause);
+
+  std::shared_ptr<Communicator> comm_;
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  OpKind op_;
+  int64_t sequence_ = 0;
+  std::vector<int64_t> send_rows_;
+  std::vector<Agreed> agreed_;
+  bool failed_;
+  at::Tensor headers_out_, headers_in_;
+  std::chrono::steady_clock::time_point deadline_;
+  c10::intrusive_ptr<c10d::Work> header_work_;
+  std::vector<Transfer> transfers_;
+};
+
+}  // namespace ep

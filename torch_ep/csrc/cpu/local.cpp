@@ -1,0 +1,498 @@
+// The local kernels on the CPU. Work is cut into chunks of tokens or rows; the counting passes take two rounds (count,
+// then write at the prefix sums), so that the order of the result never depends on the number of threads.
+#include "../local.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace ep {
+namespace {
+
+// Columns summed at a time: the float32 accumulators of one tile stay in the L1 cache.
+constexpr int64_t kTile = 512;
+// Smallest piece of copying worth a thread, in bytes.
+constexpr int64_t kGrainBytes = 64 * 1024;
+
+int64_t row_bytes(const at::Tensor& t) {
+  return c10::multiply_integers(t.sizes().slice(1)) * static_cast<int64_t>(t.element_size());
+}
+
+int64_t grain_for(int64_t bytes_per_item) {
+  return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
+}
+
+at::Tensor empty_rows(const at::Tensor& like, int64_t rows) {
+  auto sizes = like.sizes().vec();
+  sizes[0] = rows;
+  return at::empty(sizes, like.options());
+}
+
+// [begin, end) of one chunk of n items.
+std::pair<int64_t, int64_t> chunk_bounds(int64_t n, int64_t chunks, int64_t chunk) {
+  return {n * chunk / chunks, n * (chunk + 1) / chunks};
+}
+
+int64_t num_chunks(int64_t items) {
+  constexpr int64_t kMinItems = 256;
+  return std::clamp<int64_t>(items / kMinItems, 1, at::get_num_threads());
+}
+
+template <typename F>
+void for_each_chunk(int64_t chunks, const F& f) {
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      f(chunk);
+    }
+  });
+}
+
+template <typename T>
+void check_indices(const T* idx, int64_t num_tokens, int64_t num_topk, int64_t num_experts) {
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    const T* row = idx + token * num_topk;
+    for (int64_t slot = 0; slot < num_topk; ++slot) {
+      TORCH_CHECK_VALUE(
+          row[slot] >= -1 && row[slot] < num_experts,
+          "ep::plan: expected topk_idx in [-1, ",
+          num_experts,
+          "), got ",
+          static_cast<int64_t>(row[slot]),
+          " at token ",
+          token,
+          ", slot ",
+          slot);
+      for (int64_t other = 0; other < slot; ++other) {
+        TORCH_CHECK_VALUE(
+            row[slot] == -1 || row[slot] != row[other],
+            "ep::plan: expected different experts in one token, got expert ",
+            static_cast<int64_t>(row[slot]),
+            " at token ",
+            token,
+            ", slots ",
+            other,
+            " and ",
+            slot);
+      }
+    }
+  }
+}
+
+template <typename T>
+Route route_impl(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+  const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
+  const int64_t num_local_experts = num_experts / world_size;
+  const T* idx = topk_idx.const_data_ptr<T>();
+  check_indices(idx, num_tokens, num_topk, num_experts);
+
+  Route route;
+  const auto options = topk_idx.options().dtype(at::kInt);
+  route.send_slot = at::empty({num_tokens, num_topk}, options);
+  route.send_counts = at::empty({world_size}, options);
+  auto* send_slot = route.send_slot.mutable_data_ptr<int32_t>();
+  auto* send_counts = route.send_counts.mutable_data_ptr<int32_t>();
+
+  const int64_t chunks = num_chunks(num_tokens);
+  std::vector<int64_t> next(chunks * world_size, 0);  // [chunk][rank]: first rows counted, then the next row to use
+  // Calls f(token, rank) once for every rank that a token of the chunk visits.
+  const auto for_each_visit = [&](int64_t chunk, const auto& f) {
+    const auto [begin, end] = chunk_bounds(num_tokens, chunks, chunk);
+    std::vector<int64_t> seen(world_size, -1);
+    for (int64_t token = begin; token < end; ++token) {
+      for (int64_t slot = 0; slot < num_topk; ++slot) {
+        const T expert = idx[token * num_topk + slot];
+        if (expert >= 0 && seen[expert / num_local_experts] != token) {
+          seen[expert / num_local_experts] = token;
+          f(token, expert / num_local_experts);
+        }
+      }
+    }
+  };
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    for_each_visit(chunk, [&](int64_t, int64_t rank) { ++next[chunk * world_size + rank]; });
+  });
+  int64_t wire_rows = 0;
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    const int64_t first = wire_rows;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      wire_rows += std::exchange(next[chunk * world_size + rank], wire_rows);
+    }
+    send_counts[rank] = static_cast<int32_t>(wire_rows - first);
+  }
+  route.wire_topk = at::full({wire_rows, num_topk}, -1, options);
+  auto* wire_topk = route.wire_topk.mutable_data_ptr<int32_t>();
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    for_each_visit(chunk, [&](int64_t token, int64_t rank) {
+      const int64_t row = next[chunk * world_size + rank]++;
+      for (int64_t slot = 0; slot < num_topk; ++slot) {
+        const T expert = idx[token * num_topk + slot];
+        if (expert >= 0 && expert / num_local_experts == rank) {
+          send_slot[token * num_topk + slot] = static_cast<int32_t>(row);
+          wire_topk[row * num_topk + slot] = static_cast<int32_t>(expert % num_local_experts);
+        }
+      }
+    });
+    const auto [begin, end] = chunk_bounds(num_tokens, chunks, chunk);
+    for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
+      if (idx[i] < 0) {
+        send_slot[i] = -1;
+      }
+    }
+  });
+  return route;
+}
+
+Placement place_rank_major(
+    const at::Tensor& wire_topk,
+    const std::vector<int64_t>& recv_rows,
+    const PlacementOptions& options) {
+  const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
+  const int64_t rows = options.capacity.value_or(wire_rows);
+  const int64_t kept = std::min(rows, wire_rows);
+  const auto int_options = wire_topk.options();
+  Placement placement;
+  placement.recv_map = at::full({rows, num_topk}, -1, int_options.dtype(options.index_dtype));
+  placement.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
+  placement.offsets = at::empty({static_cast<int64_t>(recv_rows.size())}, int_options);
+  auto* offsets = placement.offsets.mutable_data_ptr<int32_t>();
+  int64_t end = 0;
+  for (size_t rank = 0; rank < recv_rows.size(); ++rank) {
+    end += recv_rows[rank];
+    offsets[rank] = static_cast<int32_t>(std::min(end, rows));
+  }
+  placement.tokens_per_expert = at::zeros({options.num_local_experts}, int_options);
+  auto* counts = placement.tokens_per_expert.mutable_data_ptr<int32_t>();
+  const auto* topk = wire_topk.const_data_ptr<int32_t>();
+  for (int64_t i = 0; i < kept * num_topk; ++i) {
+    if (topk[i] >= 0) {
+      ++counts[topk[i]];
+    }
+  }
+  placement.num_dropped = at::full({}, wire_rows - kept, int_options);
+  return placement;
+}
+
+Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions& options) {
+  const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
+  const int64_t num_experts = options.num_local_experts, alignment = options.alignment;
+  const auto* topk = wire_topk.const_data_ptr<int32_t>();
+  const int64_t chunks = num_chunks(wire_rows);
+  std::vector<int64_t> next(chunks * num_experts, 0);  // [chunk][expert]
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    const auto [begin, end] = chunk_bounds(wire_rows, chunks, chunk);
+    for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
+      if (topk[i] >= 0) {
+        ++next[chunk * num_experts + topk[i]];
+      }
+    }
+  });
+  const auto int_options = wire_topk.options();
+  std::vector<int64_t> counts(num_experts), ends(num_experts);
+  int64_t needed = 0;
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    int64_t row = needed;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      row += std::exchange(next[chunk * num_experts + expert], row);
+    }
+    counts[expert] = row - needed;
+    ends[expert] = needed += (counts[expert] + alignment - 1) / alignment * alignment;
+  }
+  const int64_t rows = options.capacity.value_or(needed);
+  TORCH_CHECK(
+      std::max(rows, wire_rows * num_topk) <= std::numeric_limits<int32_t>::max(),
+      "ep::plan: expected at most 2**31 - 1 (row, slot) pairs on one rank, got ",
+      std::max(rows, wire_rows * num_topk));
+
+  Placement placement;
+  placement.recv_map = at::full({rows}, -1, int_options);
+  auto* recv_slot = placement.recv_map.mutable_data_ptr<int32_t>();
+  for_each_chunk(chunks, [&](int64_t chunk) {
+    const auto [begin, end] = chunk_bounds(wire_rows, chunks, chunk);
+    for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
+      if (topk[i] >= 0) {
+        const int64_t row = next[chunk * num_experts + topk[i]]++;
+        if (row < rows) {
+          recv_slot[row] = static_cast<int32_t>(i);
+        }
+      }
+    }
+  });
+  placement.offsets = at::empty({num_experts}, int_options);
+  placement.tokens_per_expert = at::empty({num_experts}, int_options);
+  int64_t dropped = 0, begin = 0;
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    const int64_t kept = std::clamp<int64_t>(rows - begin, 0, counts[expert]);
+    dropped += counts[expert] - kept;
+    begin = ends[expert];
+    placement.offsets.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(std::min(ends[expert], rows));
+    placement.tokens_per_expert.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(kept);
+  }
+  placement.num_dropped = at::full({}, dropped, int_options);
+  return placement;
+}
+
+// The slots of one token that name different wire rows, in the order of the slots. Returns how many.
+int distinct(const int32_t* slots, int64_t num_topk, std::vector<int32_t>& rows) {
+  int n = 0;
+  for (int64_t slot = 0; slot < num_topk; ++slot) {
+    const int32_t row = slots[slot];
+    if (row >= 0 && std::find(rows.begin(), rows.begin() + n, row) == rows.begin() + n) {
+      rows[n++] = row;
+    }
+  }
+  return n;
+}
+
+// out[:] = sum of weights[i] * rows[i], accumulated in order in float32 (float64 for float64), rounded once.
+template <typename T>
+void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_t hidden) {
+  using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  if (n == 0) {
+    std::fill(out, out + hidden, T(0));
+    return;
+  }
+  if (n == 1 && !weights) {
+    std::memcpy(out, rows[0], hidden * sizeof(T));
+    return;
+  }
+  Acc acc[kTile];
+  for (int64_t begin = 0; begin < hidden; begin += kTile) {
+    const int64_t width = std::min(kTile, hidden - begin);
+    for (int i = 0; i < n; ++i) {
+      const T* row = rows[i] + begin;
+      if (weights) {
+        const Acc weight = static_cast<Acc>(weights[i]);
+        for (int64_t c = 0; c < width; ++c) {
+          acc[c] = (i ? acc[c] : Acc(0)) + weight * static_cast<Acc>(row[c]);
+        }
+      } else if (i == 0) {
+        for (int64_t c = 0; c < width; ++c) {
+          acc[c] = static_cast<Acc>(row[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < width; ++c) {
+          acc[c] += static_cast<Acc>(row[c]);
+        }
+      }
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      out[begin + c] = static_cast<T>(acc[c]);
+    }
+  }
+}
+
+// Runs f on every element of a row map of numbers, whatever their width: moves never look inside.
+template <typename F>
+void with_width(const at::Tensor& t, const F& f) {
+  switch (t.element_size()) {
+    case 1:
+      return f(uint8_t{});
+    case 2:
+      return f(uint16_t{});
+    case 4:
+      return f(uint32_t{});
+    default:
+      return f(uint64_t{});
+  }
+}
+
+template <typename T>
+const T* read(const at::Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+T* write(at::Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+Route route(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+  return topk_idx.scalar_type() == at::kInt ? route_impl<int32_t>(topk_idx, num_experts, world_size)
+                                            : route_impl<int64_t>(topk_idx, num_experts, world_size);
+}
+
+Placement place(
+    const at::Tensor& wire_topk,
+    const std::vector<int64_t>& recv_rows,
+    const PlacementOptions& options) {
+  return options.expert_major ? place_expert_major(wire_topk, options)
+                              : place_rank_major(wire_topk, recv_rows, options);
+}
+
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
+  auto wire = empty_rows(x, wire_rows);
+  const int64_t bytes = row_bytes(x), num_topk = send_slot.size(1);
+  const auto* slots = read<int32_t>(send_slot);
+  const auto* in = read<char>(x);
+  auto* out = write<char>(wire);
+  at::parallel_for(0, x.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> rows(num_topk);
+    for (int64_t token = begin; token < end; ++token) {
+      const int n = distinct(slots + token * num_topk, num_topk, rows);
+      for (int i = 0; i < n; ++i) {
+        std::memcpy(out + rows[i] * bytes, in + token * bytes, bytes);
+      }
+    }
+  });
+  return wire;
+}
+
+at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows) {
+  const int64_t num_topk = send_slot.size(1);
+  auto wire = at::zeros({wire_rows, num_topk}, w.options());
+  const auto* slots = read<int32_t>(send_slot);
+  with_width(w, [&](auto unit) {
+    using U = decltype(unit);
+    const auto* in = read<U>(w);
+    auto* out = write<U>(wire);
+    for (int64_t i = 0; i < send_slot.numel(); ++i) {
+      if (slots[i] >= 0) {
+        out[slots[i] * num_topk + i % num_topk] = in[i];
+      }
+    }
+  });
+  return wire;
+}
+
+at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk) {
+  auto rows = empty_rows(wire, recv_slot.size(0));
+  const int64_t bytes = row_bytes(wire);
+  const auto* slots = read<int32_t>(recv_slot);
+  const auto* in = read<char>(wire);
+  auto* out = write<char>(rows);
+  at::parallel_for(0, rows.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (slots[row] >= 0) {
+        std::memcpy(out + row * bytes, in + slots[row] / num_topk * bytes, bytes);
+      } else {
+        std::memset(out + row * bytes, 0, bytes);
+      }
+    }
+  });
+  return rows;
+}
+
+at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
+  auto rows = at::zeros({recv_slot.size(0)}, wire.options());
+  const auto* slots = read<int32_t>(recv_slot);
+  with_width(wire, [&](auto unit) {
+    using U = decltype(unit);
+    const auto* in = read<U>(wire);
+    auto* out = write<U>(rows);
+    for (int64_t row = 0; row < rows.size(0); ++row) {
+      if (slots[row] >= 0) {
+        out[row] = in[slots[row]];
+      }
+    }
+  });
+  return rows;
+}
+
+at::Tensor fold_rows(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const at::Tensor& recv_slot,
+    int64_t wire_rows,
+    int64_t num_topk) {
+  auto wire = empty_rows(y, wire_rows);
+  const int64_t hidden = y.size(1);
+  const auto* slots = read<int32_t>(recv_slot);
+  std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_slot
+  for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+    if (slots[row] >= 0) {
+      row_of[slots[row]] = static_cast<int32_t>(row);
+    }
+  }
+  const auto weights = row_weights ? row_weights->to(at::kDouble) : at::Tensor();
+  const auto* weight = row_weights ? read<double>(weights) : nullptr;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "ep::combine", [&] {
+    const auto* in = read<scalar_t>(y);
+    auto* out = write<scalar_t>(wire);
+    at::parallel_for(0, wire_rows, grain_for(row_bytes(y)), [&](int64_t begin, int64_t end) {
+      std::vector<const scalar_t*> rows(num_topk);
+      std::vector<double> row_weight(num_topk);
+      for (int64_t wire_row = begin; wire_row < end; ++wire_row) {
+        int n = 0;
+        for (int64_t slot = 0; slot < num_topk; ++slot) {
+          const int32_t row = row_of[wire_row * num_topk + slot];
+          if (row >= 0) {
+            row_weight[n] = weight ? weight[row] : 1.0;
+            rows[n++] = in + row * hidden;
+          }
+        }
+        sum_into(out + wire_row * hidden, rows.data(), weight ? row_weight.data() : nullptr, n, hidden);
+      }
+    });
+  });
+  return wire;
+}
+
+at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk) {
+  auto wire = at::zeros({wire_rows, num_topk}, w.options());
+  const auto* slots = read<int32_t>(recv_slot);
+  with_width(w, [&](auto unit) {
+    using U = decltype(unit);
+    const auto* in = read<U>(w);
+    auto* out = write<U>(wire);
+    for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+      if (slots[row] >= 0) {
+        out[slots[row]] = in[row];
+      }
+    }
+  });
+  return wire;
+}
+
+at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
+  auto tokens = empty_rows(wire, send_slot.size(0));
+  const int64_t num_topk = send_slot.size(1), hidden = wire.size(1);
+  const auto* slots = read<int32_t>(send_slot);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, wire.scalar_type(), "ep::combine", [&] {
+    const auto* in = read<scalar_t>(wire);
+    auto* out = write<scalar_t>(tokens);
+    at::parallel_for(0, tokens.size(0), grain_for(row_bytes(wire)), [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> index(num_topk);
+      std::vector<const scalar_t*> rows(num_topk);
+      for (int64_t token = begin; token < end; ++token) {
+        const int n = distinct(slots + token * num_topk, num_topk, index);
+        for (int i = 0; i < n; ++i) {
+          rows[i] = in + index[i] * hidden;
+        }
+        sum_into<scalar_t>(out + token * hidden, rows.data(), nullptr, n, hidden);
+      }
+    });
+  });
+  return tokens;
+}
+
+at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
+  auto tokens = at::zeros(send_slot.sizes(), wire.options());
+  const int64_t num_topk = send_slot.size(1);
+  const auto* slots = read<int32_t>(send_slot);
+  with_width(wire, [&](auto unit) {
+    using U = decltype(unit);
+    const auto* in = read<U>(wire);
+    auto* out = write<U>(tokens);
+    for (int64_t i = 0; i < send_slot.numel(); ++i) {
+      if (slots[i] >= 0) {
+        out[i] = in[slots[i] * num_topk + i % num_topk];
+      }
+    }
+  });
+  return tokens;
+}
+
+}  // namespace
+
+const LocalKernels cpu_kernels{
+    route,        place,     pack_rows,  pack_slots, expand_rows,
+    expand_slots, fold_rows, fold_slots, sum_rows,   gather_slots,
+};
+
+}  // namespace ep

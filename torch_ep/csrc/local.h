@@ -1,0 +1,71 @@
+// The part of each operator that one rank does alone: counting, packing, unpacking, folding. One table of
+// functions per kind of device; the operators are these plus an exchange.
+//
+// Vocabulary. A *wire row* is what crosses a link: one per (token, destination rank), ordered by destination, then
+// token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <vector>
+
+namespace ep {
+
+// Where a rank's tokens go.
+struct Route {
+  at::Tensor send_slot;    // int32 [num_tokens, num_topk]: the wire row that carries the token for this slot, or -1
+  at::Tensor send_counts;  // int32 [world_size]: wire rows to each rank
+  at::Tensor wire_topk;    // int32 [wire rows, num_topk]: expert, counted on the destination rank, or -1
+};
+
+// Where the rows that a rank receives go.
+struct Placement {
+  at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_slot int32 [rows]
+  at::Tensor offsets;            // int32: where the group of each local expert (rank_major: source rank) ends
+  at::Tensor tokens_per_expert;  // int32 [num_local_experts]: rows of each local expert, without padding
+  at::Tensor num_dropped;        // int32 []
+};
+
+struct PlacementOptions {
+  bool expert_major;
+  int64_t num_local_experts;
+  int64_t alignment;
+  std::optional<int64_t> capacity;
+  at::ScalarType index_dtype;
+};
+
+// recv_slot[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one number
+// per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
+struct LocalKernels {
+  // Throws ValueError naming the token, the slot and the value on a bad index.
+  Route (*route)(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
+  Placement (*place)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions&);
+
+  // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].
+  at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows);
+  at::Tensor (*pack_slots)(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows);
+  // Receiver, after dispatch, expert_major: [wire rows, ...] to [rows, ...], zero where recv_slot is -1.
+  at::Tensor (*expand_rows)(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk);
+  at::Tensor (*expand_slots)(const at::Tensor& wire, const at::Tensor& recv_slot);
+  // Receiver, before combine, expert_major: the transposes of the two above.
+  at::Tensor (*fold_rows)(
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const at::Tensor& recv_slot,
+      int64_t wire_rows,
+      int64_t num_topk);
+  at::Tensor (*fold_slots)(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk);
+  // Sender, after combine: the transposes of pack_rows and pack_slots.
+  at::Tensor (*sum_rows)(const at::Tensor& wire, const at::Tensor& send_slot);
+  at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_slot);
+};
+
+extern const LocalKernels cpu_kernels;   // threads of torch
+extern const LocalKernels aten_kernels;  // any device, out of torch's own operators
+
+inline const LocalKernels& local_kernels(const at::Tensor& t) {
+  return t.is_cpu() ? cpu_kernels : aten_kernels;
+}
+
+}  // namespace ep

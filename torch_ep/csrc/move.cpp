@@ -1,0 +1,323 @@
+// ep::dispatch and ep::combine: the same exchange in the two directions, between the local kernels that a layout needs.
+//   dispatch   pack -> exchange -> (expert_major) expand
+//   combine    (expert_major) fold -> exchange -> sum
+#include "checks.h"
+#include "comm/communicator.h"
+#include "local.h"
+#include "ops.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <numeric>
+
+namespace ep {
+namespace {
+
+std::vector<int64_t> to_host(const at::Tensor& counts) {
+  const auto host = counts.cpu();
+  const auto* count = host.const_data_ptr<int32_t>();
+  return {count, count + host.numel()};
+}
+
+int64_t sum(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), int64_t{0});
+}
+
+int64_t bytes_per_row(const std::optional<at::Tensor>& t) {
+  return t ? c10::multiply_integers(t->sizes().slice(1)) * static_cast<int64_t>(t->element_size()) : 0;
+}
+
+at::Tensor with_rows(const at::Tensor& like, int64_t rows) {
+  auto sizes = like.sizes().vec();
+  sizes[0] = rows;
+  return at::empty(sizes, like.options());
+}
+
+// One exchange of rows under a plan, and the buffers of its payloads. With one rank it does nothing at all.
+class Move {
+ public:
+  // `rows`: the payload that gives the row size.
+  Move(
+      OpKind op,
+      const PlanTensors& plan,
+      c10::string_view group_name,
+      const at::Tensor& rows,
+      const std::vector<Agreed>& agreed)
+      : op_(op), forward_(op == OpKind::dispatch) {
+    const auto comm = find_communicator(std::string(group_name), plan.send_counts.size(0), op);
+    out_rows = to_host(forward_ ? plan.send_counts : plan.recv_counts);
+    in_rows = to_host(forward_ ? plan.recv_counts : plan.send_counts);
+    if (comm) {
+      check_limit(op, "hidden", comm->max_hidden, rows.size(1));
+      exchange_.emplace(comm, op, out_rows, agreed);
+    }
+  }
+
+  // Every rank checks the headers before any row moves; packing goes on meanwhile.
+  void confirm() {
+    if (!exchange_) {
+      return;
+    }
+    const auto told = exchange_->confirm();
+    for (size_t peer = 0; peer < told.size(); ++peer) {
+      TORCH_CHECK_VALUE(
+          told[peer] == in_rows[peer],
+          name_of(op_),
+          ": expected the same plan on every rank, got one by which ",
+          in_rows[peer],
+          " rows come from rank ",
+          peer,
+          ", which sends ",
+          told[peer]);
+    }
+  }
+
+  // Returns what the other side gets of `wire`: in the first rows of `into` if given, and there only after `finish`.
+  at::Tensor start(const at::Tensor& wire, const std::optional<at::Tensor>& into = std::nullopt) {
+    if (!exchange_) {
+      if (into) {
+        into->narrow(0, 0, wire.size(0)).copy_(wire);
+        return *into;
+      }
+      return wire;
+    }
+    auto received = into ? into->narrow(0, 0, sum(in_rows)) : with_rows(wire, sum(in_rows));
+    exchange_->start(received, wire, in_rows);
+    return into ? *into : received;
+  }
+
+  void finish() {
+    if (exchange_) {
+      exchange_->finish();
+    }
+  }
+
+  std::vector<int64_t> out_rows, in_rows;
+
+ private:
+  OpKind op_;
+  bool forward_;
+  std::optional<Exchange> exchange_;
+};
+
+// The first `rows` rows of `t`, zeros where it has fewer.
+at::Tensor fit_rows(const at::Tensor& t, int64_t rows) {
+  if (t.size(0) == rows) {
+    return t;
+  }
+  if (t.size(0) > rows) {
+    return t.narrow(0, 0, rows);
+  }
+  auto out = with_rows(t, rows);
+  out.narrow(0, 0, t.size(0)).copy_(t);
+  out.narrow(0, t.size(0), rows - t.size(0)).zero_();
+  return out;
+}
+
+void check_token_payloads(
+    const char* op,
+    const char* rows_name,
+    const at::Tensor& rows,
+    int64_t num_rows,
+    const std::optional<at::Tensor>& topk_weights,
+    at::IntArrayRef weights_shape,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& device_of) {
+  check_tensor(op, rows_name, rows, {num_rows, -1}, device_of);
+  if (topk_weights) {
+    check_tensor(op, "topk_weights", *topk_weights, weights_shape, device_of);
+    check_sum_type(op, "topk_weights", *topk_weights);
+  }
+  if (scales) {
+    check_tensor(op, "scales", *scales, {num_rows, -1}, device_of);
+  }
+}
+
+std::vector<Agreed> agreed_of(
+    const at::Tensor& rows,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  return {
+      {"hidden", rows.size(1)},
+      {"dtype (as a number)", static_cast<int64_t>(rows.scalar_type())},
+      {"bytes of topk_weights a token", bytes_per_row(topk_weights)},
+      {"bytes of scales a token", bytes_per_row(scales)}};
+}
+
+// What combine sends of one payload of rows: a wire row each, reduced here first where there are several.
+at::Tensor wire_of(
+    const LocalKernels& local,
+    const PlanTensors& plan,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    int64_t wire_rows) {
+  if (plan.expert_major) {
+    return local.fold_rows(y, row_weights, plan.recv_map, wire_rows, plan.send_slot.size(1));
+  }
+  if (!row_weights) {
+    return fit_rows(y, wire_rows);
+  }
+  // Rows and wire rows are the same ones: a fold of one slot each.
+  const auto slots = at::arange(std::min(y.size(0), wire_rows), plan.send_slot.options());
+  return local.fold_rows(y, row_weights, slots, wire_rows, 1);
+}
+
+Payloads combine_payloads(
+    const PlanTensors& plan,
+    c10::string_view group_name,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const auto& local = local_kernels(y);
+  Move move(OpKind::combine, plan, group_name, y, agreed_of(y, topk_weights, scales));
+  const int64_t wire_rows = sum(move.out_rows);
+  const auto wire_y = wire_of(local, plan, y, row_weights, wire_rows);
+  std::optional<at::Tensor> wire_weights, wire_scales;
+  if (topk_weights) {
+    wire_weights = plan.expert_major
+        ? local.fold_slots(*topk_weights, plan.recv_map, wire_rows, plan.send_slot.size(1))
+        : fit_rows(*topk_weights, wire_rows);
+  }
+  if (scales) {
+    wire_scales = wire_of(local, plan, *scales, std::nullopt, wire_rows);
+  }
+  move.confirm();
+  const auto home_y = move.start(wire_y);
+  std::optional<at::Tensor> home_weights, home_scales;
+  if (wire_weights) {
+    home_weights = move.start(*wire_weights);
+  }
+  if (wire_scales) {
+    home_scales = move.start(*wire_scales);
+  }
+  move.finish();
+  Payloads result{local.sum_rows(home_y, plan.send_slot), std::nullopt, std::nullopt};
+  if (home_weights) {
+    std::get<1>(result) = local.gather_slots(*home_weights, plan.send_slot);
+  }
+  if (home_scales) {
+    std::get<2>(result) = local.sum_rows(*home_scales, plan.send_slot);
+  }
+  return result;
+}
+
+}  // namespace
+
+Payloads dispatch(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr const char* op = "ep::dispatch";
+  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+  check_plan(op, plan);
+  check_token_payloads(op, "x", x, send_slot.size(0), topk_weights, send_slot.sizes(), scales, send_slot);
+  check_row_type(op, "x", x);
+
+  const auto& local = local_kernels(x);
+  Move move(OpKind::dispatch, plan, group_name, x, agreed_of(x, topk_weights, scales));
+  const int64_t out_rows = sum(move.out_rows), in_rows = sum(move.in_rows);
+  const int64_t rows = recv_map.size(0), num_topk = send_slot.size(1);
+  auto wire_x = local.pack_rows(x, send_slot, out_rows);
+  std::optional<at::Tensor> wire_weights, wire_scales;
+  if (topk_weights) {
+    wire_weights = local.pack_slots(*topk_weights, send_slot, out_rows);
+  }
+  if (scales) {
+    wire_scales = local.pack_rows(*scales, send_slot, out_rows);
+  }
+  move.confirm();
+
+  // Without expansion the rows arrive where the result has them; only its tail is left to clear.
+  const auto start = [&](at::Tensor& wire) {
+    if (plan.expert_major || rows <= in_rows) {
+      wire = move.start(wire);
+      return;
+    }
+    auto result = with_rows(wire, rows);
+    result.narrow(0, in_rows, rows - in_rows).zero_();
+    wire = move.start(wire, result);
+  };
+  start(wire_x);
+  if (wire_weights) {
+    start(*wire_weights);
+  }
+  if (wire_scales) {
+    start(*wire_scales);
+  }
+  move.finish();
+
+  const auto place_rows = [&](const at::Tensor& wire) {
+    if (plan.expert_major) {
+      return local.expand_rows(wire, recv_map, num_topk);
+    }
+    return rows < wire.size(0) ? wire.narrow(0, 0, rows).clone() : wire;
+  };
+  Payloads result{place_rows(wire_x), std::nullopt, std::nullopt};
+  if (wire_weights) {
+    std::get<1>(result) = plan.expert_major ? local.expand_slots(*wire_weights, recv_map) : place_rows(*wire_weights);
+  }
+  if (wire_scales) {
+    std::get<2>(result) = place_rows(*wire_scales);
+  }
+  return result;
+}
+
+Payloads combine(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr const char* op = "ep::combine";
+  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+  check_plan(op, plan);
+  check_token_payloads(op, "y", y, recv_map.size(0), topk_weights, recv_map.sizes(), scales, send_slot);
+  check_sum_type(op, "y", y);
+  if (scales) {
+    check_sum_type(op, "scales", *scales);
+  }
+
+  return combine_payloads(plan, group_name, y, std::nullopt, topk_weights, scales);
+}
+
+at::Tensor combine_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr const char* op = "ep::combine";
+  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+  check_plan(op, plan);
+  check_tensor(op, "y", y, {recv_map.size(0), -1}, send_slot);
+  check_sum_type(op, "y", y);
+  check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot);
+  check_sum_type(op, "row_weights", row_weights);
+
+  return std::get<0>(combine_payloads(plan, group_name, y, row_weights, std::nullopt, std::nullopt));
+}
+
+at::Tensor zero_after(const at::Tensor& dep) {
+  return at::zeros({}, dep.options());
+}
+
+}  // namespace ep

@@ -1,0 +1,87 @@
+// Every schema of torch_ep. Importing the extension is what registers them. The fakes are in torch_ep/meta.py, the
+// autograd formulas in torch_ep/ops.py.
+#include "ops.h"
+
+#include "comm/communicator.h"
+
+#include <ATen/core/Tensor.h>
+#include <Python.h>
+#include <torch/library.h>
+
+namespace {
+
+void init(std::string group_name, int64_t timeout_ms, at::IntArrayRef limits) {
+  ep::init_communicator(group_name, timeout_ms, limits);
+}
+
+void destroy(std::string group_name) {
+  ep::destroy_communicator(group_name);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(ep, m) {
+  m.set_python_module("torch_ep.meta");
+
+  // Exact: as many rows as arrive. The one op that waits for the device, so CUDA graphs are cut here.
+  m.def(
+      "plan(Tensor topk_idx, int num_experts, str layout, int alignment, int world_size, str group_name, "
+      "int? max_tokens_per_rank=None, Tensor? after=None) -> (Tensor send_slot, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, Tensor offsets, Tensor tokens_per_expert, Tensor num_dropped)",
+      {at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe});
+  m.def(
+      "plan.capacity(Tensor topk_idx, int num_experts, str layout, int alignment, SymInt capacity, int world_size, "
+      "str group_name, int? max_tokens_per_rank=None, Tensor? after=None) -> (Tensor send_slot, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, Tensor offsets, Tensor tokens_per_expert, Tensor num_dropped)",
+      {at::Tag::pt2_compliant_tag});
+
+  // Each is the other's transpose, payload by payload: rows, numbers per (token, slot), and scales that go with rows.
+  m.def(
+      "dispatch(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor send_slot, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, str layout, str group_name, Tensor? after=None) "
+      "-> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine(Tensor y, Tensor? topk_weights, Tensor? scales, Tensor send_slot, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, str layout, str group_name, Tensor? after=None) "
+      "-> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine.weighted(Tensor y, Tensor row_weights, Tensor send_slot, Tensor send_counts, Tensor recv_counts, "
+      "Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+
+  // A zero of shape [] that exists only once `dep` does: how a backward keeps the order that `after` set forward.
+  m.def("zero_after(Tensor dep) -> Tensor", {at::Tag::pt2_compliant_tag});
+
+  // Collective and local halves of torch_ep.init and torch_ep.destroy.
+  m.def("_init(str group_name, int timeout_ms, int[] limits) -> ()", &init);
+  m.def("_destroy(str group_name) -> ()", &destroy);
+}
+
+namespace {
+
+void implement(torch::Library& m) {
+  m.impl("plan", &ep::plan);
+  m.impl("plan.capacity", &ep::plan_capacity);
+  m.impl("dispatch", &ep::dispatch);
+  m.impl("combine", &ep::combine);
+  m.impl("combine.weighted", &ep::combine_weighted);
+  m.impl("zero_after", &ep::zero_after);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(ep, CPU, m) {
+  implement(m);
+}
+
+TORCH_LIBRARY_IMPL(ep, CUDA, m) {
+  implement(m);
+}
+
+// Lets Python import this library like a module; there is nothing in it but the registrations above.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,77 @@
+// The operators' functions; shapes and meanings are those of torch_ep/ops.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+
+namespace ep {
+
+// send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped
+using PlanResult =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// rows, topk_weights, scales
+using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>;
+
+PlanResult plan(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    c10::string_view layout,
+    int64_t alignment,
+    int64_t world_size,
+    c10::string_view group_name,
+    std::optional<int64_t> max_tokens_per_rank,
+    const std::optional<at::Tensor>& after);
+
+PlanResult plan_capacity(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    c10::string_view layout,
+    int64_t alignment,
+    int64_t capacity,
+    int64_t world_size,
+    c10::string_view group_name,
+    std::optional<int64_t> max_tokens_per_rank,
+    const std::optional<at::Tensor>& after);
+
+Payloads dispatch(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+Payloads combine(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+at::Tensor combine_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& send_slot,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+at::Tensor zero_after(const at::Tensor& dep);
+
+}  // namespace ep

@@ -1,0 +1,158 @@
+// ep::plan: who sends what where.
+//   route   (local)     which wire row carries each (token, slot); how many go to each rank
+//   exchange            the counts ride in the exchange's headers, then each wire row's experts follow
+//   place   (local)     where each received row goes in the result
+#include "checks.h"
+#include "comm/communicator.h"
+#include "local.h"
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+
+#include <limits>
+#include <numeric>
+
+namespace ep {
+namespace {
+
+constexpr const char* kOp = "ep::plan";
+
+void check_arguments(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    bool expert_major,
+    int64_t alignment,
+    std::optional<int64_t> capacity,
+    int64_t world_size) {
+  check_tensor(kOp, "topk_idx", topk_idx, {-1, -1}, topk_idx);
+  TORCH_CHECK_TYPE(
+      topk_idx.scalar_type() == at::kInt || topk_idx.scalar_type() == at::kLong,
+      kOp,
+      ": expected topk_idx of dtype Int or Long, got ",
+      topk_idx.scalar_type());
+  TORCH_CHECK_VALUE(topk_idx.size(1) > 0, kOp, ": expected at least one expert a token, got topk_idx of shape ", topk_idx.sizes());
+  TORCH_CHECK_VALUE(world_size > 0, kOp, ": expected a positive world_size, got ", world_size);
+  TORCH_CHECK_VALUE(
+      num_experts > 0 && num_experts % world_size == 0,
+      kOp,
+      ": expected num_experts to be a positive multiple of the world size ",
+      world_size,
+      ", got ",
+      num_experts);
+  TORCH_CHECK_VALUE(alignment > 0, kOp, ": expected a positive alignment, got ", alignment);
+  TORCH_CHECK_VALUE(
+      expert_major || alignment == 1, kOp, ": expected alignment 1 with layout 'rank_major', got ", alignment);
+  if (capacity) {
+    TORCH_CHECK_VALUE(
+        *capacity >= 0 && *capacity % alignment == 0 && *capacity <= std::numeric_limits<int32_t>::max(),
+        kOp,
+        ": expected a capacity from 0 to 2**31 - 1 that is a multiple of the alignment ",
+        alignment,
+        ", got ",
+        *capacity);
+  }
+}
+
+PlanResult make_plan(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    c10::string_view layout,
+    int64_t alignment,
+    std::optional<int64_t> capacity,
+    int64_t world_size,
+    c10::string_view group_name,
+    std::optional<int64_t> max_tokens_per_rank) {
+  const bool expert_major = is_expert_major(kOp, layout);
+  check_arguments(topk_idx, num_experts, expert_major, alignment, capacity, world_size);
+  const auto comm = find_communicator(std::string(group_name), world_size, OpKind::plan);
+  const auto& local = local_kernels(topk_idx);
+  const int64_t num_topk = topk_idx.size(1);
+  if (comm) {
+    check_limit(OpKind::plan, "num_topk", comm->max_topk, num_topk);
+    check_limit(OpKind::plan, "num_experts", comm->max_experts, num_experts);
+  }
+
+  // What can be wrong on one rank alone is told to the others, which would wait in vain otherwise.
+  Route routed;
+  std::optional<std::string> failure;
+  try {
+    TORCH_CHECK_VALUE(
+        !max_tokens_per_rank || topk_idx.size(0) <= *max_tokens_per_rank,
+        kOp,
+        ": expected at most max_tokens_per_rank = ",
+        max_tokens_per_rank.value_or(0),
+        " tokens, got ",
+        topk_idx.size(0));
+    routed = local.route(topk_idx, num_experts, world_size);
+  } catch (const c10::ValueError& error) {
+    failure = error.what_without_backtrace();
+    if (!comm) {
+      throw;
+    }
+  }
+
+  at::Tensor wire_topk = routed.wire_topk;
+  std::vector<int64_t> recv_rows;
+  if (comm) {
+    std::vector<int64_t> send_rows(world_size, 0);
+    if (!failure) {
+      const auto counts = routed.send_counts.cpu();
+      const auto* count = counts.const_data_ptr<int32_t>();
+      send_rows.assign(count, count + world_size);
+    }
+    Exchange exchange(
+        comm, OpKind::plan, send_rows, {{"num_experts", num_experts}, {"num_topk", num_topk}}, failure);
+    recv_rows = exchange.confirm();
+    TORCH_CHECK_VALUE(!failure, *failure);
+    const int64_t wire_rows = std::accumulate(recv_rows.begin(), recv_rows.end(), int64_t{0});
+    wire_topk = at::empty({wire_rows, num_topk}, routed.wire_topk.options());
+    exchange.start(wire_topk, routed.wire_topk, recv_rows);
+    exchange.finish();
+  } else {
+    recv_rows = {wire_topk.size(0)};
+  }
+  auto placement = local.place(
+      wire_topk,
+      recv_rows,
+      {expert_major, num_experts / world_size, alignment, capacity, topk_idx.scalar_type()});
+  const auto recv_counts = at::tensor(recv_rows, at::kInt).to(topk_idx.device());
+  return {
+      routed.send_slot,
+      routed.send_counts,
+      recv_counts,
+      placement.recv_map,
+      placement.offsets,
+      placement.tokens_per_expert,
+      placement.num_dropped};
+}
+
+}  // namespace
+
+PlanResult plan(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    c10::string_view layout,
+    int64_t alignment,
+    int64_t world_size,
+    c10::string_view group_name,
+    std::optional<int64_t> max_tokens_per_rank,
+    const std::optional<at::Tensor>& /*after*/) {
+  return make_plan(
+      topk_idx, num_experts, layout, alignment, std::nullopt, world_size, group_name, max_tokens_per_rank);
+}
+
+PlanResult plan_capacity(
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    c10::string_view layout,
+    int64_t alignment,
+    int64_t capacity,
+    int64_t world_size,
+    c10::string_view group_name,
+    std::optional<int64_t> max_tokens_per_rank,
+    const std::optional<at::Tensor>& /*after*/) {
+  return make_plan(topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens_per_rank);
+}
+
+}  // namespace ep

@@ -1,0 +1,190 @@
+"""The specification: plan, dispatch and combine of all ranks at once, in plain torch, one row at a time.
+
+Every argument and result is a list with one entry a rank. Copied rows, indices and orders of the operators equal these
+bit by bit; so do their sums, since the order and the width of the accumulation are part of the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import Layout, Plan
+
+__all__ = ["combine", "dispatch", "plan"]
+
+
+def plan(
+    topk_idx: Sequence[Tensor],
+    num_experts: int,
+    *,
+    layout: Layout,
+    capacity: int | None = None,
+    alignment: int = 1,
+) -> list[Plan]:
+    """As `torch_ep.plan`, for every rank."""
+    world_size = len(topk_idx)
+    num_local = num_experts // world_size
+    num_topk = topk_idx[0].shape[1]
+    ints = {"dtype": torch.int32}
+    # wire[s][d]: the tokens of rank s that visit rank d, in order.
+    wire = [
+        [
+            [t for t, experts in enumerate(idx.tolist()) if any(e >= 0 and e // num_local == d for e in experts)]
+            for d in range(world_size)
+        ]
+        for idx in topk_idx
+    ]
+    plans = []
+    for rank, idx in enumerate(topk_idx):
+        send_slot = torch.full(idx.shape, -1, **ints)
+        row = 0
+        for d in range(world_size):
+            for t in wire[rank][d]:
+                for k, e in enumerate(idx[t].tolist()):
+                    if e >= 0 and e // num_local == d:
+                        send_slot[t, k] = row
+                row += 1
+
+        received = [(s, t) for s in range(world_size) for t in wire[s][rank]]
+        recv_counts = [len(wire[s][rank]) for s in range(world_size)]
+        local = [
+            [e - rank * num_local if e >= 0 and e // num_local == rank else -1 for e in topk_idx[s][t].tolist()]
+            for s, t in received
+        ]
+        recv_topk_idx = recv_slot = None
+        if layout == "rank_major":
+            rows = len(received) if capacity is None else capacity
+            kept = min(rows, len(received))
+            recv_topk_idx = torch.full((rows, num_topk), -1, dtype=idx.dtype)
+            for i in range(kept):
+                recv_topk_idx[i] = torch.tensor(local[i])
+            counts = [sum(row.count(e) for row in local[:kept]) for e in range(num_local)]
+            ends = torch.tensor(recv_counts).cumsum(0)
+            num_dropped = len(received) - kept
+        else:
+            slots: list[int] = []
+            counts, group_ends = [], []
+            for e in range(num_local):
+                group = [i * num_topk + row.index(e) for i, row in enumerate(local) if e in row]
+                space = len(group) if capacity is None else max(0, capacity - len(slots))
+                counts.append(min(len(group), space))
+                slots += group + [-1] * (-len(group) % alignment)
+                group_ends.append(len(slots))
+            ends = torch.tensor(group_ends)
+            rows = len(slots) if capacity is None else capacity
+            num_dropped = sum(slot >= 0 for slot in slots[rows:])
+            recv_slot = torch.tensor((slots + [-1] * rows)[:rows], **ints)
+        plans.append(
+            Plan(
+                send_slot=send_slot,
+                send_counts=torch.tensor([len(wire[rank][d]) for d in range(world_size)], **ints),
+                recv_counts=torch.tensor(recv_counts, **ints),
+                recv_topk_idx=recv_topk_idx,
+                recv_slot=recv_slot,
+                offsets=ends.clamp(max=rows).to(torch.int32),
+                tokens_per_expert=torch.tensor(counts, **ints),
+                num_dropped=torch.tensor(num_dropped, **ints),
+                layout=layout,
+                group_name="",
+            )
+        )
+    return plans
+
+
+def _links(plans: Sequence[Plan]) -> list[list[tuple[int, int, int, list[int]]]]:
+    """For each rank, for each wire row it receives: (source rank, token, the sender's row, the token's slots)."""
+    world_size = len(plans)
+    links: list[list[tuple[int, int, int, list[int]]]] = [[] for _ in range(world_size)]
+    for source, p in enumerate(plans):
+        ends = p.send_counts.cumsum(0).tolist()
+        slots_of: dict[int, tuple[int, list[int]]] = {}
+        for t, slots in enumerate(p.send_slot.tolist()):
+            for k, row in enumerate(slots):
+                if row >= 0:
+                    slots_of.setdefault(row, (t, []))[1].append(k)
+        for row in sorted(slots_of):
+            destination = next(d for d in range(world_size) if row < ends[d])
+            links[destination].append((source, *slots_of[row][:1], row, slots_of[row][1]))
+    return links
+
+
+def dispatch(
+    x: Sequence[Tensor],
+    plans: Sequence[Plan],
+    *,
+    topk_weights: Sequence[Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """As `torch_ep.dispatch`, for every rank: (rows, weights or None). Scales move as the rows do."""
+    results: list[tuple[Tensor, Tensor | None]] = []
+    for plan_, links in zip(plans, _links(plans), strict=True):
+        num_topk = plan_.send_slot.shape[1]
+        rows = torch.zeros(plan_.num_rows, x[0].shape[1]).to(x[0].dtype)
+        weights = None
+        if topk_weights is not None:
+            shape = (plan_.num_rows, num_topk) if plan_.layout == "rank_major" else (plan_.num_rows,)
+            weights = torch.zeros(shape, dtype=topk_weights[0].dtype)
+        if plan_.recv_slot is None:
+            for i, (source, t, _, slots) in enumerate(links[: plan_.num_rows]):
+                rows[i] = x[source][t]
+                if weights is not None and topk_weights is not None:
+                    weights[i, slots] = topk_weights[source][t, slots]
+        else:
+            for i, slot in enumerate(plan_.recv_slot.tolist()):
+                if slot >= 0:
+                    source, t, *_ = links[slot // num_topk]
+                    rows[i] = x[source][t]
+                    if weights is not None and topk_weights is not None:
+                        weights[i] = topk_weights[source][t, slot % num_topk]
+        results.append((rows, weights))
+    return results
+
+
+def combine(
+    y: Sequence[Tensor],
+    plans: Sequence[Plan],
+    *,
+    row_weights: Sequence[Tensor] | None = None,
+    topk_weights: Sequence[Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """As `torch_ep.combine`, for every rank: (sums, weights or None)."""
+    dtype = y[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden = y[0].shape[1]
+    # wire[s][row]: what comes back to rank s for each row that it sent.
+    wire: list[dict[int, Tensor]] = [{} for _ in plans]
+    home_weights = None
+    if topk_weights is not None:
+        home_weights = [torch.zeros(p.send_slot.shape, dtype=topk_weights[0].dtype) for p in plans]
+    for rank, (plan_, links) in enumerate(zip(plans, _links(plans), strict=True)):
+        num_topk = plan_.send_slot.shape[1]
+        row_of = {} if plan_.recv_slot is None else {s: i for i, s in enumerate(plan_.recv_slot.tolist()) if s >= 0}
+        for i, (source, t, row, slots) in enumerate(links):
+            if plan_.recv_slot is None:
+                own = [(i, slots)] if i < plan_.num_rows else []
+            else:
+                own = [(row_of[i * num_topk + k], [k]) for k in slots if i * num_topk + k in row_of]
+            acc = torch.zeros(hidden, dtype=wide)
+            for n, (j, ks) in enumerate(own):
+                term = y[rank][j].to(wide)
+                if row_weights is not None:
+                    term = row_weights[rank][j].to(wide) * term
+                acc = term if n == 0 else acc + term
+                if home_weights is not None and topk_weights is not None:
+                    values = topk_weights[rank][j]
+                    home_weights[source][t, ks] = values[ks] if plan_.recv_slot is None else values
+            wire[source][row] = acc.to(dtype)
+    results: list[tuple[Tensor, Tensor | None]] = []
+    for rank, plan_ in enumerate(plans):
+        sums = torch.zeros(plan_.send_slot.shape[0], hidden, dtype=dtype)
+        for t, slots in enumerate(plan_.send_slot.tolist()):
+            acc = None
+            for row in dict.fromkeys(row for row in slots if row >= 0):
+                term = wire[rank][row].to(wide)
+                acc = term if acc is None else acc + term
+            if acc is not None:
+                sums[t] = acc.to(dtype)
+        results.append((sums, None if home_weights is None else home_weights[rank]))
+    return results
