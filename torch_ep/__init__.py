@@ -2,11 +2,26 @@
 
 import torch  # noqa: F401 - the extension links against it
 
-from . import _C, meta, ops, reference  # noqa: F401 - importing them is what registers the operators
+from . import _C, meta, nn, ops, reference  # noqa: F401 - importing them is what registers the operators
 from .comm import Communicator, destroy, init
 from .ops import combine, dispatch, plan
 from .plan import Layout, Plan
+from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
 
 __version__ = "0.1.0"
 
-__all__ = ["Communicator", "Layout", "Plan", "combine", "destroy", "dispatch", "init", "plan"]
+__all__ = [
+    "EXCHANGES",
+    "Communicator",
+    "Layout",
+    "Plan",
+    "checkpoint_contexts",
+    "combine",
+    "destroy",
+    "dispatch",
+    "init",
+    "nn",
+    "plan",
+    "reference",
+    "save_exchanges",
+]

@@ -38,10 +38,14 @@ def _type_name(t: Tensor) -> str:
 
 def _check_tensor(op: str, name: str, t: Tensor, shape: Sequence[Size], device_of: Tensor) -> None:
     """-1 in `shape`: any size."""
-    if t.dim() != len(shape) or any(
-        not (isinstance(want, int) and want < 0) and want != got for want, got in zip(shape, t.shape, strict=True)
-    ):
-        raise ValueError(f"{op}: expected {name} of shape {list(shape)} (-1: any size), got {list(t.shape)}")
+
+    def message() -> str:
+        return f"{op}: expected {name} of shape {list(shape)} (-1: any size), got {list(t.shape)}"
+
+    torch._check_value(t.dim() == len(shape), message)
+    for want, got in zip(shape, t.shape, strict=True):
+        if not (isinstance(want, int) and want < 0):
+            torch._check_value(want == got, message)  # between symbols this becomes a guard or a run-time check
     if t.device != device_of.device:
         raise ValueError(f"{op}: expected {name} on {device_of.device}, got {t.device}")
     if not t.is_contiguous():
@@ -309,3 +313,34 @@ def _combine_weighted(
 @torch.library.register_fake("ep::zero_after")
 def _zero_after(dep: Tensor) -> Tensor:
     return dep.new_empty(())
+
+
+@torch.library.register_fake("ep::grouped_mm")
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    op = "ep::grouped_mm"
+    if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"{op}: expected a of shape [m, k] and b of shape [groups, k, n], got {list(a.shape)} and {list(b.shape)}"
+        )
+    _check_same_type(op, "b", b, a)
+    _check_tensor(op, "offsets", offsets, (b.shape[0],), a)
+    _check_type(op, "offsets", offsets, (torch.int32,))
+    return a.new_empty(a.shape[0], b.shape[2])
+
+
+@torch.library.register_fake("ep::grouped_mm.transpose")
+def _grouped_mm_transpose(a: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
+    op = "ep::grouped_mm"
+    if a.dim() != 2 or g.dim() != 2 or a.shape[0] != g.shape[0]:
+        raise ValueError(
+            f"{op}: expected a of shape [m, k] and g of shape [m, n], got {list(a.shape)} and {list(g.shape)}"
+        )
+    _check_same_type(op, "g", g, a)
+    _check_tensor(op, "offsets", offsets, (-1,), a)
+    _check_type(op, "offsets", offsets, (torch.int32,))
+    return a.new_empty(offsets.shape[0], a.shape[1], g.shape[1])
+
+
+def _check_same_type(op: str, name: str, t: Tensor, a: Tensor) -> None:
+    if t.dtype != a.dtype:
+        raise TypeError(f"{op}: expected {name} of dtype {_type_name(a)}, that of a, got {_type_name(t)}")

@@ -55,9 +55,7 @@ def plan(
     communicator = communicators.get(group_name)
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
     if capacity is None:
-        fields = torch.ops.ep.plan(
-            topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after
-        )
+        fields = torch.ops.ep.plan(topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after)
     else:
         fields = torch.ops.ep.plan.capacity(
             topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens, after
@@ -85,9 +83,7 @@ def _plan_args(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
 @overload
 def dispatch(x: Tensor, plan: Plan, *, after: Tensor | None = None) -> Tensor: ...
 @overload
-def dispatch(
-    x: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]: ...
+def dispatch(x: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 @overload
 def dispatch(x: Tensor, plan: Plan, *, scales: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -128,9 +124,7 @@ def dispatch(
 
 
 @overload
-def combine(
-    y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None
-) -> Tensor: ...
+def combine(y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None) -> Tensor: ...
 @overload
 def combine(y: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 def combine(
@@ -247,9 +241,7 @@ def _combine_weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
     y, row_weights, *plan_tensors = ctx.saved_tensors
-    rows, _, _ = torch.ops.ep.dispatch(
-        _contiguous(grad), None, None, *plan_tensors, ctx.layout, ctx.group_name
-    )
+    rows, _, _ = torch.ops.ep.dispatch(_contiguous(grad), None, None, *plan_tensors, ctx.layout, ctx.group_name)
     recv_map = plan_tensors[-1]
     valid = recv_map >= 0 if ctx.layout == "expert_major" else (recv_map >= 0).any(1)
     accumulate = torch.promote_types(y.dtype, torch.float32)
@@ -261,6 +253,32 @@ def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad_y, grad_weights, *[None] * 6, _grad_after(ctx, rows)
 
 
+def _grouped_mm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple:
+    a, b, offsets = ctx.saved_tensors
+    return (
+        torch.ops.ep.grouped_mm(grad, b.transpose(1, 2), offsets),
+        torch.ops.ep.grouped_mm.transpose(a, grad, offsets),
+        None,
+    )
+
+
+def _grouped_mm_transpose_backward(ctx: Any, grad: Tensor) -> tuple:
+    a, g, offsets = ctx.saved_tensors
+    return (
+        torch.ops.ep.grouped_mm(g, grad.transpose(1, 2), offsets),
+        torch.ops.ep.grouped_mm(a, grad, offsets),
+        None,
+    )
+
+
+torch.library.register_autograd("ep::grouped_mm", _grouped_mm_backward, setup_context=_grouped_mm_setup)
+torch.library.register_autograd(
+    "ep::grouped_mm.transpose", _grouped_mm_transpose_backward, setup_context=_grouped_mm_setup
+)
 torch.library.register_autograd("ep::dispatch", _dispatch_backward, setup_context=_dispatch_setup)
 torch.library.register_autograd("ep::combine", _combine_backward, setup_context=_combine_setup)
 torch.library.register_autograd(

@@ -54,6 +54,10 @@ TORCH_LIBRARY(ep, m) {
   // A zero of shape [] that exists only once `dep` does: how a backward keeps the order that `after` set forward.
   m.def("zero_after(Tensor dep) -> Tensor", {at::Tag::pt2_compliant_tag});
 
+  // a[rows of group i] @ b[i], zero past the last group; and the transpose in b: a[rows of group i]^T @ g[the same].
+  m.def("grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("grouped_mm.transpose(Tensor a, Tensor g, Tensor offsets) -> Tensor", {at::Tag::pt2_compliant_tag});
+
   // Collective and local halves of torch_ep.init and torch_ep.destroy.
   m.def("_init(str group_name, int timeout_ms, int[] limits) -> ()", &init);
   m.def("_destroy(str group_name) -> ()", &destroy);
@@ -68,6 +72,8 @@ void implement(torch::Library& m) {
   m.impl("combine", &ep::combine);
   m.impl("combine.weighted", &ep::combine_weighted);
   m.impl("zero_after", &ep::zero_after);
+  m.impl("grouped_mm", &ep::grouped_mm);
+  m.impl("grouped_mm.transpose", &ep::grouped_mm_transpose);
 }
 
 }  // namespace

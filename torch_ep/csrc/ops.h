@@ -74,4 +74,7 @@ at::Tensor combine_weighted(
 
 at::Tensor zero_after(const at::Tensor& dep);
 
+at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor& offsets);
+at::Tensor grouped_mm_transpose(const at::Tensor& a, const at::Tensor& g, const at::Tensor& offsets);
+
 }  // namespace ep

@@ -1,0 +1,137 @@
+"""Runs a function on several ranks, each a process with a gloo group. Processes stay up from test to test."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Connection) -> None:
+    import torch_ep
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
+    )
+    torch_ep.init(timeout=timeout)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            os._exit(0)
+        fn, args, kwargs = job
+        try:
+            answer = (True, fn(rank, world_size, *args, **kwargs))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class World:
+    """`world_size` ranks with the default group initialised for torch_ep."""
+
+    def __init__(self, world_size: int, timeout: timedelta = timedelta(seconds=60)) -> None:
+        self.world_size = world_size
+        context = mp.get_context("spawn")
+        port = free_port()
+        self._pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, timeout, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn: Callable, *args: Any, limit_s: float = 240, **kwargs: Any) -> list[Any]:
+        """`fn(rank, world_size, *args, **kwargs)` on every rank; its results. `fn` must be a module's function.
+
+        A rank that exits answers None. Raises if a rank raised, or if one does not answer within `limit_s`.
+        """
+        for pipe in self._pipes:
+            pipe.send((fn, args, kwargs))
+        answers: list[Any] = [None] * self.world_size
+        pending = dict(enumerate(self._pipes))
+        while pending:
+            ready = wait(list(pending.values()), timeout=limit_s)
+            if not ready:
+                self.close()
+                raise TimeoutError(f"{fn.__name__}: no answer within {limit_s} s from ranks {sorted(pending)}")
+            for rank, pipe in list(pending.items()):
+                if pipe in ready:
+                    del pending[rank]
+                    try:
+                        answers[rank] = pipe.recv()
+                    except EOFError:
+                        answers[rank] = (True, None)
+        failed = [f"--- rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_worlds: dict[int, World] = {}
+
+
+def world(world_size: int) -> World:
+    """The shared world of that size: for tests that leave its group usable."""
+    found = _worlds.get(world_size)
+    if found is None or not all(process.is_alive() for process in found.processes):
+        found = _worlds[world_size] = World(world_size)
+    return found
+
+
+@atexit.register
+def _close_all() -> None:
+    for w in _worlds.values():
+        w.close()
+
+
+def random_topk(
+    num_tokens: int, num_topk: int, num_experts: int, generator: torch.Generator, holes: float = 0.2
+) -> torch.Tensor:
+    """[num_tokens, num_topk] int64: different experts in each token, some -1, in no order."""
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    idx = scores.topk(min(num_topk, num_experts), dim=1).indices
+    if num_topk > num_experts:
+        idx = torch.cat([idx, idx.new_full((num_tokens, num_topk - num_experts), -1)], 1)
+    idx[torch.rand(idx.shape, generator=generator) < holes] = -1
+    return idx.contiguous()
+
+
+def seeded(*seeds: int) -> torch.Generator:
+    """A generator that depends on all of the numbers."""
+    return torch.Generator().manual_seed(hash(seeds) % 2**31)
+
+
+if __name__ == "__main__":
+    sys.exit("a library, not a script")

@@ -1,0 +1,250 @@
+"""The Mixture-of-Experts layer that users start from, and what its state dict needs when the world size changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .comm import Group, resolve
+from .ops import combine, dispatch, plan
+from .plan import Layout
+
+__all__ = ["MoE", "RouterStats", "full_state_dict", "gather_experts", "grouped_mm", "shard_experts"]
+
+
+class RouterStats(NamedTuple):
+    """What a forward pass tells about its routing; tensors on the device, no wait."""
+
+    #: [] the Switch auxiliary loss of this rank's tokens, E * sum(f_e * p_e): 1 for an even load (arXiv:2101.03961).
+    aux_loss: Tensor
+    #: [num_experts] int64: how often this rank's tokens chose each expert.
+    tokens_per_expert: Tensor
+    #: [] int32: rows that found no place within `capacity` on this rank.
+    num_dropped: Tensor
+
+
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """`a[rows of group i] @ b[i]` for every group: torch's grouped GEMM where it runs, the same result elsewhere.
+
+    Args:
+        a: [rows, k].
+        b: [groups, k, n].
+        offsets: [groups] int32: where each group of rows ends. Rows past the last group are undefined.
+    """
+    if a.dtype == torch.bfloat16 and b.is_contiguous() and b.shape[1] % 8 == 0 and b.shape[2] % 8 == 0:
+        return F.grouped_mm(a, b, offs=offsets)  # bfloat16, rows of multiples of 16 bytes
+    return torch.ops.ep.grouped_mm(a, b, offsets)
+
+
+def gather_experts(t: Tensor, group: Group = None) -> Tensor:
+    """Joins every rank's `[num_local_experts, ...]` to `[num_experts, ...]`. Collective."""
+    group_name, world_size = resolve(group)
+    if world_size == 1:
+        return t
+    parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(world_size)]
+    dist.all_gather(parts, t.contiguous(), group=dist.distributed_c10d._resolve_process_group(group_name))
+    return torch.cat(parts)
+
+
+def shard_experts(t: Tensor, group: Group = None) -> Tensor:
+    """This rank's part of `[num_experts, ...]`."""
+    group_name, world_size = resolve(group)
+    if world_size == 1:
+        return t
+    if t.shape[0] % world_size:
+        raise ValueError(f"torch_ep.nn.shard_experts: expected a multiple of {world_size} experts, got {t.shape[0]}")
+    return t.chunk(world_size)[dist.distributed_c10d._resolve_process_group(group_name).rank()]
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer whose experts are spread over a group of ranks.
+
+    `forward(x)` returns `(y, RouterStats)`, y of x's shape. Gradients of the experts are complete on the rank that
+    holds them; those of the router and the shared expert are of this rank's tokens and want the reduction that the
+    rest of the model gets. Parameters start the same whatever the world size, given the same random seed.
+
+    Args:
+        hidden: size of a token.
+        intermediate: inner size of an expert (SwiGLU: silu(x @ gate) * (x @ up) @ down).
+        num_experts: over all ranks; a multiple of the world size.
+        num_topk: experts a token.
+        group: ranks that share the experts, as in `torch_ep.plan`; `torch_ep.init` it first. None: the default group.
+        score: "softmax" over the experts, or "sigmoid" of each.
+        normalize: whether the chosen scores of a token are scaled to the sum of 1.
+        route_scale: factor on the weights after that.
+        selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
+            balancing, arXiv:2408.15664).
+        shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
+        layout, capacity, alignment: as in `torch_ep.plan`.
+    """
+
+    #: Parameters with a first dimension of experts, spread over the ranks.
+    EXPERT_PARAMETERS = ("gate", "up", "down")
+
+    selection_bias: Tensor | None
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        num_topk: int,
+        *,
+        group: Group = None,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        normalize: bool = True,
+        route_scale: float = 1.0,
+        selection_bias: bool = False,
+        shared_intermediate: int = 0,
+        layout: Layout = "expert_major",
+        capacity: int | None = None,
+        alignment: int = 1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.group_name, self.world_size = resolve(group)
+        if num_experts % self.world_size:
+            raise ValueError(
+                f"torch_ep.nn.MoE: expected num_experts to be a multiple of the world size {self.world_size}, "
+                f"got {num_experts}"
+            )
+        if not 0 < num_topk <= num_experts:
+            raise ValueError(f"torch_ep.nn.MoE: expected num_topk from 1 to {num_experts}, got {num_topk}")
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"torch_ep.nn.MoE: expected score 'softmax' or 'sigmoid', got {score!r}")
+        self.hidden, self.intermediate = hidden, intermediate
+        self.num_experts, self.num_topk = num_experts, num_topk
+        self.num_local_experts = num_experts // self.world_size
+        self.score, self.normalize, self.route_scale = score, normalize, route_scale
+        self.layout, self.capacity, self.alignment = layout, capacity, alignment
+
+        kwargs = {"device": device, "dtype": dtype}
+        self.router = nn.Parameter(torch.empty(num_experts, hidden, **kwargs))
+        self.gate = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
+        self.up = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
+        self.down = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
+        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("selection_bias", bias)
+        self.shared = nn.ModuleDict()
+        if shared_intermediate:
+            self.shared["gate"] = nn.Linear(hidden, shared_intermediate, bias=False, **kwargs)
+            self.shared["up"] = nn.Linear(hidden, shared_intermediate, bias=False, **kwargs)
+            self.shared["down"] = nn.Linear(shared_intermediate, hidden, bias=False, **kwargs)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(fan-in). Draws every rank's experts and keeps its own, so ranks stay in step."""
+        nn.init.uniform_(self.router, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
+        rank = 0
+        if self.world_size > 1:
+            rank = dist.distributed_c10d._resolve_process_group(self.group_name).rank()
+        for name in self.EXPERT_PARAMETERS:
+            weight = getattr(self, name)
+            bound = 1 / math.sqrt(weight.shape[1])
+            draw = torch.empty_like(weight[0])
+            for expert in range(self.num_experts):
+                draw.uniform_(-bound, bound)
+                if expert // self.num_local_experts == rank:
+                    weight[expert % self.num_local_experts] = draw
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """topk_idx, topk_weights [num_tokens, num_topk], aux_loss [], tokens_per_expert [num_experts] of this rank."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), self.router.to(wide))
+        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        choice = scores if self.selection_bias is None else scores + self.selection_bias
+        topk_idx = choice.detach().topk(self.num_topk, dim=-1).indices
+        weights = scores.gather(1, topk_idx)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        weights = weights * self.route_scale
+
+        flat = topk_idx.flatten()
+        load = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device).scatter_add(
+            0, flat, torch.ones_like(flat)
+        )
+        shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
+        tokens = load.sum().clamp_min(1) / self.num_topk  # a tensor: no rank may fail for having no tokens
+        aux_loss = self.num_experts * ((load / self.num_topk / tokens) * (shares.sum(0) / tokens)).sum()
+        return topk_idx, weights, aux_loss, load
+
+    def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Applies each local expert to its group of rows."""
+        inner = F.silu(grouped_mm(rows, self.gate, offsets)) * grouped_mm(rows, self.up, offsets)
+        return grouped_mm(inner, self.down, offsets)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        tokens = x.reshape(-1, self.hidden)
+        topk_idx, weights, aux_loss, load = self.route(tokens)
+        by_rank = self.layout == "rank_major"
+        p = plan(
+            topk_idx,
+            self.num_experts,
+            self.group_name,
+            layout=self.layout,
+            capacity=self.capacity,
+            alignment=1 if by_rank else self.alignment,
+        )
+        rows, row_weights = dispatch(tokens, p, topk_weights=weights)
+        if by_rank:
+            # A row for each rank that a token visits; its experts here are one more dispatch, among this rank alone.
+            local = plan(p.recv_topk_idx, self.num_local_experts, "", alignment=self.alignment)
+            expanded, expanded_weights = dispatch(rows, local, topk_weights=row_weights)
+            done = combine(self.experts(expanded, local.offsets), local, row_weights=expanded_weights)
+            y = combine(done, p)
+        else:
+            y = combine(self.experts(rows, p.offsets), p, row_weights=row_weights)
+        if self.shared:
+            y = y + self.shared["down"](F.silu(self.shared["gate"](tokens)) * self.shared["up"](tokens))
+        return y.view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
+
+    @torch.no_grad()
+    def update_selection_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:
+        """Moves the bias of every expert by `rate` towards an even load. Collective over the layer's group.
+
+        Args:
+            tokens_per_expert: [num_experts] of this rank, as `RouterStats` has it, or a sum over steps.
+        """
+        if self.selection_bias is None:
+            raise RuntimeError("torch_ep.nn.MoE: expected a layer made with selection_bias=True")
+        load = tokens_per_expert.to(torch.float32)
+        if self.world_size > 1:
+            load = load.clone()
+            dist.all_reduce(load, group=dist.distributed_c10d._resolve_process_group(self.group_name))
+        self.selection_bias += rate * torch.sign(load.mean() - load)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # A full state dict (see `full_state_dict`) has all experts: take this rank's. Leaves the caller's dict alone.
+        for name in self.EXPERT_PARAMETERS:
+            key = prefix + name
+            if key in state_dict and state_dict[key].shape[:1] == (self.num_experts,) and self.world_size > 1:
+                state_dict = {**state_dict, key: shard_experts(state_dict[key], self.group_name)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return (
+            f"hidden={self.hidden}, intermediate={self.intermediate}, num_experts={self.num_experts}, "
+            f"num_topk={self.num_topk}, world_size={self.world_size}, score={self.score}, layout={self.layout}, "
+            f"capacity={self.capacity}"
+        )
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with all experts of every `MoE` inside, on every rank. Collective.
+
+    `load_state_dict` takes it at any world size.
+    """
+    state = dict(module.state_dict())
+    for prefix, layer in module.named_modules():
+        if isinstance(layer, MoE):
+            for name in layer.EXPERT_PARAMETERS:
+                key = f"{prefix}.{name}" if prefix else name
+                state[key] = gather_experts(state[key], layer.group_name)
+    return state
