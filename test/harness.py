@@ -23,12 +23,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, timeout: timedelta, backend: str, pipe: Connection) -> None:
     import torch_ep
 
     torch.set_num_threads(1)
+    if "cuda" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world_size,
@@ -51,7 +53,7 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe: Conn
 class World:
     """`world_size` ranks with the default group initialised for torch_ep."""
 
-    def __init__(self, world_size: int, timeout: timedelta = timedelta(seconds=60)) -> None:
+    def __init__(self, world_size: int, timeout: timedelta = timedelta(seconds=60), backend: str = "gloo") -> None:
         self.world_size = world_size
         context = mp.get_context("spawn")
         port = free_port()
@@ -59,7 +61,9 @@ class World:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, timeout, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, timeout, backend, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)

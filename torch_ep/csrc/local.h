@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -64,8 +65,11 @@ struct LocalKernels {
 extern const LocalKernels cpu_kernels;   // threads of torch
 extern const LocalKernels aten_kernels;  // any device, out of torch's own operators
 
+// For tests: lets CPU tensors take the way of other devices, so that it is checked where there is none.
+inline std::atomic<bool> force_aten{false};
+
 inline const LocalKernels& local_kernels(const at::Tensor& t) {
-  return t.is_cpu() ? cpu_kernels : aten_kernels;
+  return t.is_cpu() && !force_aten ? cpu_kernels : aten_kernels;
 }
 
 }  // namespace ep

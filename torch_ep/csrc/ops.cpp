@@ -3,6 +3,7 @@
 #include "ops.h"
 
 #include "comm/communicator.h"
+#include "local.h"
 
 #include <ATen/core/Tensor.h>
 #include <Python.h>
@@ -16,6 +17,10 @@ void init(std::string group_name, int64_t timeout_ms, at::IntArrayRef limits) {
 
 void destroy(std::string group_name) {
   ep::destroy_communicator(group_name);
+}
+
+void force_aten(bool on) {
+  ep::force_aten = on;
 }
 
 }  // namespace
@@ -61,6 +66,7 @@ TORCH_LIBRARY(ep, m) {
   // Collective and local halves of torch_ep.init and torch_ep.destroy.
   m.def("_init(str group_name, int timeout_ms, int[] limits) -> ()", &init);
   m.def("_destroy(str group_name) -> ()", &destroy);
+  m.def("_force_aten(bool on) -> ()", &force_aten);
 }
 
 namespace {

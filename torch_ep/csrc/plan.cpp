@@ -102,7 +102,7 @@ PlanResult make_plan(
       send_rows.assign(count, count + world_size);
     }
     Exchange exchange(
-        comm, OpKind::plan, send_rows, {{"num_experts", num_experts}, {"num_topk", num_topk}}, failure);
+        comm, OpKind::plan, send_rows, {}, {{"num_experts", num_experts}, {"num_topk", num_topk}}, failure);
     recv_rows = exchange.confirm();
     TORCH_CHECK_VALUE(!failure, *failure);
     const int64_t wire_rows = std::accumulate(recv_rows.begin(), recv_rows.end(), int64_t{0});

@@ -1,7 +1,7 @@
 #include "communicator.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include <algorithm>
@@ -54,11 +54,6 @@ c10::DeviceType header_device(c10d::ProcessGroup& group) {
   return devices.empty() ? c10::kCPU : devices.front().type();
 }
 
-// The same memory as rows of bytes: an all-to-all then needs to know no dtype.
-at::Tensor as_bytes(const at::Tensor& t, int64_t row_bytes) {
-  return at::from_blob(t.data_ptr(), {t.size(0), row_bytes}, t.options().dtype(at::kByte));
-}
-
 }  // namespace
 
 const char* name_of(OpKind op) {
@@ -108,6 +103,7 @@ void init_communicator(const std::string& group_name, int64_t timeout_ms, at::In
       comm,
       OpKind::init,
       std::vector<int64_t>(comm->world_size, 0),
+      {},
       {{"max_tokens_per_rank", limits[0]},
        {"hidden", limits[1]},
        {"num_topk", limits[2]},
@@ -163,6 +159,7 @@ Exchange::Exchange(
     std::shared_ptr<Communicator> comm,
     OpKind op,
     std::vector<int64_t> send_rows,
+    const std::vector<int64_t>& recv_rows,
     const std::vector<Agreed>& agreed,
     const std::optional<std::string>& failure)
     : comm_(std::move(comm)),
@@ -175,23 +172,25 @@ Exchange::Exchange(
       deadline_(steady_clock::now() + comm_->timeout) {
   TORCH_INTERNAL_ASSERT(agreed.size() <= kMaxAgreed);
   const int64_t world_size = comm_->world_size;
-  auto headers = at::empty({world_size, static_cast<int64_t>(sizeof(Header))}, at::kByte);
-  auto* header = reinterpret_cast<Header*>(headers.mutable_data_ptr());
-  for (int64_t peer = 0; peer < world_size; ++peer) {
-    Header& h = header[peer];
-    std::memset(&h, 0, sizeof(h));
-    h.op = static_cast<int64_t>(op_);
-    h.sequence = sequence_;
-    h.rows = send_rows_[peer];
-    h.failed = failed_;
-    for (size_t i = 0; i < agreed.size(); ++i) {
-      h.agreed[i] = agreed[i].value;
-    }
-    if (failure) {
-      std::strncpy(h.message.data(), failure->c_str(), h.message.size() - 1);
-    }
+  const int64_t numbers = 2 * world_size;
+  const int64_t bytes = static_cast<int64_t>(sizeof(Header) + numbers * sizeof(int64_t));
+  auto own = at::zeros({1, bytes}, at::kByte);
+  auto& header = *reinterpret_cast<Header*>(own.mutable_data_ptr());
+  header.op = static_cast<int64_t>(op_);
+  header.sequence = sequence_;
+  header.failed = failed_;
+  for (size_t i = 0; i < agreed.size(); ++i) {
+    header.agreed[i] = agreed[i].value;
   }
-  headers_in_ = headers.to(header_device(*group_));
+  if (failure) {
+    std::strncpy(header.message.data(), failure->c_str(), header.message.size() - 1);
+  }
+  auto* rows = reinterpret_cast<int64_t*>(&header + 1);
+  std::copy(send_rows_.begin(), send_rows_.end(), rows);
+  std::fill(rows + world_size, rows + numbers, kUnknown);
+  std::copy(recv_rows.begin(), recv_rows.end(), rows + world_size);
+
+  headers_in_ = own.expand({world_size, bytes}).contiguous().to(header_device(*group_));
   headers_out_ = at::empty_like(headers_in_);
   std::vector<int64_t> even;
   c10d::AllToAllOptions options;
@@ -204,49 +203,67 @@ std::vector<int64_t> Exchange::confirm() {
   if (failed_) {
     return {};
   }
-  const auto headers = headers_out_.cpu();
-  const auto* header = reinterpret_cast<const Header*>(headers.const_data_ptr());
-  const int rank = comm_->rank;
-  for (int peer = 0; peer < comm_->world_size; ++peer) {
-    const Header& h = header[peer];
+  const auto host = headers_out_.cpu();
+  const int rank = comm_->rank, world_size = comm_->world_size;
+  const auto header = [&](int peer) -> const Header& {
+    return *reinterpret_cast<const Header*>(static_cast<const char*>(host.const_data_ptr()) + peer * host.size(1));
+  };
+  const auto sends = [&](int from, int to) { return reinterpret_cast<const int64_t*>(&header(from) + 1)[to]; };
+  const auto expects = [&](int at, int from) { return sends(at, world_size + from); };
+  std::ostringstream message;
+  const auto fail = [&] { C10_THROW_ERROR(DistError, message.str()); };
+  message << name_of(op_) << ": ";
+
+  for (int peer = 0; peer < world_size; ++peer) {
+    const auto& h = header(peer);
     if (h.op != static_cast<int64_t>(op_) || h.sequence != sequence_) {
-      std::ostringstream message;
-      message << name_of(op_) << ": ranks issued different sequences of operators on group '" << comm_->group_name
-              << "': rank " << rank << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << peer
-              << " in " << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence << ")";
-      C10_THROW_ERROR(DistError, message.str());
+      message << "ranks issued different sequences of operators on group '" << comm_->group_name << "': rank " << rank
+              << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << peer << " in "
+              << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence << ")";
+      fail();
     }
   }
-  std::vector<int64_t> recv_rows(comm_->world_size);
-  for (int peer = 0; peer < comm_->world_size; ++peer) {
-    const Header& h = header[peer];
+  for (int peer = 0; peer < world_size; ++peer) {
+    const auto& h = header(peer);
     if (h.failed) {
-      std::ostringstream message;
-      message << name_of(op_) << ": rank " << peer << " failed before exchange " << sequence_ << ": "
-              << h.message.data();
-      C10_THROW_ERROR(DistError, message.str());
+      message << "rank " << peer << " failed before exchange " << sequence_ << ": " << h.message.data();
+      fail();
     }
     for (size_t i = 0; i < agreed_.size(); ++i) {
       if (h.agreed[i] != agreed_[i].value) {
-        std::ostringstream message;
-        message << name_of(op_) << ": expected the same " << agreed_[i].name << " on every rank, got "
-                << agreed_[i].value << " on rank " << rank << " and " << h.agreed[i] << " on rank " << peer;
-        C10_THROW_ERROR(DistError, message.str());
+        const auto show = [&](int64_t value) {
+          return agreed_[i].is_dtype ? std::string(c10::toString(static_cast<at::ScalarType>(value)))
+                                     : std::to_string(value);
+        };
+        message << "expected the same " << agreed_[i].name << " on every rank, got " << show(agreed_[i].value)
+                << " on rank " << rank << " and " << show(h.agreed[i]) << " on rank " << peer;
+        fail();
       }
     }
-    recv_rows[peer] = h.rows;
+  }
+  for (int from = 0; from < world_size; ++from) {
+    for (int to = 0; to < world_size; ++to) {
+      if (expects(to, from) != kUnknown && expects(to, from) != sends(from, to)) {
+        message << "expected the same plan on every rank, got one by which " << expects(to, from)
+                << " rows go from rank " << from << " to rank " << to << ", where rank " << from << " sends " << sends(from, to);
+        fail();
+      }
+    }
+  }
+  std::vector<int64_t> recv_rows(world_size);
+  for (int peer = 0; peer < world_size; ++peer) {
+    recv_rows[peer] = sends(peer, rank);
   }
   return recv_rows;
 }
 
 void Exchange::start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) {
-  const auto row_shape = input.sizes().slice(1);
-  const int64_t row_bytes = c10::multiply_integers(row_shape) * static_cast<int64_t>(input.element_size());
-  if (row_bytes == 0) {
+  if (input.size(1) == 0) {
     return;  // rows of width zero, on every rank: the headers agreed
   }
-  auto out = as_bytes(output, row_bytes);
-  auto in = as_bytes(input, row_bytes);
+  // As rows of bytes, an all-to-all needs to know no dtype.
+  auto out = output.view(at::kByte);
+  auto in = input.view(at::kByte);
   auto output_splits = recv_rows;
   auto input_splits = send_rows_;
   c10d::AllToAllOptions options;

@@ -23,6 +23,7 @@ const char* name_of(OpKind op);
 struct Agreed {
   const char* name;
   int64_t value;
+  bool is_dtype = false;  // the value is an at::ScalarType
 };
 
 // One rank's end of a group, made by `torch_ep.init` and found again through the group's name.
@@ -50,27 +51,31 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
 
 // Note [One exchange]
 // An exchange starts with a header that every rank sends to every other: op kind, sequence number, the numbers on which
-// they must agree, the rows to come, and whether the sender failed before it could send any. Only when all headers agree
-// does a byte of data move. So a rank that runs another op, passes other sizes or has a bad argument becomes an error
-// on every rank in the same exchange, and the group stays usable: all of them took part in the same all-to-all.
+// they must agree, the rows that it sends to and expects from each rank, and whether it failed before it could send any.
+// Only when all headers agree does a byte of data move. All ranks see the same headers, so all come to the same verdict:
+// a rank that runs another op, passes other sizes or has a bad argument becomes an error on every rank in the same
+// exchange, and the group stays usable, since all of them took part in the same all-to-all.
 class Exchange {
  public:
   static constexpr size_t kMaxAgreed = 6;
   static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
 
-  // Starts the headers' all-to-all and returns at once. `send_rows[r]`: rows that this rank will send to r.
-  // `failure`: this rank's own error; its peers are told and `confirm` throws.
+  // Starts the headers' all-to-all and returns at once. `send_rows[r]`: rows that this rank will send to r;
+  // `recv_rows[r]`: rows that it expects from r, empty if only the headers will tell.
+  // `failure`: this rank's own error; its peers are told.
   Exchange(
       std::shared_ptr<Communicator> comm,
       OpKind op,
       std::vector<int64_t> send_rows,
+      const std::vector<int64_t>& recv_rows,
       const std::vector<Agreed>& agreed,
       const std::optional<std::string>& failure = std::nullopt);
 
-  // Waits for the headers and checks them. Returns the rows that each rank will send here.
+  // Waits for the headers and checks them. Returns the rows that each rank will send here. Throws nothing but time-outs
+  // on a rank that failed itself: its own error says more.
   std::vector<int64_t> confirm();
 
-  // Starts moving rows: `input` holds those for rank 0 first. Both are contiguous with the same row size.
+  // Starts moving rows [n, width]: `input` holds those for rank 0 first. Both contiguous, of one width and dtype.
   void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows);
   // Waits for everything started.
   void finish();
@@ -79,11 +84,12 @@ class Exchange {
   struct Header {
     int64_t op;
     int64_t sequence;
-    int64_t rows;
     int64_t failed;
     std::array<int64_t, kMaxAgreed> agreed;
     std::array<char, kMaxMessage> message;
+    // Then int64 [world_size] rows to each rank and int64 [world_size] rows expected from each, kUnknown if not known.
   };
+  static constexpr int64_t kUnknown = -1;
 
   enum class Phase : int64_t { headers, rows };
 
