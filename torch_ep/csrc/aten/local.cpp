@@ -155,15 +155,17 @@ at::Tensor sum_selected(
     const std::optional<at::Tensor>& weights,
     const at::Tensor& index) {
   const auto acc_type = accumulator_of(rows);
-  auto acc = at::zeros({index.size(0), rows.size(1)}, rows.options().dtype(acc_type));
+  // -0 is what changes nothing in a sum, not even the sign of another zero; a row that sums nothing is +0.
+  auto acc = at::full({index.size(0), rows.size(1)}, -0.0, rows.options().dtype(acc_type));
   for (int64_t k = 0; k < index.size(1); ++k) {
     const auto column = index.select(1, k);
     auto term = select_or_zero(rows, column).to(acc_type);
     if (weights) {
       term = term * select_or_zero(*weights, column).to(acc_type).unsqueeze(1);
     }
-    acc.add_(term);
+    acc.add_(term.masked_fill(column.lt(0).unsqueeze(1), -0.0));
   }
+  acc.masked_fill_(index.lt(0).all(1).unsqueeze(1), 0.0);
   return acc.to(rows.scalar_type());
 }
 

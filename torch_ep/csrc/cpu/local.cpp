@@ -269,7 +269,8 @@ void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_
       if (weights) {
         const Acc weight = static_cast<Acc>(weights[i]);
         for (int64_t c = 0; c < width; ++c) {
-          acc[c] = (i ? acc[c] : Acc(0)) + weight * static_cast<Acc>(row[c]);
+          const Acc term = weight * static_cast<Acc>(row[c]);
+          acc[c] = i ? acc[c] + term : term;  // starting from zero would lose the sign of -0
         }
       } else if (i == 0) {
         for (int64_t c = 0; c < width; ++c) {

@@ -1,0 +1,285 @@
+"""What a compiler is promised about every operator: opcheck, and what opcheck does not look at."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from harness import random_topk, seeded, world
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import torch_ep
+
+DEFAULT_TEST_UTILS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+ep = torch.ops.ep
+OPS = (
+    ep.plan.default,
+    ep.plan.capacity,
+    ep.dispatch.default,
+    ep.combine.default,
+    ep.combine.weighted,
+    ep.zero_after.default,
+    ep.grouped_mm.default,
+    ep.grouped_mm.transpose,
+)
+NUM_EXPERTS, NUM_TOPK, HIDDEN, CAPACITY = 6, 3, 5, 16
+
+
+class Call(NamedTuple):
+    op: Any
+    args: tuple
+
+
+# A call's name says how `make_call` builds it: op, layout, and what it is given.
+PLANS = [
+    f"{op}, {layout}{after}"
+    for op in ("plan", "plan.capacity")
+    for layout in ("rank_major", "expert_major")
+    for after in ("", ", after")
+]
+MOVES = [
+    f"{op}, {layout}, {size}{payload}"
+    for op in ("dispatch", "combine")
+    for layout in ("rank_major", "expert_major")
+    for size in ("exact", "capacity")
+    for payload in ("", ", weights", ", weights, scales, after")
+] + [
+    f"combine.weighted, {layout}, {size}{after}"
+    for layout in ("rank_major", "expert_major")
+    for size in ("exact", "capacity")
+    for after in ("", ", after")
+]
+FP8 = [f"dispatch, {layout}, exact, weights, scales, fp8" for layout in ("rank_major", "expert_major")]
+LOCAL = ["zero_after", "grouped_mm", "grouped_mm.transpose"]
+CALLS = PLANS + MOVES + FP8 + LOCAL
+
+
+def make_call(name: str, rank: int, world_size: int, tokens: int, grad: bool) -> Call:
+    """The operator of that name and its arguments on this rank. Collective."""
+    op, *words = name.split(", ")
+    generator = seeded(rank, tokens)
+    group_name, _ = torch_ep.comm.resolve(None)
+    dtype = torch.float32
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad)
+
+    if op == "zero_after":
+        return Call(ep.zero_after.default, (numbers(tokens, 2).detach(),))
+    if op == "grouped_mm":
+        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32)
+        return Call(ep.grouped_mm.default, (numbers(tokens + 2, 4), numbers(3, 4, 5), offsets))
+    if op == "grouped_mm.transpose":
+        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32)
+        return Call(ep.grouped_mm.transpose, (numbers(tokens + 2, 4), numbers(tokens + 2, 5), offsets))
+
+    layout = words[0]
+    after = numbers(2) if "after" in words else None
+    topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator)
+    group = (world_size, group_name, None)
+    exact = (topk_idx, NUM_EXPERTS, layout, 1, *group)
+    with_capacity = (topk_idx, NUM_EXPERTS, layout, 1, CAPACITY, *group)
+    if op == "plan":
+        return Call(ep.plan.default, (*exact, after.detach() if after is not None else None))
+    if op == "plan.capacity":
+        return Call(ep.plan.capacity, (*with_capacity, after.detach() if after is not None else None))
+
+    fields = ep.plan.default(*exact) if words[1] == "exact" else ep.plan.capacity(*with_capacity)
+    plan_args = (*fields[:4], layout, group_name, after)
+    recv_map = fields[3]
+    if op == "combine.weighted":
+        y = numbers(recv_map.shape[0], HIDDEN)
+        return Call(ep.combine.weighted, (y, numbers(recv_map.shape[0]), *plan_args))
+    rows = tokens if op == "dispatch" else recv_map.shape[0]
+    weights_shape = (tokens, NUM_TOPK) if op == "dispatch" else tuple(recv_map.shape)
+    x = numbers(rows, HIDDEN)
+    if "fp8" in words:
+        x = x.detach().to(torch.float8_e4m3fn)
+    weights = numbers(*weights_shape) if "weights" in words else None
+    scales = numbers(rows, 2) if "scales" in words else None
+    return Call(getattr(ep, op).default, (x, weights, scales, *plan_args))
+
+
+def _opcheck(rank: int, world_size: int, name: str, tokens: int) -> dict[str, str]:
+    call = make_call(name, rank, world_size, tokens, grad=True)
+    # Two of the tests compute with the arguments themselves, which torch cannot do in fp8.
+    tests = ("test_autograd_registration", "test_faketensor") if "fp8" in name else DEFAULT_TEST_UTILS
+    result = torch.library.opcheck(call.op, call.args, test_utils=tests, raise_exception=False)
+    # As text: exceptions that hold symbols cannot be sent to another process.
+    return {test: answer if isinstance(answer, str) else repr(answer) for test, answer in result.items()}
+
+
+def _assert_success(results: list[dict[str, str]], name: str) -> None:
+    failed = [
+        f"rank {rank}, {test}: {answer}"
+        for rank, result in enumerate(results)
+        for test, answer in result.items()
+        if answer != "SUCCESS"
+    ]
+    assert not failed, "\n".join(failed)
+    assert all(len(result) == (2 if "fp8" in name else 4) for result in results)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str) -> None:
+    _assert_success([_opcheck(0, 1, name, 7)], name)
+
+
+def _opcheck_uneven(rank: int, world_size: int, name: str) -> dict[str, str]:
+    return _opcheck(rank, world_size, name, 5 + 2 * rank)
+
+
+@pytest.mark.parametrize("name", PLANS + MOVES + FP8)
+def test_opcheck_over_two_ranks(name: str) -> None:
+    # opcheck calls the operator several times; all ranks do so in lockstep, and say only afterwards how it went.
+    _assert_success(world(2).run(_opcheck_uneven, name), name)
+
+
+def _storages(values: Any) -> set[int]:
+    """Where the tensors among the values live; empty tensors live nowhere."""
+    tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.untyped_storage().nbytes()]
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def _alias(rank: int, world_size: int, name: str, tokens: int) -> list[str]:
+    call = make_call(name, rank, world_size, tokens, grad=False)
+    kept = []  # alive, so that no memory is handed out twice
+    seen = _storages(call.args)
+    found = []
+    for turn in range(3):
+        kept.append(call.op(*call.args))
+        results = [t for t in tree_leaves(kept[-1]) if isinstance(t, Tensor)]
+        for i, result in enumerate(results):
+            where = _storages(result)
+            if where & seen:
+                found.append(f"call {turn}, result {i}")
+            seen |= where
+    return found
+
+
+every_size = pytest.mark.parametrize("tokens", [0, 1, 7])
+
+
+@every_size
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_results_share_no_memory(world_size: int, tokens: int) -> None:
+    # Not with an argument, nor with each other, nor with what an earlier call returned.
+    for name in CALLS if world_size == 1 else PLANS + MOVES + FP8:
+        found = [_alias(0, 1, name, tokens)] if world_size == 1 else world(2).run(_alias, name, tokens)
+        assert not any(found), f"{name}: {found}"
+
+
+def _fake_differs(rank: int, world_size: int, name: str, tokens: int) -> list[str]:
+    call = make_call(name, rank, world_size, tokens, grad=False)
+    real = call.op(*call.args)
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env) as mode:
+        leaves, spec = tree_flatten(call.args)
+        fake_args = tree_unflatten([mode.from_tensor(t) if isinstance(t, Tensor) else t for t in leaves], spec)
+        fake = call.op(*fake_args)
+    found = []
+    real, fake = ([r] if isinstance(r, Tensor) else list(r) for r in (real, fake))
+    for i, (a, b) in enumerate(zip(real, fake, strict=True)):
+        if a is None or b is None:
+            if a is not b:
+                found.append(f"result {i}: {a} against {b}")
+            continue
+        # The exact plan's rows are the only size that a fake may leave open.
+        open_rows = name.startswith("plan, ") and i == 3
+        shapes = (tuple(a.shape), tuple(b.shape))
+        if open_rows:
+            assert not isinstance(b.shape[0], int)
+            shapes = (shapes[0][1:], shapes[1][1:])
+        facts = ((shapes[0], a.stride(), a.dtype, a.device), (shapes[1], b.stride(), b.dtype, b.device))
+        if facts[0] != facts[1]:
+            found.append(f"result {i}: {facts[0]} against {facts[1]}")
+    return found
+
+
+@every_size
+@pytest.mark.parametrize("name", CALLS)
+def test_fakes_equal_kernels(name: str, tokens: int) -> None:
+    assert not _fake_differs(0, 1, name, tokens)
+
+
+@every_size
+def test_fakes_equal_kernels_on_two_ranks(tokens: int) -> None:
+    for name in PLANS + MOVES + FP8:
+        found = world(2).run(_fake_differs, name, tokens)
+        assert not any(found), f"{name}: {found}"
+
+
+def _rows_at_the_bound(rank: int, world_size: int, layout: str) -> tuple[int, int]:
+    """Compiled, with the worst routing that there is: the rows that came, and the bound that the fake gives them."""
+    tokens, num_topk, num_local_experts = 5, 2, 2
+    # The groups of world_size * tokens rows must each miss their padded size by all but one row.
+    alignment = 1 if layout == "rank_major" else {1: 4, 2: 3}[world_size]
+    topk_idx = torch.tensor([[0, 1]] * tokens)
+    x = torch.ones(tokens, 3)
+
+    def layer(topk_idx: Tensor, x: Tensor) -> Tensor:
+        plan = torch_ep.plan(topk_idx, num_local_experts * world_size, layout=layout, alignment=alignment)
+        return torch_ep.dispatch(x, plan)
+
+    torch._dynamo.reset()
+    try:
+        if world_size > 1:
+            torch_ep.init(max_tokens_per_rank=tokens)
+        rows = torch.compile(layer, backend="aot_eager", fullgraph=True)(topk_idx, x).shape[0]
+    finally:
+        if world_size > 1:
+            torch_ep.init(timeout=timedelta(seconds=60))  # as the harness did
+    bound = world_size * tokens
+    if layout == "expert_major":
+        bound = bound * num_topk + num_local_experts * (alignment - 1)
+    return rows, bound
+
+
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_code_accepts_as_many_rows_as_can_arrive(world_size: int, layout: str) -> None:
+    ranks = [_rows_at_the_bound(0, 1, layout)] if world_size == 1 else world(2).run(_rows_at_the_bound, layout)
+    rows, bound = ranks[0]  # all tokens went to the experts of rank 0
+    assert rows == bound
+
+
+every_op = pytest.mark.parametrize("op", OPS, ids=str)
+
+
+def test_every_operator_is_checked_here() -> None:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ep::")]
+    public = {name for name in names if not name.startswith("ep::_")}
+    assert public == {op.name() for op in OPS}
+
+
+@every_op
+def test_tags(op: Any) -> None:
+    assert torch.Tag.pt2_compliant_tag in op.tags
+    # The one that waits for the device: CUDA graphs are cut there and nowhere else.
+    assert (torch.Tag.cudagraph_unsafe in op.tags) == (op is ep.plan.default)
+    # Turns opcheck's comparison with the fake off.
+    assert torch.Tag.dynamic_output_shape not in op.tags
+    # Makes a partitioner treat the operator as a random number generator.
+    assert torch.Tag.nondeterministic_seeded not in op.tags
+
+
+@every_op
+def test_schema_is_functional(op: Any) -> None:
+    values = [*op._schema.arguments, *op._schema.returns]
+    assert all(value.alias_info is None for value in values)
+
+
+@every_op
+def test_python_module(op: Any) -> None:
+    # What torch tells users to import where a fake is missing.
+    assert torch._C._dispatch_pystub(op._schema.name, op._schema.overload_name)[0] == "torch_ep.meta"
