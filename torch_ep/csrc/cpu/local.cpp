@@ -261,29 +261,32 @@ void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_
     std::memcpy(out, rows[0], hidden * sizeof(T));
     return;
   }
-  Acc acc[kTile];
+  [[maybe_unused]] Acc tile[kTile];
   for (int64_t begin = 0; begin < hidden; begin += kTile) {
     const int64_t width = std::min(kTile, hidden - begin);
+    Acc* acc;
+    if constexpr (std::is_same_v<T, Acc>) {
+      acc = out + begin;
+    } else {
+      acc = tile;
+    }
     for (int i = 0; i < n; ++i) {
       const T* row = rows[i] + begin;
-      if (weights) {
-        const Acc weight = static_cast<Acc>(weights[i]);
+      const Acc weight = weights ? static_cast<Acc>(weights[i]) : Acc(1);  // times 1 is exact
+      if (i == 0) {  // starting from zero would lose the sign of -0
         for (int64_t c = 0; c < width; ++c) {
-          const Acc term = weight * static_cast<Acc>(row[c]);
-          acc[c] = i ? acc[c] + term : term;  // starting from zero would lose the sign of -0
-        }
-      } else if (i == 0) {
-        for (int64_t c = 0; c < width; ++c) {
-          acc[c] = static_cast<Acc>(row[c]);
+          acc[c] = weight * static_cast<Acc>(row[c]);
         }
       } else {
         for (int64_t c = 0; c < width; ++c) {
-          acc[c] += static_cast<Acc>(row[c]);
+          acc[c] += weight * static_cast<Acc>(row[c]);
         }
       }
     }
-    for (int64_t c = 0; c < width; ++c) {
-      out[begin + c] = static_cast<T>(acc[c]);
+    if constexpr (!std::is_same_v<T, Acc>) {
+      for (int64_t c = 0; c < width; ++c) {
+        out[begin + c] = static_cast<T>(acc[c]);
+      }
     }
   }
 }

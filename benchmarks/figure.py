@@ -1,0 +1,91 @@
+"""The figure of a benchmark's results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+
+
+def _columns(rows: list[dict[str, Any]], *path: str) -> list[float]:
+    values = []
+    for row in rows:
+        value: Any = row
+        for key in path:
+            value = value[key]
+        values.append(value)
+    return values
+
+
+def _token_axis(axes: Axes, tokens: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(tokens))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(tokens, [str(t) for t in tokens])
+    axes.grid(True, alpha=0.3)
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """One column for each number of ranks: times, ratio of the times, ratio of the peak memory."""
+    rows, settings = results["rows"], results["settings"]
+    worlds = sorted({row["ranks"] for row in rows})
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, grid = plt.subplots(
+        3,
+        len(worlds),
+        figsize=(5.2 * len(worlds) + 0.8, 9.6),
+        height_ratios=(3, 2, 2),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    for column, ranks in enumerate(worlds):
+        times, ratios, peaks = grid[:, column]
+        for op, colour in zip(ops, COLOURS, strict=False):
+            of_op = sorted((r for r in rows if r["ranks"] == ranks and r["op"] == op), key=lambda r: r["tokens"])
+            tokens = _columns(of_op, "tokens")
+            for side, style, marker in (("ours", "-", "o"), ("theirs", "--", "s")):
+                median, low, high = (
+                    [us / 1000 for us in _columns(of_op, side, key)] for key in ("median_us", "min_us", "max_us")
+                )
+                times.plot(tokens, median, style, marker=marker, markersize=4, color=colour)
+                times.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
+            ratios.plot(tokens, _columns(of_op, "ratio"), "-o", markersize=4, color=colour)
+            ours, theirs = (_columns(of_op, side, "peak_bytes") for side in ("ours", "theirs"))
+            # Tiny sizes need less than what can be measured.
+            shares = [a / b if b else math.nan for a, b in zip(ours, theirs, strict=True)]
+            peaks.plot(tokens, shares, "-o", markersize=4, color=colour)
+        for axes in (times, ratios, peaks):
+            _token_axis(axes, sorted({row["tokens"] for row in rows}))
+        times.set_yscale("log")
+        times.set_title(f"{ranks} ranks")
+        for axes in (ratios, peaks):
+            axes.axhline(1, color="black", linewidth=1)
+            axes.set_ylim(0, 1.1 * max(1, axes.get_ylim()[1]))
+        peaks.set_xlabel("tokens a rank")
+    labels = ("ms a call (median; band: min to max)", "time, ours / by hand", "peak memory, ours / by hand")
+    for axes, label in zip(grid[:, 0], labels, strict=True):
+        axes.set_ylabel(label)
+    handles = [Line2D([], [], color=colour, label=op) for op, colour in zip(ops, COLOURS, strict=False)]
+    handles.append(Line2D([], [], color="black", marker="o", markersize=4, label="torch_ep"))
+    handles.append(Line2D([], [], color="black", marker="s", markersize=4, linestyle="--", label="by hand"))
+    grid[0, 0].legend(handles=handles, fontsize=8.5, loc="upper left")
+    hardware = results["hardware"]
+    figure.suptitle(
+        "Whole calls against permute + all_to_all_single + scatter-add\n"
+        f"{settings['layout']}, {settings['dtype']}, hidden {settings['hidden']}, {settings['experts']} experts, "
+        f"top-{settings['topk']}\n{hardware['cpu']}, {hardware['cores']} cores, torch {results['torch']}",
+        fontsize=10.5,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
