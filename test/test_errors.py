@@ -1,4 +1,4 @@
-"""Every message about a bad argument: from the kernel, and the same from the fake. Afterwards everything still works."""
+"""Every message about a bad argument: from the kernel, and the same from the fake. Then everything still works."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from harness import world
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -360,8 +359,10 @@ def caught(rank: int, world_size: int, which: str) -> tuple[str, str, bool]:
             "weights on one rank",
             ("DistError", "DistError"),
             (
-                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, got 4 on rank 0 and 0 on rank 1",
-                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, got 0 on rank 1 and 4 on rank 0",
+                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, "
+                "got 4 on rank 0 and 0 on rank 1",
+                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, "
+                "got 0 on rank 1 and 4 on rank 0",
             ),
         ),
         (

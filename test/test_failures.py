@@ -15,7 +15,7 @@ from harness import World
 import torch_ep
 
 TIMEOUT = timedelta(seconds=3)
-# What a rank may take beyond its time-out to find out whom to name; the message is the promise, this only bounds a hang.
+# What a rank may take beyond its time-out to find out whom to name: this only bounds a hang.
 GRACE_S = 12.0
 
 

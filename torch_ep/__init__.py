@@ -2,8 +2,10 @@
 
 import torch  # noqa: F401 - the extension links against it
 
-from . import _C, meta, nn, ops, reference  # noqa: F401 - importing them is what registers the operators
+# Importing them is what registers the operators.
+from . import _C, meta, nn, ops, reference  # type: ignore[attr-defined] # noqa: F401
 from .comm import Communicator, destroy, init
+from .dynamic import mark_tokens
 from .ops import combine, dispatch, plan
 from .plan import Layout, Plan
 from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
@@ -20,6 +22,7 @@ __all__ = [
     "destroy",
     "dispatch",
     "init",
+    "mark_tokens",
     "nn",
     "plan",
     "reference",

@@ -1,4 +1,4 @@
-"""Communicators: one for each process group, made collectively, found again by the operators through the group's name."""
+"""Communicators: one for each process group, made collectively, found again by the operators through its name."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class Communicator(NamedTuple):
 communicators: dict[str, Communicator] = {}
 
 
+def process_group(group_name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type] # a NewType of str
+
+
 def resolve(group: Group) -> tuple[str, int]:
     """The name and world size of a group; ("", 1) where there is nobody to talk to."""
     if group is None:
@@ -49,7 +53,9 @@ def resolve(group: Group) -> tuple[str, int]:
     elif isinstance(group, str):
         if group == "":
             return "", 1
-        group = dist.distributed_c10d._resolve_process_group(group)
+        if torch.compiler.is_compiling() and group in communicators:
+            return group, communicators[group].world_size  # Dynamo cannot trace the look-up below
+        group = process_group(group)
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"torch_ep: expected group to be a ProcessGroup, a DeviceMesh, a group's name or None, "
@@ -100,7 +106,7 @@ def init(
     group_name, world_size = resolve(group)
     rank = 0
     if world_size > 1:
-        rank = dist.distributed_c10d._resolve_process_group(group_name).rank()
+        rank = process_group(group_name).rank()
         torch.ops.ep._init(
             group_name,
             max(1, int(timeout.total_seconds() * 1000)),

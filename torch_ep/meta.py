@@ -6,6 +6,7 @@ The messages are those of `csrc/checks.h` and its callers; `test/test_errors.py`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
@@ -121,19 +122,17 @@ def _check_plan_arguments(
     _check_group(op, group_name, world_size)
     _check_limit(op, group_name, "num_topk", topk_idx.shape[1])
     _check_limit(op, group_name, "num_experts", num_experts)
-    if max_tokens_per_rank is not None:
-        num_tokens = topk_idx.shape[0]
-        torch._check_value(
-            num_tokens <= max_tokens_per_rank,
-            lambda: f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {num_tokens}",
-        )
+    # A symbolic number is left to the kernel, which tells the other ranks; a guard would fail here alone and they wait.
+    num_tokens = topk_idx.shape[0]
+    if max_tokens_per_rank is not None and isinstance(num_tokens, int) and num_tokens > max_tokens_per_rank:
+        raise ValueError(f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {num_tokens}")
     return expert_major
 
 
 def _plan_result(topk_idx: Tensor, rows: Size, num_experts: int, world_size: int, expert_major: bool) -> tuple:
     num_tokens, num_topk = topk_idx.shape
     num_local_experts = num_experts // world_size
-    ints = {"dtype": torch.int32, "device": topk_idx.device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": topk_idx.device}
     recv_map = torch.empty(rows, **ints) if expert_major else topk_idx.new_empty(rows, num_topk)
     return (
         torch.empty(num_tokens, num_topk, **ints),

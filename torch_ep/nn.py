@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .comm import Group, resolve
+from .comm import Group, process_group, resolve
 from .ops import combine, dispatch, plan
-from .plan import Layout
+from .plan import Layout, _recv_map
 
 __all__ = ["MoE", "RouterStats", "full_state_dict", "gather_experts", "grouped_mm", "shard_experts"]
 
@@ -47,7 +47,7 @@ def gather_experts(t: Tensor, group: Group = None) -> Tensor:
     if world_size == 1:
         return t
     parts = [torch.empty_like(t, memory_format=torch.contiguous_format) for _ in range(world_size)]
-    dist.all_gather(parts, t.contiguous(), group=dist.distributed_c10d._resolve_process_group(group_name))
+    dist.all_gather(parts, t.contiguous(), group=process_group(group_name))
     return torch.cat(parts)
 
 
@@ -58,7 +58,7 @@ def shard_experts(t: Tensor, group: Group = None) -> Tensor:
         return t
     if t.shape[0] % world_size:
         raise ValueError(f"torch_ep.nn.shard_experts: expected a multiple of {world_size} experts, got {t.shape[0]}")
-    return t.chunk(world_size)[dist.distributed_c10d._resolve_process_group(group_name).rank()]
+    return t.chunk(world_size)[process_group(group_name).rank()]
 
 
 class MoE(nn.Module):
@@ -144,7 +144,7 @@ class MoE(nn.Module):
         nn.init.uniform_(self.router, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
         rank = 0
         if self.world_size > 1:
-            rank = dist.distributed_c10d._resolve_process_group(self.group_name).rank()
+            rank = process_group(self.group_name).rank()
         for name in self.EXPERT_PARAMETERS:
             weight = getattr(self, name)
             bound = 1 / math.sqrt(weight.shape[1])
@@ -171,14 +171,23 @@ class MoE(nn.Module):
             0, flat, torch.ones_like(flat)
         )
         shares = scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-        tokens = load.sum().clamp_min(1) / self.num_topk  # a tensor: no rank may fail for having no tokens
-        aux_loss = self.num_experts * ((load / self.num_topk / tokens) * (shares.sum(0) / tokens)).sum()
+        tokens = load.sum().clamp_min(1).to(wide) / self.num_topk  # a tensor: no rank may fail for having no tokens
+        aux_loss = self.num_experts * ((load.to(wide) / self.num_topk / tokens) * (shares.sum(0) / tokens)).sum()
         return topk_idx, weights, aux_loss, load
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Applies each local expert to its group of rows."""
         inner = F.silu(grouped_mm(rows, self.gate, offsets)) * grouped_mm(rows, self.up, offsets)
         return grouped_mm(inner, self.down, offsets)
+
+    def _local_capacity(self) -> int | None:
+        """rank_major with a capacity: rows for every expert here that the received rows could name, so none drops."""
+        if self.capacity is None:
+            return None
+        rows = self.capacity * min(self.num_topk, self.num_local_experts) + self.num_local_experts * (
+            self.alignment - 1
+        )
+        return -(-rows // self.alignment) * self.alignment
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
         tokens = x.reshape(-1, self.hidden)
@@ -195,7 +204,9 @@ class MoE(nn.Module):
         rows, row_weights = dispatch(tokens, p, topk_weights=weights)
         if by_rank:
             # A row for each rank that a token visits; its experts here are one more dispatch, among this rank alone.
-            local = plan(p.recv_topk_idx, self.num_local_experts, "", alignment=self.alignment)
+            local = plan(
+                _recv_map(p), self.num_local_experts, "", capacity=self._local_capacity(), alignment=self.alignment
+            )
             expanded, expanded_weights = dispatch(rows, local, topk_weights=row_weights)
             done = combine(self.experts(expanded, local.offsets), local, row_weights=expanded_weights)
             y = combine(done, p)
@@ -217,7 +228,7 @@ class MoE(nn.Module):
         load = tokens_per_expert.to(torch.float32)
         if self.world_size > 1:
             load = load.clone()
-            dist.all_reduce(load, group=dist.distributed_c10d._resolve_process_group(self.group_name))
+            dist.all_reduce(load, group=process_group(self.group_name))
         self.selection_bias += rate * torch.sign(load.mean() - load)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -153,8 +153,8 @@ def combine(
         [num_tokens, num_topk], 0 where `topk_idx` is -1.
 
     Raises:
-        ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`; ValueError too if both `row_weights`
-        and `topk_weights` are given.
+        ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`; ValueError too if both
+        `row_weights` and `topk_weights` are given.
     """
     if row_weights is not None:
         if topk_weights is not None:
@@ -177,9 +177,9 @@ def _is_floating(t: Tensor | None) -> bool:
 
 
 def _save_after(ctx: Any, after: Tensor | None) -> None:
-    wanted = after is not None and after.requires_grad
-    ctx.after_shape = after.shape if wanted else None
-    ctx.after_dtype = after.dtype if wanted else None
+    ctx.after_shape = ctx.after_dtype = None
+    if after is not None and after.requires_grad:
+        ctx.after_shape, ctx.after_dtype = after.shape, after.dtype
 
 
 def _grad_after(ctx: Any, exchanged: Tensor) -> Tensor | None:
@@ -199,14 +199,15 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, grad_scales: Tensor | None) -> tuple:
-    recv_map = ctx.saved_tensors[-1]
+    plan_tensors = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
+    recv_map = plan_tensors[-1]
     if not ctx.x_floating:  # fp8 rows have no gradient, but their weights and scales may: rows of width zero
         grad_x = recv_map.new_empty((recv_map.shape[0], 0), dtype=torch.float32)
     x, weights, scales = torch.ops.ep.combine(
         _contiguous(grad_x),
         _contiguous(grad_weights),
         _contiguous(grad_scales) if ctx.scales_floating else None,
-        *ctx.saved_tensors,
+        *plan_tensors,
         ctx.layout,
         ctx.group_name,
     )

@@ -18,7 +18,7 @@ __all__ = ["EXCHANGES", "checkpoint_contexts", "save_exchanges"]
 try:
     from torch._inductor.custom_graph_pass import CustomGraphPass as _Pass
 except ImportError:  # a torch built without Inductor
-    _Pass = object
+    _Pass = object  # type: ignore[assignment, misc]
 
 #: The operators that communicate: what a selective checkpointing policy should save.
 EXCHANGES = (

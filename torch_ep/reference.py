@@ -7,6 +7,7 @@ bit by bit; so do their sums, since the order and the width of the accumulation 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def plan(
     world_size = len(topk_idx)
     num_local = num_experts // world_size
     num_topk = topk_idx[0].shape[1]
-    ints = {"dtype": torch.int32}
+    ints: dict[str, Any] = {"dtype": torch.int32}
     # wire[s][d]: the tokens of rank s that visit rank d, in order.
     wire = [
         [
@@ -180,11 +181,11 @@ def combine(
     for rank, plan_ in enumerate(plans):
         sums = torch.zeros(plan_.send_slot.shape[0], hidden, dtype=dtype)
         for t, slots in enumerate(plan_.send_slot.tolist()):
-            acc = None
+            total: Tensor | None = None
             for row in dict.fromkeys(row for row in slots if row >= 0):
                 term = wire[rank][row].to(wide)
-                acc = term if acc is None else acc + term
-            if acc is not None:
-                sums[t] = acc.to(dtype)
+                total = term if total is None else total + term
+            if total is not None:
+                sums[t] = total.to(dtype)
         results.append((sums, None if home_weights is None else home_weights[rank]))
     return results

@@ -163,9 +163,8 @@ Payloads combine_payloads(
   const auto wire_y = wire_of(local, plan, y, row_weights, wire_rows);
   std::optional<at::Tensor> wire_weights, wire_scales;
   if (topk_weights) {
-    wire_weights = plan.expert_major
-        ? local.fold_slots(*topk_weights, plan.recv_map, wire_rows, plan.send_slot.size(1))
-        : fit_rows(*topk_weights, wire_rows);
+    wire_weights = plan.expert_major ? local.fold_slots(*topk_weights, plan.recv_map, wire_rows, plan.send_slot.size(1))
+                                     : fit_rows(*topk_weights, wire_rows);
   }
   if (scales) {
     wire_scales = wire_of(local, plan, *scales, std::nullopt, wire_rows);

@@ -11,8 +11,7 @@
 namespace ep {
 
 // send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped
-using PlanResult =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using PlanResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // rows, topk_weights, scales
 using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>;
 

@@ -31,7 +31,8 @@ void check_arguments(
       kOp,
       ": expected topk_idx of dtype Int or Long, got ",
       topk_idx.scalar_type());
-  TORCH_CHECK_VALUE(topk_idx.size(1) > 0, kOp, ": expected at least one expert a token, got topk_idx of shape ", topk_idx.sizes());
+  TORCH_CHECK_VALUE(
+      topk_idx.size(1) > 0, kOp, ": expected at least one expert a token, got topk_idx of shape ", topk_idx.sizes());
   TORCH_CHECK_VALUE(world_size > 0, kOp, ": expected a positive world_size, got ", world_size);
   TORCH_CHECK_VALUE(
       num_experts > 0 && num_experts % world_size == 0,
@@ -113,9 +114,7 @@ PlanResult make_plan(
     recv_rows = {wire_topk.size(0)};
   }
   auto placement = local.place(
-      wire_topk,
-      recv_rows,
-      {expert_major, num_experts / world_size, alignment, capacity, topk_idx.scalar_type()});
+      wire_topk, recv_rows, {expert_major, num_experts / world_size, alignment, capacity, topk_idx.scalar_type()});
   const auto recv_counts = at::tensor(recv_rows, at::kInt).to(topk_idx.device());
   return {
       routed.send_slot,
@@ -138,8 +137,7 @@ PlanResult plan(
     c10::string_view group_name,
     std::optional<int64_t> max_tokens_per_rank,
     const std::optional<at::Tensor>& /*after*/) {
-  return make_plan(
-      topk_idx, num_experts, layout, alignment, std::nullopt, world_size, group_name, max_tokens_per_rank);
+  return make_plan(topk_idx, num_experts, layout, alignment, std::nullopt, world_size, group_name, max_tokens_per_rank);
 }
 
 PlanResult plan_capacity(

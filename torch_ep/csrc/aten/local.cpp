@@ -56,10 +56,7 @@ at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like)
   return at::tensor(values, at::kLong).to(like.device());
 }
 
-Placement place(
-    const at::Tensor& wire_topk,
-    const std::vector<int64_t>& recv_rows,
-    const PlacementOptions& options) {
+Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t num_experts = options.num_local_experts;
   const auto ints = wire_topk.options();
@@ -150,10 +147,7 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
 }
 
 // out[i] = sum over columns k of rows[index[i, k]] (times weights), -1 skipped.
-at::Tensor sum_selected(
-    const at::Tensor& rows,
-    const std::optional<at::Tensor>& weights,
-    const at::Tensor& index) {
+at::Tensor sum_selected(const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& index) {
   const auto acc_type = accumulator_of(rows);
   // -0 is what changes nothing in a sum, not even the sign of another zero; a row that sums nothing is +0.
   auto acc = at::full({index.size(0), rows.size(1)}, -0.0, rows.options().dtype(acc_type));
@@ -198,8 +192,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 }  // namespace
 
 const LocalKernels aten_kernels{
-    route,        place,     pack_rows,  pack_slots, expand_rows,
-    expand_slots, fold_rows, fold_slots, sum_rows,   gather_slots,
+    route,
+    place,
+    pack_rows,
+    pack_slots,
+    expand_rows,
+    expand_slots,
+    fold_rows,
+    fold_slots,
+    sum_rows,
+    gather_slots,
 };
 
 }  // namespace ep

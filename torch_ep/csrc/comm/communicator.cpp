@@ -245,7 +245,8 @@ std::vector<int64_t> Exchange::confirm() {
     for (int to = 0; to < world_size; ++to) {
       if (expects(to, from) != kUnknown && expects(to, from) != sends(from, to)) {
         message << "expected the same plan on every rank, got one by which " << expects(to, from)
-                << " rows go from rank " << from << " to rank " << to << ", where rank " << from << " sends " << sends(from, to);
+                << " rows go from rank " << from << " to rank " << to << ", where rank " << from << " sends "
+                << sends(from, to);
         fail();
       }
     }

@@ -51,10 +51,10 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
 
 // Note [One exchange]
 // An exchange starts with a header that every rank sends to every other: op kind, sequence number, the numbers on which
-// they must agree, the rows that it sends to and expects from each rank, and whether it failed before it could send any.
-// Only when all headers agree does a byte of data move. All ranks see the same headers, so all come to the same verdict:
-// a rank that runs another op, passes other sizes or has a bad argument becomes an error on every rank in the same
-// exchange, and the group stays usable, since all of them took part in the same all-to-all.
+// they must agree, the rows that it sends to and expects from each rank, and whether it failed before it could send
+// any. Only when all headers agree does a byte of data move. All ranks see the same headers, so all come to the same
+// verdict: a rank that runs another op, passes other sizes or has a bad argument becomes an error on every rank in the
+// same exchange, and the group stays usable, since all of them took part in the same all-to-all.
 class Exchange {
  public:
   static constexpr size_t kMaxAgreed = 6;

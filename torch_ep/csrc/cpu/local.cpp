@@ -148,10 +148,8 @@ Route route_impl(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_
   return route;
 }
 
-Placement place_rank_major(
-    const at::Tensor& wire_topk,
-    const std::vector<int64_t>& recv_rows,
-    const PlacementOptions& options) {
+Placement
+place_rank_major(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t rows = options.capacity.value_or(wire_rows);
   const int64_t kept = std::min(rows, wire_rows);
@@ -321,10 +319,7 @@ Route route(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size)
                                             : route_impl<int64_t>(topk_idx, num_experts, world_size);
 }
 
-Placement place(
-    const at::Tensor& wire_topk,
-    const std::vector<int64_t>& recv_rows,
-    const PlacementOptions& options) {
+Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
   return options.expert_major ? place_expert_major(wire_topk, options)
                               : place_rank_major(wire_topk, recv_rows, options);
 }
@@ -495,8 +490,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 }  // namespace
 
 const LocalKernels cpu_kernels{
-    route,        place,     pack_rows,  pack_slots, expand_rows,
-    expand_slots, fold_rows, fold_slots, sum_rows,   gather_slots,
+    route,
+    place,
+    pack_rows,
+    pack_slots,
+    expand_rows,
+    expand_slots,
+    fold_rows,
+    fold_slots,
+    sum_rows,
+    gather_slots,
 };
 
 }  // namespace ep

@@ -1,0 +1,33 @@
+# Each target sets up what it needs first: see tools/setup_env.py. PYTHON: the Python to set up with, or to use if it
+# has torch. ARGS: passed on to what the target runs.
+PYTHON ?= python3
+ARGS ?=
+SETUP := "$(PYTHON)" tools/setup_env.py
+SOURCES = $(shell find torch_ep/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: help demo test lint bench
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo 'ARGS="..." goes to the command, as in: make demo ARGS="--steps 100 --ranks 4" or make demo ARGS=--help'
+
+demo: ## train a small MoE language model on the Python standard library; results in runs/moe
+	@python=$$($(SETUP) demo) && exec "$$python" examples/train_moe.py $(ARGS)
+
+test: ## run the tests
+	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(ARGS)
+
+lint: ## check style and types: ruff, clang-format, mypy
+	@python=$$($(SETUP) --no-extension lint) || exit; \
+	status=0; \
+	"$$python" -m ruff check . || status=1; \
+	"$$python" -m ruff format --check . || status=1; \
+	"$$("$$python" -c 'import clang_format; print(clang_format.get_executable("clang-format"))')" \
+		--dry-run -Werror $(SOURCES) || status=1; \
+	"$$python" -m mypy torch_ep || status=1; \
+	exit $$status
+
+bench: ## measure dispatch and combine against hand-written exchanges
+	@python=$$($(SETUP) demo) && exec "$$python" benchmarks/bench.py $(ARGS)

@@ -1,0 +1,301 @@
+"""torch.compile: one graph, no breaks, equal to eager, for every number of tokens and whatever the other ranks have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed as dist
+from compiling import artifacts, inductor_cache
+from harness import random_topk, seeded, world
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+import torch_ep
+
+HIDDEN, EXPERTS, TOPK = 16, 4, 2
+# In the order in which specialisation on 0 and 1 costs most graphs.
+TOKENS = (2, 0, 1, 17, 4096)
+
+MODES = {
+    "expert_major-exact": {"layout": "expert_major", "alignment": 4},
+    "expert_major-capacity": {"layout": "expert_major", "alignment": 4, "capacity": 24},
+    "rank_major-exact": {"layout": "rank_major", "alignment": 4},
+    "rank_major-capacity": {"layout": "rank_major", "alignment": 4, "capacity": 7},
+}
+each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def make_layer(**mode: Any) -> torch_ep.nn.MoE:
+    torch.manual_seed(0)
+    return torch_ep.nn.MoE(HIDDEN, 8, EXPERTS, TOPK, **mode)
+
+
+def tokens(count: int, *seeds: int) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=seeded(count, *seeds)).requires_grad_()
+
+
+def run_layer(layer: Any, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Everything that one step of `layer` (`module`, compiled or not) gives: results and gradients."""
+    module.zero_grad()
+    x.grad = None
+    y, stats = layer(x)
+    (y.square().sum() + stats.aux_loss).backward()
+    grads = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    results = {"y": y.detach(), **{k: v.detach() for k, v in stats._asdict().items()}}
+    return {**results, "x.grad": x.grad, **grads}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        torch.testing.assert_close(got[name], expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def graph_breaks() -> int:
+    return sum(counters["graph_break"].values())
+
+
+@each_mode
+def test_aot_eager_fullgraph_equals_eager(mode: dict[str, Any]) -> None:
+    layer = make_layer(**mode)
+    x = tokens(9)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_same(run_layer(compiled, layer, x), run_layer(layer, layer, x))
+
+
+@each_mode
+def test_one_graph_for_every_number_of_tokens(mode: dict[str, Any]) -> None:
+    layer = make_layer(**mode)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for count in TOKENS:
+        x = tokens(count)
+        torch_ep.mark_tokens(x)
+        assert_same(run_layer(compiled, layer, x), run_layer(layer, layer, tokens(count)))
+    assert backend.frame_count == 1
+
+
+def test_a_graph_for_each_special_size_without_marks() -> None:
+    """What the documentation of `mark_tokens` says about plain use: 2, 0, 1, and one for the rest."""
+    layer = make_layer()
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for count in TOKENS + TOKENS:
+        compiled(tokens(count))
+    assert backend.frame_count == 4
+
+
+# The two that share least: sizes that depend on data, and static ones behind an unknown number of tokens.
+@pytest.mark.parametrize("name", ["expert_major-exact", "rank_major-capacity"])
+def test_inductor_fullgraph_equals_eager_for_every_number_of_tokens(name: str) -> None:
+    layer = make_layer(**MODES[name])
+    backend = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    with inductor_cache(artifacts()):
+        for count in TOKENS:
+            x = tokens(count)
+            torch_ep.mark_tokens(x)
+            assert_same(run_layer(compiled, layer, x), run_layer(layer, layer, tokens(count)))
+    assert backend.frame_count == 1
+
+
+def test_inductor_fullgraph_equals_eager_with_a_fixed_number_of_tokens() -> None:
+    layer = make_layer(**MODES["rank_major-exact"])
+    x = tokens(9)
+    with inductor_cache(artifacts()):
+        got = run_layer(torch.compile(layer, fullgraph=True), layer, x)
+    assert_same(got, run_layer(layer, layer, x))
+
+
+def test_no_graph_break_without_fullgraph_where_data_dependent_sizes_are_captured() -> None:
+    layer = make_layer()
+    backend = CompileCounterWithBackend("aot_eager")
+    x = tokens(9)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        got = run_layer(torch.compile(layer, backend=backend), layer, x)
+    assert (graph_breaks(), backend.frame_count) == (0, 1)
+    assert_same(got, run_layer(layer, layer, x))
+
+
+def test_no_graph_break_without_fullgraph_with_a_capacity() -> None:
+    layer = make_layer(capacity=24)
+    backend = CompileCounterWithBackend("aot_eager")
+    run_layer(torch.compile(layer, backend=backend), layer, tokens(9))
+    assert (graph_breaks(), backend.frame_count) == (0, 1)
+
+
+def test_only_the_exact_plan_breaks_the_graph_without_fullgraph() -> None:
+    layer = make_layer()
+    x = tokens(9)
+    got = run_layer(torch.compile(layer, backend="aot_eager"), layer, x)
+    (reason,) = counters["graph_break"]
+    assert "ep.plan.default" in reason
+    assert_same(got, run_layer(layer, layer, x))
+
+
+class Bare(nn.Module):
+    """The operators alone, with every input from outside: their numbers of tokens must be found equal."""
+
+    def __init__(self, layout: str, capacity: int | None) -> None:
+        super().__init__()
+        self.layout, self.capacity = layout, capacity
+
+    def forward(self, x: Tensor, topk_idx: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        plan = torch_ep.plan(topk_idx, EXPERTS, layout=self.layout, capacity=self.capacity)
+        rows, row_weights = torch_ep.dispatch(x, plan, topk_weights=weights)
+        return torch_ep.combine(rows.sin(), plan, topk_weights=row_weights)
+
+
+@pytest.mark.parametrize("capacity", [None, 16], ids=["exact", "capacity"])
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
+def test_operators_take_marked_inputs(layout: str, capacity: int | None) -> None:
+    module = Bare(layout, capacity)
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for count in TOKENS:
+        x, weights = tokens(count), torch.rand(count, TOPK, generator=seeded(count, 1)).requires_grad_()
+        topk_idx = random_topk(count, TOPK, EXPERTS, seeded(count))
+        torch_ep.mark_tokens(x, topk_idx, weights)
+        results = []
+        for fn in (compiled, module):
+            outputs = fn(x, topk_idx, weights)
+            grads = torch.autograd.grad([y.square().sum() for y in outputs], (x, weights))
+            results.append((*outputs, *grads))
+        torch.testing.assert_close(*results)
+    assert backend.frame_count == 1
+
+
+def test_inputs_marked_by_different_names_have_numbers_of_their_own() -> None:
+    module = Bare("expert_major", None)
+
+    def both(*args: Tensor) -> list[Tensor]:
+        return [y for part in (args[:3], args[3:]) for y in module(*part)]
+
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, fullgraph=True, backend=backend)
+    for counts in [(5, 2), (0, 3), (1, 0)]:
+        args: list[Tensor] = []
+        for name, count in zip("ab", counts, strict=True):
+            part = tokens(count), random_topk(count, TOPK, EXPERTS, seeded(count)), torch.rand(count, TOPK)
+            torch_ep.mark_tokens(*part, name=name)
+            args += part
+        torch.testing.assert_close(compiled(*args), both(*args))
+    assert backend.frame_count == 1
+
+
+# Two ranks.
+
+
+def _step_on_ranks(
+    rank: int,
+    world_size: int,
+    backend: str,
+    mode: dict[str, Any],
+    counts: Sequence[Sequence[int]],
+    marked: bool,
+    cache: str,
+) -> int:
+    """Steps with different numbers of tokens here and there; each equal to eager. Returns the graphs made."""
+    torch._dynamo.reset()
+    layer = make_layer(**mode)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    with inductor_cache(cache):
+        for step, step_counts in enumerate(counts):
+            count = step_counts[rank]
+            x = tokens(count, rank, step)
+            if marked:
+                torch_ep.mark_tokens(x)
+            got = run_layer(compiled, layer, x)
+            assert_same(got, run_layer(layer, layer, tokens(count, rank, step)))
+    torch._dynamo.reset()
+    return counter.frame_count
+
+
+@each_mode
+def test_two_ranks_that_compile_different_numbers_of_graphs(mode: dict[str, Any]) -> None:
+    counts = [(5, 3), (6, 3), (0, 3), (1, 0), (7, 1)]
+    graphs = world(2).run(_step_on_ranks, "aot_eager", mode, counts, marked=False, cache=artifacts())
+    assert graphs == [4, 3]  # 5, any, 0, 1 here; 3, 0, 1 there
+
+
+def test_two_ranks_need_one_graph_each_where_tokens_are_marked() -> None:
+    counts = [(2, 3), (0, 1), (1, 0), (17, 0), (0, 0), (300, 40)]
+    graphs = world(2).run(
+        _step_on_ranks, "inductor", MODES["expert_major-exact"], counts, marked=True, cache=artifacts()
+    )
+    assert graphs == [1, 1]
+
+
+def _too_many_tokens(rank: int, world_size: int, marked: bool) -> tuple[list[str], bool]:
+    """Rank 0 exceeds its limit in a compiled graph. What every rank gets, and whether the next step is right."""
+    torch._dynamo.reset()
+    group = dist.new_group(list(range(world_size)))
+    torch_ep.init(group, max_tokens_per_rank=4)
+
+    def fn(x: Tensor, topk_idx: Tensor) -> Tensor:
+        plan = torch_ep.plan(topk_idx, EXPERTS, group)
+        return torch_ep.combine(torch_ep.dispatch(x, plan), plan)
+
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    raised, right = [], False
+    for counts in [(3, 3), (2, 2), (5, 3), (4, 3)]:
+        count = counts[rank]
+        x, topk_idx = tokens(count).detach(), random_topk(count, TOPK, EXPERTS, seeded(count), holes=0)
+        if marked:
+            torch_ep.mark_tokens(x, topk_idx)
+        try:
+            right = torch.allclose(compiled(x, topk_idx), TOPK * x)
+        except (ValueError, dist.DistError) as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    torch_ep.destroy(group)
+    dist.destroy_process_group(group)
+    torch._dynamo.reset()
+    return raised, right
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["marked", "plain"])
+def test_a_dynamic_graph_leaves_a_limit_to_the_kernel_which_tells_the_other_ranks(marked: bool) -> None:
+    ((first,), _), ((second,), _) = results = world(2).run(_too_many_tokens, marked)
+    assert first.startswith("ValueError: ep::plan: expected at most max_tokens_per_rank = 4 tokens, got 5")
+    assert second.startswith("DistError") and "rank 0" in second and "max_tokens_per_rank" in second, second
+    assert [right for _, right in results] == [True, True]
+
+
+def _one_rank_then_two(rank: int, world_size: int) -> list[bool]:
+    """The same code for a group of one, then for the default group: are both right?"""
+    torch._dynamo.reset()
+
+    def fn(x: Tensor, topk_idx: Tensor, group: str | None) -> Tensor:
+        plan = torch_ep.plan(topk_idx, EXPERTS, group, layout="rank_major", capacity=12)
+        return torch_ep.combine(torch_ep.dispatch(x, plan).relu(), plan)
+
+    x, topk_idx = tokens(6, rank), random_topk(6, TOPK, EXPERTS, seeded(rank))
+    right = []
+    with fresh_cache():
+        for group in ("", None):
+            y = torch.compile(fn, fullgraph=True)(x, topk_idx, group)
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+            want = fn(x, topk_idx, group)
+            (want_grad,) = torch.autograd.grad(want.square().sum(), x)
+            right.append(torch.allclose(y, want) and torch.allclose(grad, want_grad))
+            torch._dynamo.reset()  # the guards are gone, the artifacts on disk are not
+    return right
+
+
+def test_artifacts_of_a_smaller_world_are_not_taken_for_a_larger_one() -> None:
+    assert world(2).run(_one_rank_then_two) == [[True, True]] * 2

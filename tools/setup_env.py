@@ -1,0 +1,194 @@
+"""Makes the working tree ready to run and prints the Python to run it with.
+
+    python3 tools/setup_env.py [--no-extension] [extra ...]        extras: those of pyproject.toml
+
+Uses the Python that runs this script if it has torch, and a virtual environment in .venv otherwise. Installs what is
+missing and builds the extension in place if its sources, the Python or torch changed; with nothing to do it takes a
+moment. The path alone goes to stdout, news to stderr. Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+OLDEST_PYTHON = (3, 10)
+OLDEST_TORCH = "2.11"
+# Where torch has to be installed: a build without CUDA if pip can find one and there is no GPU, for it is far smaller.
+TORCH = "2.13.0"
+BUILD_TOOLS = ["setuptools>=77", "wheel", "ninja"]
+
+# Runs in the chosen Python, which may be another version than this one.
+PROBE = """
+import importlib.metadata, importlib.util, json, sys, sysconfig
+versions = {}
+for name in sys.argv[1:]:
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        versions[name] = None
+if importlib.util.find_spec("torch") is None:
+    versions["torch"] = None
+print(json.dumps([versions, sysconfig.get_config_var("EXT_SUFFIX"), sysconfig.get_path("purelib")]))
+"""
+
+
+def say(message: str) -> None:
+    print(f"set-up: {message}", file=sys.stderr, flush=True)
+
+
+def fail(message: str) -> None:
+    sys.exit(f"set-up failed: {message}")
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", version.split("+")[0]))
+
+
+def satisfied(requirement: str, version: str | None) -> bool:
+    """Knows the forms that pyproject.toml uses: a name alone, name>=version, name==version."""
+    if version is None:
+        return False
+    _, operator, wanted = re.fullmatch(r"([\w.-]+)(>=|==)?(.*)", requirement).groups()
+    if operator == ">=":
+        return numbers(version) >= numbers(wanted)
+    return operator is None or version == wanted
+
+
+def extra_requirements(extra: str) -> list[str]:
+    """Read without tomllib, which Python 3.10 does not have."""
+    found = re.search(rf"^{re.escape(extra)} = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    if found is None:
+        fail(f"pyproject.toml has no extra named {extra!r}")
+    return ast.literal_eval(found[1])
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=]", requirement)[0]
+
+
+def probe(python: str, requirements: list[str]) -> tuple[dict[str, str | None], str, str]:
+    names = ["torch", *map(name_of, requirements)]
+    # Outside the tree: its folders must not be taken for installed packages.
+    answer = subprocess.run([python, "-c", PROBE, *names], capture_output=True, text=True, cwd=os.sep)
+    if answer.returncode:
+        fail(f"{python} does not run:\n{answer.stderr.strip()}")
+    versions, suffix, purelib = json.loads(answer.stdout)
+    return versions, suffix, purelib
+
+
+def pip_install(python: str, requirements: list[str]) -> str | None:
+    """None, or why it failed."""
+    environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    command = [python, "-m", "pip", "install", "--quiet", "--no-input", *requirements]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    return None if done.returncode == 0 else (done.stderr.strip() or f"pip exited with {done.returncode}")
+
+
+def choose_python() -> str:
+    versions, _, _ = probe(sys.executable, [])
+    version = versions["torch"]
+    if version is not None and satisfied(f"torch>={OLDEST_TORCH}", version):
+        return sys.executable
+    if version is not None:
+        say(f"{sys.executable} has torch {version}, this needs {OLDEST_TORCH}: using .venv instead")
+    python = VENV / "bin" / "python"
+    if not python.exists():
+        say("making a virtual environment in .venv")
+        done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+        if done.returncode:
+            shutil.rmtree(VENV, ignore_errors=True)
+            fail(
+                "python3 -m venv could not make .venv (some systems have it in a package of its own, such as "
+                f"python3-venv):\n{(done.stdout + done.stderr).strip()}"
+            )
+    return str(python)
+
+
+def install_torch(python: str) -> None:
+    say(f"installing torch {TORCH} (minutes, if it has to be downloaded)")
+    wanted = [f"torch=={TORCH}"]
+    if sys.platform == "linux" and shutil.which("nvidia-smi") is None:
+        wanted.insert(0, f"torch=={TORCH}+cpu")
+    for requirement in wanted:
+        reason = pip_install(python, [requirement])
+        if reason is None:
+            return
+    fail(f"pip could not install torch {TORCH}; install torch >= {OLDEST_TORCH} yourself and try again:\n{reason}")
+
+
+def install_missing(python: str, requirements: list[str], versions: dict[str, str | None]) -> None:
+    missing = [r for r in requirements if not satisfied(r, versions[name_of(r)])]
+    if missing:
+        say(f"installing {', '.join(missing)}")
+        reason = pip_install(python, missing)
+        if reason is not None:
+            fail(f"pip could not install {' '.join(missing)} for {python}:\n{reason}")
+
+
+def build_extension(python: str, torch_version: str, suffix: str) -> None:
+    sources = [ROOT / "setup.py", *sorted(p for p in (ROOT / "torch_ep" / "csrc").rglob("*") if p.is_file())]
+    digest = hashlib.sha256(f"{python} {torch_version} {suffix}".encode())
+    for path in sources:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    stamp = ROOT / "build" / "extension.stamp"
+    library = ROOT / "torch_ep" / f"_C{suffix}"
+    if library.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
+        return
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    if shutil.which(compiler) is None:
+        fail(f"no C++ compiler: {compiler} is not on PATH (set CXX, or install g++)")
+    say("building the extension (about a minute the first time)")
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    log = ROOT / "build" / "extension.log"
+    with open(log, "w") as out:
+        command = [python, "setup.py", "build_ext", "--inplace"]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    if done.returncode:
+        output = log.read_text(errors="replace")
+        errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-20:]
+        hint = "\nPython's headers are missing (some systems: python3-dev)" if "Python.h" in output else ""
+        fail("the extension does not build; all of the output is in build/extension.log:\n" + "\n".join(errors) + hint)
+    imported = subprocess.run([python, "-c", "import torch_ep"], capture_output=True, text=True, cwd=ROOT)
+    if imported.returncode:
+        fail(f"the extension was built but does not load:\n{imported.stderr.strip()}")
+    stamp.write_text(digest.hexdigest())
+
+
+def main() -> None:
+    if sys.version_info < OLDEST_PYTHON:
+        fail(f"needs Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, this is {sys.version.split()[0]}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("extras", nargs="*")
+    parser.add_argument("--no-extension", action="store_true")
+    args = parser.parse_args()
+
+    requirements = sorted({r for extra in args.extras for r in extra_requirements(extra)} | {*BUILD_TOOLS})
+    python = choose_python()
+    versions, suffix, purelib = probe(python, requirements)
+    if versions["torch"] is None:
+        install_torch(python)
+        versions, suffix, purelib = probe(python, requirements)
+    install_missing(python, requirements, versions)
+    if VENV in Path(python).parents:
+        link = Path(purelib) / "torch_ep_in_place.pth"
+        if not link.exists():
+            link.write_text(f"{ROOT}\n")  # .venv/bin/python and torchrun find torch_ep from any folder
+    if not args.no_extension:
+        build_extension(python, str(versions["torch"]), suffix)
+    print(python)
+
+
+if __name__ == "__main__":
+    main()
