@@ -143,7 +143,7 @@ def measure_peaks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
     platform.prepare_peak()
     peaks: Peaks = {}
     cases = [(tokens, op) for tokens in args.tokens for op in OPS]
-    for tokens, op in tqdm(cases, desc=f"{ranks} ranks, memory", disable=rank != 0):
+    for tokens, op in tqdm(cases, desc=f"{ranks} ranks, memory", disable=True if rank else None):
         for name, side in sides_of(rank, tokens, args).items():
             call = op.prepare(side)
             found = []
@@ -164,7 +164,7 @@ def measure_times(
     if rank == 0:
         print(HEAD, flush=True)
     total = len(args.tokens) * len(OPS) * args.iterations
-    with tqdm(total=total, desc=f"{ranks} ranks, times", unit="it", disable=rank != 0) as bar:
+    with tqdm(total=total, desc=f"{ranks} ranks, times", unit="it", disable=True if rank else None) as bar:
         for tokens in args.tokens:
             sides = sides_of(rank, tokens, args)
             check_equal(*sides.values())
