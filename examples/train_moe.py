@@ -694,11 +694,11 @@ def parser() -> argparse.ArgumentParser:
 
     training = p.add_argument_group("training")
     training.add_argument(
-        "--steps", type=int, default=600, help="optimizer steps in all, a resumed run's past included"
+        "--steps", type=int, default=400, help="optimizer steps in all, a resumed run's past included"
     )
     training.add_argument("--batch", type=int, default=16, help="windows in a step, over all ranks")
     training.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    training.add_argument("--validations", type=int, default=10, help="how often to validate and write a checkpoint")
+    training.add_argument("--validations", type=int, default=8, help="how often to validate and write a checkpoint")
     training.add_argument("--validation-batches", type=int, default=16, help="batches in one validation")
 
     model = p.add_argument_group("model")
