@@ -248,6 +248,11 @@ def test_a_sample_is_printed_and_kept(finished: Path) -> None:
     assert samples[0] in (finished / "stdout").read_text()
 
 
+def restore_sigint() -> None:
+    """What runs the tests may ignore interrupts, as shells make their background jobs do; a child would inherit it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "train_moe.py"), *TINY, "--out", str(tmp_path)]
     run = subprocess.Popen(
@@ -257,6 +262,7 @@ def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
         text=True,
         env=environment(),
         start_new_session=True,
+        preexec_fn=restore_sigint,
     )
     try:
         for line in run.stdout:

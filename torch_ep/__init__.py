@@ -1,6 +1,7 @@
 """Mixture-of-Experts dispatch and combine as PyTorch operators."""
 
-import torch  # noqa: F401 - the extension links against it
+import torch
+import torch.compiler.config
 
 # Importing them is what registers the operators.
 from . import _C, meta, nn, ops, reference  # type: ignore[attr-defined] # noqa: F401
@@ -11,6 +12,10 @@ from .plan import Layout, Plan
 from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
 
 __version__ = "0.1.0"
+
+# Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas: without this, an
+# artifact of another version could be taken for one of this.
+torch.compiler.config.cache_key_tag = f"{torch.compiler.config.cache_key_tag} torch_ep-{__version__}".strip()
 
 __all__ = [
     "EXCHANGES",

@@ -85,9 +85,8 @@ void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
 void init_communicator(const std::string& group_name, int64_t timeout_ms, at::IntArrayRef limits) {
   static std::map<std::string, int64_t> generations;
   auto group = c10d::resolve_process_group(group_name);
-  auto comm = std::make_shared<Communicator>();
-  comm->group_name = group_name;
-  comm->identity = group.get();
+  auto comm =
+      std::make_shared<Communicator>(Communicator{group_name, c10::weak_intrusive_ptr<c10d::ProcessGroup>(group)});
   comm->rank = group->getRank();
   comm->world_size = group->getSize();
   comm->timeout = milliseconds(timeout_ms);
@@ -138,7 +137,7 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
       group_name,
       "': call torch_ep.init(group) on every rank first");
   TORCH_CHECK(
-      c10d::resolve_process_group(group_name).get() == comm->identity,
+      c10d::resolve_process_group(group_name) == comm->group.lock(),
       name_of(op),
       ": group '",
       group_name,

@@ -29,7 +29,8 @@ struct Agreed {
 // One rank's end of a group, made by `torch_ep.init` and found again through the group's name.
 struct Communicator {
   std::string group_name;
-  c10d::ProcessGroup* identity;  // compared, never followed: tells a re-created group from the one of `init`
+  // Tells a re-created group from the one of `init`. Weak: the group may go, but its address is not used again.
+  c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
   int rank;
   int world_size;
   int64_t generation;  // how often this process called `init` on this name: keeps old store keys apart
