@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 
 try:
-    import torch  # noqa: F401
+    import torch
 except ModuleNotFoundError:
     # In pip's isolated build environment: the extension has to be built with the torch that it will run with, which is
     # that of the environment it is installed into, not one that pip would fetch for the build.
