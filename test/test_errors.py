@@ -56,10 +56,15 @@ def move_arguments(layout: str) -> dict[str, Any]:
 
 
 def dispatch(
-    message: str, *, error: type[Exception] = ValueError, plan_layout: str = "expert_major", **changes: Any
+    message: str,
+    *,
+    error: type[Exception] = ValueError,
+    fake: bool = True,
+    plan_layout: str = "expert_major",
+    **changes: Any,
 ) -> Case:
     given = {"x": torch.ones(3, 4), "topk_weights": None, "scales": None, **move_arguments(plan_layout), **changes}
-    return Case(ops.dispatch.default, given, error, f"ep::dispatch: {message}")
+    return Case(ops.dispatch.default, given, error, f"ep::dispatch: {message}", fake)
 
 
 def combine(
@@ -173,6 +178,21 @@ CASES = {
         "expected recv_topk_idx of shape [-1, 2] (-1: any size), got [3, 1]",
         plan_layout="rank_major",
         recv_map=torch.zeros(3, 1, dtype=torch.int64),
+    ),
+    "dispatch-send_slot-values": dispatch(
+        "expected send_slot of this plan in [-1, 3), got 3",
+        fake=False,
+        send_slot=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
+    ),
+    "dispatch-recv_slot-values": dispatch(
+        "expected recv_slot of this plan in [-1, 6), got -2",
+        fake=False,
+        recv_map=torch.tensor([0, -2, 1, 2, 4], dtype=torch.int32),
+    ),
+    "dispatch-counts-values": dispatch(
+        "expected send_counts of this plan in [0, 2147483647), got -3",
+        fake=False,
+        send_counts=torch.tensor([-3], dtype=torch.int32),
     ),
     "combine-rows": combine("expected y of shape [5, -1] (-1: any size), got [6, 4]", y=torch.ones(6, 4)),
     "combine-dtype": combine(
@@ -437,6 +457,23 @@ def test_limits_of_init() -> None:
     ]
     for seen in (first, second):
         assert seen[1:] == [entry for entry in expected for _ in ("kernel", "fake")]
+
+
+def broken_plan(rank: int, world_size: int) -> tuple[str, bool]:
+    p = torch_ep.plan(torch.zeros(2, 1, dtype=torch.int64), world_size)
+    try:
+        torch_ep.dispatch(torch.ones(2, 3), p._replace(send_slot=p.send_slot + 7) if rank == 1 else p)
+    except Exception as error:
+        return str(error).splitlines()[0], works(rank, world_size)
+    return "no error", works(rank, world_size)
+
+
+def test_broken_plan_of_one_rank() -> None:
+    (first, first_works), (second, second_works) = world(2).run(broken_plan)
+    assert second == "ep::dispatch: expected send_slot of this plan in [-1, 2), got 8"
+    assert first.startswith("ep::dispatch: rank 1 failed before exchange")
+    assert first.endswith(second)
+    assert first_works and second_works
 
 
 def another_plan(rank: int, world_size: int) -> tuple[str, bool]:

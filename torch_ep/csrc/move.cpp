@@ -6,14 +6,18 @@
 #include "local.h"
 #include "ops.h"
 
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include <limits>
 #include <numeric>
 
 namespace ep {
 namespace {
+
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 
 std::vector<int64_t> to_host(const at::Tensor& counts) {
   const auto host = counts.cpu();
@@ -35,6 +39,25 @@ at::Tensor with_rows(const at::Tensor& like, int64_t rows) {
   return at::empty(sizes, like.options());
 }
 
+// Throws unless every index of the plan stays within the rows that it counts: the kernels follow them unseen.
+void check_plan_values(const char* op, const PlanTensors& plan, int64_t sent, int64_t received) {
+  const auto check = [op](const char* name, const at::Tensor& t, int64_t low, int64_t high) {
+    if (t.numel() == 0) {
+      return;
+    }
+    const auto [least, most] = t.aminmax();
+    const int64_t bad = least.item<int64_t>() < low ? least.item<int64_t>() : most.item<int64_t>();
+    TORCH_CHECK_VALUE(
+        bad >= low && bad < high, op, ": expected ", name, " of this plan in [", low, ", ", high, "), got ", bad);
+  };
+  check("send_counts", plan.send_counts, 0, kMaxRows);
+  check("recv_counts", plan.recv_counts, 0, kMaxRows);
+  check("send_slot", plan.send_slot, -1, sent);
+  if (plan.expert_major) {
+    check("recv_slot", plan.recv_map, -1, received * plan.send_slot.size(1));
+  }
+}
+
 // One exchange of rows under a plan, and the buffers of its payloads. With one rank it does nothing at all.
 class Move {
  public:
@@ -51,7 +74,19 @@ class Move {
     in_rows = to_host(forward ? plan.recv_counts : plan.send_counts);
     if (comm) {
       check_limit(op, "hidden", comm->max_hidden, rows.size(1));
-      exchange_.emplace(comm, op, out_rows, in_rows, agreed);
+    }
+    std::optional<std::string> failure;
+    try {
+      check_plan_values(name_of(op), plan, sum(forward ? out_rows : in_rows), sum(forward ? in_rows : out_rows));
+    } catch (const c10::ValueError& error) {
+      failure = error.what_without_backtrace();
+    }
+    if (comm) {
+      exchange_.emplace(comm, op, out_rows, in_rows, agreed, failure);
+    }
+    if (failure) {
+      confirm();  // tells the other ranks
+      TORCH_CHECK_VALUE(false, *failure);
     }
   }
 
