@@ -39,9 +39,9 @@ def plan(
             process group, or one rank, nothing is communicated.
         layout: "rank_major": one row per (token, rank), ordered by source rank, then token. "expert_major": one row
             per (token, local expert), grouped by expert, inside a group by source rank, then token.
-        capacity: rows of the result, fixed: no wait for the host, and the graph's shapes are static. Rows that find
-            no place are dropped, the last ones in the order of the layout, and counted in `num_dropped`. None: as
-            many rows as arrive, which costs one wait for one integer.
+        capacity: rows of the result, fixed, so that the graph's shapes are static. Rows that find no place are
+            dropped, the last ones in the order of the layout, and counted in `num_dropped`. None: as many rows as
+            arrive.
         alignment: expert_major only: every expert's group is padded with zero rows to a multiple of this.
         after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
 

@@ -9,15 +9,15 @@
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 
 namespace ep {
 namespace {
-
-constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
 
 std::vector<int64_t> to_host(const at::Tensor& counts) {
   const auto host = counts.cpu();
@@ -40,21 +40,32 @@ at::Tensor with_rows(const at::Tensor& like, int64_t rows) {
 }
 
 // Throws unless every index of the plan stays within the rows that it counts: the kernels follow them unseen.
-void check_plan_values(const char* op, const PlanTensors& plan, int64_t sent, int64_t received) {
-  const auto check = [op](const char* name, const at::Tensor& t, int64_t low, int64_t high) {
-    if (t.numel() == 0) {
-      return;
-    }
-    const auto [least, most] = t.aminmax();
-    const int64_t bad = least.item<int64_t>() < low ? least.item<int64_t>() : most.item<int64_t>();
+void check_plan_values(
+    const char* op,
+    const PlanTensors& plan,
+    const std::vector<int64_t>& sent,
+    const std::vector<int64_t>& received) {
+  const auto check = [op](const char* name, int64_t least, int64_t most, int64_t low, int64_t high) {
+    const int64_t bad = least < low ? least : most;
     TORCH_CHECK_VALUE(
         bad >= low && bad < high, op, ": expected ", name, " of this plan in [", low, ", ", high, "), got ", bad);
   };
-  check("send_counts", plan.send_counts, 0, kMaxRows);
-  check("recv_counts", plan.recv_counts, 0, kMaxRows);
-  check("send_slot", plan.send_slot, -1, sent);
+  const auto check_counts = [&](const char* name, const std::vector<int64_t>& counts) {
+    const auto [least, most] = std::minmax_element(counts.begin(), counts.end());
+    check(name, *least, *most, 0, std::numeric_limits<int32_t>::max());
+  };
+  const auto check_slots = [&](const char* name, const at::Tensor& slots, int64_t high) {
+    if (slots.numel() > 0) {
+      const auto [least, most] = slots.aminmax();
+      const auto ends = at::stack({least, most}).cpu();  // one wait, where the plan is on another device
+      check(name, ends.const_data_ptr<int32_t>()[0], ends.const_data_ptr<int32_t>()[1], -1, high);
+    }
+  };
+  check_counts("send_counts", sent);
+  check_counts("recv_counts", received);
+  check_slots("send_slot", plan.send_slot, sum(sent));
   if (plan.expert_major) {
-    check("recv_slot", plan.recv_map, -1, received * plan.send_slot.size(1));
+    check_slots("recv_slot", plan.recv_map, sum(received) * plan.send_slot.size(1));
   }
 }
 
@@ -77,7 +88,7 @@ class Move {
     }
     std::optional<std::string> failure;
     try {
-      check_plan_values(name_of(op), plan, sum(forward ? out_rows : in_rows), sum(forward ? in_rows : out_rows));
+      check_plan_values(name_of(op), plan, forward ? out_rows : in_rows, forward ? in_rows : out_rows);
     } catch (const c10::ValueError& error) {
       failure = error.what_without_backtrace();
     }

@@ -17,7 +17,7 @@ void check_indices(const at::Tensor& idx, int64_t num_experts) {
   const auto sorted = std::get<0>(idx.sort(/*dim=*/1));
   const auto left = sorted.narrow(1, 0, idx.size(1) - 1), right = sorted.narrow(1, 1, idx.size(1) - 1);
   const auto twice = left.eq(right).logical_and(left.ge(0));
-  if (!outside.any().item<bool>() && !twice.any().item<bool>()) {
+  if (!outside.any().logical_or(twice.any()).item<bool>()) {
     return;
   }
   // The CPU's check finds the first offender and words the error.
@@ -192,16 +192,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 }  // namespace
 
 const LocalKernels aten_kernels{
-    route,
-    place,
-    pack_rows,
-    pack_slots,
-    expand_rows,
-    expand_slots,
-    fold_rows,
-    fold_slots,
-    sum_rows,
-    gather_slots,
+    .route = route,
+    .place = place,
+    .pack_rows = pack_rows,
+    .pack_slots = pack_slots,
+    .expand_rows = expand_rows,
+    .expand_slots = expand_slots,
+    .fold_rows = fold_rows,
+    .fold_slots = fold_slots,
+    .sum_rows = sum_rows,
+    .gather_slots = gather_slots,
 };
 
 }  // namespace ep

@@ -490,16 +490,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 }  // namespace
 
 const LocalKernels cpu_kernels{
-    route,
-    place,
-    pack_rows,
-    pack_slots,
-    expand_rows,
-    expand_slots,
-    fold_rows,
-    fold_slots,
-    sum_rows,
-    gather_slots,
+    .route = route,
+    .place = place,
+    .pack_rows = pack_rows,
+    .pack_slots = pack_slots,
+    .expand_rows = expand_rows,
+    .expand_slots = expand_slots,
+    .fold_rows = fold_rows,
+    .fold_slots = fold_slots,
+    .sum_rows = sum_rows,
+    .gather_slots = gather_slots,
 };
 
 }  // namespace ep
