@@ -3,14 +3,14 @@
 PYTHON ?= python3
 ARGS ?=
 SETUP := "$(PYTHON)" tools/setup_env.py
-SOURCES = $(shell find torch_ep/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES = $(shell find torch_ep/csrc test -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test test-gpu lint bench
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'ARGS="..." goes to the command, as in: make demo ARGS="--steps 100 --ranks 4" or make demo ARGS=--help'
 
 demo: ## train a small MoE language model on the Python standard library; results in runs/moe
@@ -18,6 +18,9 @@ demo: ## train a small MoE language model on the Python standard library; result
 
 test: ## run the tests
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(ARGS)
+
+test-gpu: ## run the tests that need a GPU, on a host that has one or several
+	@python=$$($(SETUP) test) && exec "$$python" -m pytest -m gpu -rs $(ARGS)
 
 lint: ## check style and types: ruff, clang-format, mypy
 	@python=$$($(SETUP) --no-extension lint) || exit; \

@@ -7,6 +7,7 @@ another device add a platform (platforms.py); to compare with another implementa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -48,6 +49,7 @@ class Received(NamedTuple):
 
     rows: Tensor
     weights: Tensor | None = None  # of each row, where the side moves them with the rows
+    scales: Tensor | None = None  # likewise
 
 
 class Side(Protocol):
@@ -159,6 +161,77 @@ def _transpose_chunks(rows: Tensor, sizes: list[list[int]]) -> Tensor:
     width = len(sizes[0])
     chunks = rows.split([size for line in sizes for size in line])
     return torch.cat([chunk for j in range(width) for chunk in chunks[j::width]])
+
+
+@dataclass(frozen=True)
+class SortedPairs:
+    """The (token, expert) pairs of every rank by expert, as index tensors: one gather to get into an order or out."""
+
+    token: Tensor  # [pairs] int64, of each pair in the order in which they are sent: by expert, then token
+    order: Tensor  # [pairs] int64, which (token, slot) each is
+    home: Tensor  # [pairs] int64, the inverse: where in that order each (token, slot) is
+    send: list[int]
+    recv: list[int]
+    by_expert: Tensor  # [received] int64, the received row of each place by local expert, source rank, token
+    by_source: Tensor  # [received] int64, the inverse
+    offsets: Tensor  # [local experts] int32, where the rows of each end
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    places = torch.arange(len(permutation), device=permutation.device)
+    return torch.empty_like(permutation).scatter_(0, permutation, places)
+
+
+def sort_pairs(topk_idx: Tensor, num_experts: int) -> SortedPairs:
+    """Sorts this rank's pairs and exchanges counts; waits once for the device. Every slot has to name an expert."""
+    device, world_size = topk_idx.device, dist.get_world_size()
+    experts, order = torch.sort(topk_idx.flatten(), stable=True)
+    counts = torch.searchsorted(experts, torch.arange(num_experts + 1, device=device)).diff()
+    received = _exchange_evenly(counts)
+    send, recv = torch.stack([counts, received]).view(2, world_size, -1).sum(2).tolist()
+    local = torch.arange(num_experts // world_size, device=device).repeat(world_size)
+    by_expert = torch.sort(local.repeat_interleave(received, output_size=sum(recv)), stable=True).indices
+    return SortedPairs(
+        token=order // topk_idx.shape[1],
+        order=order,
+        home=_inverse(order),
+        send=send,
+        recv=recv,
+        by_expert=by_expert,
+        by_source=_inverse(by_expert),
+        offsets=received.view(world_size, -1).sum(0).cumsum(0).to(torch.int32),
+    )
+
+
+class ByHandPairs:
+    """One row per (token, expert), as `ByHandExpertMajor`, written for GPUs: gathers by index instead of many chunks,
+    one wait for the device, no atomics: at home the rows of a token are gathered and summed by a `bmm`.
+    """
+
+    def __init__(self, inputs: Inputs, scales: Tensor | None = None) -> None:
+        self.inputs, self.scales = inputs, scales
+
+    def route(self) -> SortedPairs:
+        return sort_pairs(self.inputs.topk_idx, self.inputs.num_experts)
+
+    def dispatch(self, routing: SortedPairs) -> Received:
+        def move(t: Tensor) -> Tensor:
+            received = _exchange(t.index_select(0, routing.token), routing.send, routing.recv)
+            return received.index_select(0, routing.by_expert)
+
+        return Received(move(self.inputs.x), scales=None if self.scales is None else move(self.scales))
+
+    def combine(self, y: Tensor, received: Received, routing: SortedPairs) -> Tensor:
+        back = _exchange(y.index_select(0, routing.by_source), routing.recv, routing.send)
+        weights = self.inputs.topk_weights.to(y.dtype)
+        rows = back.index_select(0, routing.home).view(*weights.shape, -1)
+        return torch.bmm(weights[:, None], rows).squeeze(1)
+
+    def sends(self, routing: SortedPairs) -> Sequence[int]:
+        return routing.send
+
+    def bytes_per_row(self) -> dict[str, int]:
+        return {"route": 0, "dispatch": self.inputs.row_bytes, "combine": self.inputs.row_bytes}
 
 
 class VisitRouting(NamedTuple):

@@ -35,7 +35,7 @@ def _token_axis(axes: Axes, tokens: list[int]) -> None:
     axes.grid(True, alpha=0.3)
 
 
-def draw(results: dict[str, Any], path: Path) -> None:
+def draw_cpu(results: dict[str, Any], path: Path) -> None:
     """One column for each number of ranks: times, ratio of the times, ratio of the peak memory."""
     rows, settings = results["rows"], results["settings"]
     worlds = sorted({row["ranks"] for row in rows})
@@ -85,6 +85,60 @@ def draw(results: dict[str, Any], path: Path) -> None:
         "Whole calls against permute + all_to_all_single + scatter-add\n"
         f"{settings['layout']}, {settings['dtype']}, hidden {settings['hidden']}, {settings['experts']} experts, "
         f"top-{settings['topk']}\n{hardware['cpu']}, {hardware['cores']} cores, torch {results['torch']}",
+        fontsize=10.5,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Time of each op beside that of NCCL, over the floor of the link."""
+    shown = {"ours": "torch_ep", "nccl": "all_to_all_single, equal splits of the same bytes", "theirs": "by hand, NCCL"}
+    width = 0.27
+    for n, (side, label) in enumerate(shown.items()):
+        places = [i + (n - 1) * width for i, row in enumerate(rows) if side in row]
+        times = [row[side]["median_us"] for row in rows if side in row]
+        bars = axes.bar(places, times, width, label=label, color=("#0072b2", "#e69f00", "#bbbbbb")[n])
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    floors = {i: row["floor_us"] for i, row in enumerate(rows) if row["floor_us"] is not None}
+    starts, ends = ([i + side for i in floors] for side in (-0.45, 0.45))
+    axes.hlines(list(floors.values()), starts, ends, color="black", linewidth=1.2, label="remote bytes / link rate")
+    axes.set_xticks(range(len(rows)), [row["op"] for row in rows], rotation=20, fontsize=8.5)
+    axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
+    axes.grid(True, axis="y", alpha=0.3)
+
+
+def draw_gpu(results: dict[str, Any], path: Path) -> None:
+    """One column for each number of GPUs: the ops at the most tokens, times and floor ratios over the tokens."""
+    rows, settings, hardware = results["rows"], results["settings"], results["hardware"]
+    worlds = sorted({row["ranks"] for row in rows})
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    most = max(row["tokens"] for row in rows)
+    figure, grid = plt.subplots(
+        2, len(worlds), figsize=(10 * len(worlds), 9.6), sharey="row", squeeze=False, layout="constrained"
+    )
+    colours = dict(zip(ops, plt.get_cmap("tab10").colors, strict=False))
+    for column, ranks in enumerate(worlds):
+        bars, times = grid[:, column]
+        of_world = [row for row in rows if row["ranks"] == ranks]
+        _bars(bars, [row for row in of_world if row["tokens"] == most])
+        bars.set_title(f"{ranks} GPUs, {most} tokens a rank")
+        for op in ops:
+            of_op = sorted((row for row in of_world if row["op"] == op), key=lambda row: row["tokens"])
+            tokens = _columns(of_op, "tokens")
+            times.plot(tokens, _columns(of_op, "ours", "median_us"), "-o", markersize=4, color=colours[op], label=op)
+            times.plot(tokens, _columns(of_op, "theirs", "median_us"), "--", linewidth=0.8, color=colours[op])
+        _token_axis(times, sorted({row["tokens"] for row in of_world}))
+        times.set_yscale("log")
+        times.set_xlabel("tokens a rank")
+    grid[0, 0].set_ylabel("us a call, median of the slowest rank")
+    grid[1, 0].set_ylabel("us a call (dashed: by hand)")
+    grid[0, 0].legend(fontsize=8.5, ncols=4, loc="upper center")
+    grid[1, 0].legend(fontsize=8.5, ncols=2)
+    figure.suptitle(
+        f"Whole calls, hidden {settings['hidden']}, top-{settings['topk']} of {settings['experts']} experts, "
+        f"{settings['num_sms']} blocks\n{len(hardware['gpus'])} x {hardware['gpus'][0]}, driver {hardware['driver']}, "
+        f"torch {results['torch']}, CUDA {hardware['cuda']}, NCCL {hardware['nccl']}",
         fontsize=10.5,
     )
     figure.savefig(path, dpi=130)

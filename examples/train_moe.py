@@ -3,7 +3,7 @@
 The experts of every layer are spread over the ranks (expert parallelism); everything else is on every rank and its
 gradients are averaged (data parallelism). Forward and backward are compiled into one graph each, exchanges included.
 
-    python examples/train_moe.py                     # ranks: the GPUs, or else some of the cores
+    python examples/train_moe.py                     # ranks: the GPUs, over NVLink, or else some of the cores
     python examples/train_moe.py --ranks 1           # the same model on one rank, with no process group at all
     python examples/train_moe.py --resume            # go on from the last checkpoint, with any number of ranks
     torchrun --nproc-per-node 2 examples/train_moe.py
@@ -542,7 +542,7 @@ def num_parameters(model: MoETransformer) -> int:
     return sum(p.numel() * copies[name] for name, p in model.named_parameters())
 
 
-def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
+def summary(trainer: Trainer, communicator: torch_ep.Communicator, seconds: float) -> dict[str, Any]:
     """The figures of the run, for figures.json."""
     history, ranks, args = trainer.history, trainer.ranks, trainer.args
     losses = {"model": history.validation_loss[-1], **trainer.baselines._asdict()}
@@ -561,6 +561,8 @@ def summary(trainer: Trainer, seconds: float) -> dict[str, Any]:
         "model": asdict(trainer.config),
         "world_size": ranks.world_size,
         "device": ranks.device.type,
+        "transport": communicator.transport,
+        "symmetric_bytes": communicator.symmetric_bytes,
         "threads_per_rank": torch.get_num_threads(),
         "compiled": not args.eager,
         "layout": args.layout,
@@ -687,7 +689,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
     run.add_argument("--ranks", type=int, help="processes; the GPUs, or else up to 4 of the cores, if not given")
     run.add_argument("--threads", type=int, help="threads of a rank; its share of the cores if not given")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: each rank one GPU, NCCL")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: each rank one GPU")
     run.add_argument("--eager", action="store_true", help="do not compile")
     run.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sample")
     run.add_argument("--sample-bytes", type=int, default=400, help="length of the text generated at the end")
@@ -776,7 +778,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train(args: argparse.Namespace, ranks: Ranks) -> None:
+def limits(args: argparse.Namespace) -> dict[str, int]:
+    """What `torch_ep.init` makes room for. Validation and sampling pass no more tokens at once than training does."""
+    config, tokens = model_config(args), args.batch * args.context // args.ranks
+    capacity = capacity_rows(config, args.layout, args.capacity, tokens, args.ranks)
+    if args.ranks == 1 and args.layout == "rank_major" and capacity is not None:
+        tokens = max(tokens, capacity)  # on one rank the layer's second plan, of the rows that came, is of this group
+    return {
+        "max_tokens_per_rank": tokens,
+        "hidden": config.dim,
+        "num_topk": config.topk,
+        "num_experts": config.experts,
+    }
+
+
+def init_exchanges(args: argparse.Namespace) -> torch_ep.Communicator:
+    """With its limits known, torch_ep takes NVLink by itself where the GPUs have it. Collective."""
+    transport = "auto" if args.device == "cuda" else "c10d"
+    return torch_ep.init(timeout=PEER_TIMEOUT, transport=transport, **limits(args))
+
+
+def describe_exchanges(args: argparse.Namespace, communicator: torch_ep.Communicator) -> str:
+    if args.device == "cpu":
+        return "exchanges: " + ("over gloo" if args.ranks > 1 else "none, there is one rank")
+    what = f"exchanges: transport {communicator.transport} ({communicator.reason})"
+    if communicator.symmetric_bytes:
+        what += f", {communicator.symmetric_bytes / 2**20:.1f} MiB of symmetric memory a rank"
+    return what
+
+
+def train(args: argparse.Namespace, ranks: Ranks, communicator: torch_ep.Communicator) -> None:
     """What every rank does, from the first step to the results."""
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
@@ -787,6 +818,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         f"{num_parameters(trainer.model):,} parameters; {args.ranks} rank{'s' * (args.ranks > 1)} on {args.device}, "
         f"{args.threads} thread{'s' * (args.threads > 1)} each; {text.train.numel():,} bytes of Python in "
         f"{text.num_files} files, validation apart\n"
+        f"{describe_exchanges(args, communicator)}\n"
         f"baselines on the validation text: unigram {base.unigram:.3f}, bigram {base.bigram:.3f} nats per byte"
     )
     if trainer.step:
@@ -799,7 +831,7 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
         trainer.history.validation_loss[-1] = trainer.validate()
     samples = trainer.sample(b"def ", args.sample_bytes)
     if ranks.rank == 0:
-        figures = summary(trainer, time.perf_counter() - started)
+        figures = summary(trainer, communicator, time.perf_counter() - started)
         (args.out / SAMPLE).write_text("\n\n-----\n\n".join(samples))
         (args.out / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
         plot(figures, args.out / CURVES)
@@ -814,8 +846,7 @@ def in_group(args: argparse.Namespace, local_rank: int, **rendezvous: Any) -> No
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=PEER_TIMEOUT, **rendezvous)
-    torch_ep.init(timeout=PEER_TIMEOUT)
-    train(args, Ranks(dist.get_rank(), args.ranks, device))
+    train(args, Ranks(dist.get_rank(), args.ranks, device), init_exchanges(args))
     torch_ep.destroy()
     dist.destroy_process_group()
 
@@ -848,7 +879,8 @@ def main(argv: list[str] | None = None) -> int:
         if "WORLD_SIZE" in os.environ:
             in_group(args, int(os.environ["LOCAL_RANK"]))
         elif args.ranks == 1:
-            train(args, Ranks(device=torch.device(args.device)))
+            train(args, Ranks(device=torch.device(args.device)), init_exchanges(args))
+            torch_ep.destroy()
         else:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
             launch(args)

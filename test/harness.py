@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each a process with a gloo group. Processes stay up from test to test."""
+"""Runs a function on several ranks, each a process of a group. Processes stay up from test to test."""
 
 from __future__ import annotations
 
@@ -22,20 +22,8 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, world_size: int, port: int, timeout: timedelta, backend: str, pipe: Connection) -> None:
-    import torch_ep
-
-    torch.set_num_threads(1)
-    if "cuda" in backend:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=120),
-    )
-    torch_ep.init(timeout=timeout)
+def answer_jobs(rank: int, world_size: int, pipe: Connection) -> None:
+    """Runs what comes through the pipe until it is closed."""
     while True:
         try:
             job = pipe.recv()
@@ -49,20 +37,37 @@ def _serve(rank: int, world_size: int, port: int, timeout: timedelta, backend: s
         pipe.send(answer)
 
 
-class World:
-    """`world_size` ranks with the default group initialised for torch_ep."""
+def _serve(
+    rank: int, pipe: Connection, world_size: int, port: int, timeout: timedelta, backend: str, init: dict[str, Any]
+) -> None:
+    import torch_ep
 
-    def __init__(self, world_size: int, timeout: timedelta = timedelta(seconds=60), backend: str = "gloo") -> None:
-        self.world_size = world_size
+    torch.set_num_threads(1)
+    if "cuda" in backend:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
+    )
+    torch_ep.init(timeout=timeout, **init)
+    answer_jobs(rank, world_size, pipe)
+
+
+class Workers:
+    """Processes that each run `target(rank, pipe, *args)`, which ends in `answer_jobs`."""
+
+    def __init__(self, count: int, target: Callable[..., None], *args: Any) -> None:
+        self.world_size = count
+        self.failed = False  # whether something was raised: the ranks may be out of step since
         context = mp.get_context("spawn")
-        port = free_port()
         self._pipes: list[Connection] = []
         self.processes = []
-        for rank in range(world_size):
+        for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, port, timeout, backend, theirs), daemon=True
-            )
+            process = context.Process(target=target, args=(rank, theirs, *args), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -80,6 +85,7 @@ class World:
         while pending:
             ready = wait(list(pending.values()), timeout=limit_s)
             if not ready:
+                self.failed = True
                 self.close()
                 raise TimeoutError(f"{fn.__name__}: no answer within {limit_s} s from ranks {sorted(pending)}")
             for rank, pipe in list(pending.items()):
@@ -91,6 +97,7 @@ class World:
                         answers[rank] = (True, None)
         failed = [f"--- rank {rank}:\n{answer}" for rank, (ok, answer) in enumerate(answers) if not ok]
         if failed:
+            self.failed = True
             raise AssertionError("\n".join(failed))
         return [answer for _, answer in answers]
 
@@ -100,6 +107,15 @@ class World:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+class World(Workers):
+    """`world_size` ranks with the default group initialised for torch_ep; `init`: further arguments of `init`."""
+
+    def __init__(
+        self, world_size: int, timeout: timedelta = timedelta(seconds=60), backend: str = "gloo", **init: Any
+    ) -> None:
+        super().__init__(world_size, _serve, world_size, free_port(), timeout, backend, init)
 
 
 _worlds: dict[int, World] = {}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import random_topk, seeded, world
+from devices import Ranks
+from harness import random_topk, seeded
 from test_nn import dense
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -30,12 +31,12 @@ MODES = {
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
-def _inputs(rank: int, tokens: int, mode: str) -> tuple[torch_ep.Plan, dict[str, Tensor]]:
+def _inputs(rank: int, device: str, tokens: int, mode: str) -> tuple[torch_ep.Plan, dict[str, Tensor]]:
     """A plan of random tokens, and float64 arguments of every kind that fit it."""
     generator = seeded(rank, tokens)
     topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator)
     topk_idx[0] = torch.tensor([0, NUM_EXPERTS - 1, 1])  # whatever is drawn, one token goes to every rank
-    plan = torch_ep.plan(topk_idx, NUM_EXPERTS, **MODES[mode])
+    plan = torch_ep.plan(topk_idx.to(device), NUM_EXPERTS, **MODES[mode])
     recv_map = plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx
     shapes = {
         "x": (tokens, HIDDEN),
@@ -46,7 +47,7 @@ def _inputs(rank: int, tokens: int, mode: str) -> tuple[torch_ep.Plan, dict[str,
         "row_weights": (plan.num_rows,),
     }
     return plan, {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
         for name, shape in shapes.items()
     }
 
@@ -72,23 +73,23 @@ every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 @every_mode
-def test_the_modes_drop_what_their_names_say(mode: str) -> None:
-    plan, _ = _inputs(0, 5, mode)
+def test_the_modes_drop_what_their_names_say(device: str, mode: str) -> None:
+    plan, _ = _inputs(0, device, 5, mode)
     assert (plan.num_dropped > 0) == mode.endswith("drops")
 
 
 @every_function
 @every_mode
-def test_gradcheck(mode: str, function: str) -> None:
-    plan, inputs = _inputs(0, 5, mode)
+def test_gradcheck(device: str, mode: str, function: str) -> None:
+    plan, inputs = _inputs(0, device, 5, mode)
     fn, names = FUNCTIONS[function]
     assert gradcheck(lambda *args: fn(plan, *args), [inputs[name] for name in names])
 
 
 @every_function
 @every_mode
-def test_gradgradcheck(mode: str, function: str) -> None:
-    plan, inputs = _inputs(0, 5, mode)
+def test_gradgradcheck(device: str, mode: str, function: str) -> None:
+    plan, inputs = _inputs(0, device, 5, mode)
     fn, names = FUNCTIONS[function]
     assert gradgradcheck(lambda *args: fn(plan, *args), [inputs[name] for name in names])
 
@@ -101,7 +102,7 @@ def _lockstep_differences(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[
     """
     rank = dist.get_rank()
     generator = seeded(rank, 77)
-    constants = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in fn(*inputs)]
+    constants = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in fn(*inputs)]
 
     def loss(*args: Tensor) -> Tensor:
         return torch.stack([(t * c).sum() for t, c in zip(fn(*args), constants, strict=True)]).sum()
@@ -131,14 +132,15 @@ def _lockstep_differences(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[
     ]
 
 
-def _check_lockstep(rank: int, world_size: int, mode: str, function: str) -> tuple[list[str], list[str]]:
+def _check_lockstep(rank: int, world_size: int, device: str, mode: str, function: str) -> tuple[list[str], list[str]]:
     # One rank has a token more than the other.
-    plan, all_inputs = _inputs(rank, 2 + rank, mode)
+    plan, all_inputs = _inputs(rank, device, 2 + rank, mode)
     fn, names = FUNCTIONS[function]
     inputs = [all_inputs[name] for name in names]
     first = _lockstep_differences(lambda *args: fn(plan, *args), inputs, world_size)
 
-    cotangents = [torch.randn(t.shape, dtype=torch.float64, generator=seeded(rank, 78)) for t in fn(plan, *inputs)]
+    outputs = fn(plan, *inputs)
+    cotangents = [torch.randn(t.shape, dtype=torch.float64, generator=seeded(rank, 78)).to(device) for t in outputs]
 
     def gradients(*args: Tensor) -> Sequence[Tensor]:
         own, grads = args[: len(inputs)], args[len(inputs) :]
@@ -150,19 +152,19 @@ def _check_lockstep(rank: int, world_size: int, mode: str, function: str) -> tup
 
 @every_function
 @pytest.mark.parametrize("mode", ["rank_major, drops", "expert_major", "expert_major, drops"])
-def test_first_and_second_gradients_over_two_ranks(mode: str, function: str) -> None:
-    for first, second in world(2).run(_check_lockstep, mode, function):
+def test_first_and_second_gradients_over_two_ranks(device: str, mode: str, function: str) -> None:
+    for first, second in Ranks(device, 2).run(_check_lockstep, device, mode, function):
         assert not first
         assert not second
 
 
 @every_mode
-def test_padding_does_not_reach_gradients(mode: str) -> None:
-    plan, inputs = _inputs(0, 5, mode)
+def test_padding_does_not_reach_gradients(device: str, mode: str) -> None:
+    plan, inputs = _inputs(0, device, 5, mode)
     if plan.recv_slot is not None:
         padding = plan.recv_slot < 0
     else:
-        padding = torch.arange(plan.num_rows) >= plan.recv_counts.sum()
+        padding = torch.arange(plan.num_rows, device=device) >= plan.recv_counts.sum()
     y, row_weights = inputs["y"], inputs["row_weights"]
     with torch.no_grad():
         y[padding] = torch.nan
@@ -172,38 +174,40 @@ def test_padding_does_not_reach_gradients(mode: str) -> None:
     assert not y.grad[padding].any() and not row_weights.grad[padding].any()  # NaN would count as something
 
 
-def test_fp8_rows_have_no_gradient_but_their_weights_and_scales_do() -> None:
-    plan, inputs = _inputs(0, 5, "expert_major")
+def test_fp8_rows_have_no_gradient_but_their_weights_and_scales_do(device: str) -> None:
+    plan, inputs = _inputs(0, device, 5, "expert_major")
     w, scales = inputs["topk_weights"], inputs["scales"]
     x8 = inputs["x"].detach().to(torch.float8_e4m3fn).requires_grad_()
     rows, weights, row_scales = torch_ep.dispatch(x8, plan, topk_weights=w, scales=scales)
     assert not rows.requires_grad
-    constants = [torch.randn(t.shape, dtype=torch.float64, generator=seeded(1)) for t in (weights, row_scales)]
+    constants = [
+        torch.randn(t.shape, dtype=torch.float64, generator=seeded(1)).to(device) for t in (weights, row_scales)
+    ]
     torch.autograd.backward([weights, row_scales], constants)
 
-    x = torch.zeros(5, HIDDEN, dtype=torch.float64)
+    x = torch.zeros(5, HIDDEN, dtype=torch.float64, device=device)
     expected = torch.autograd.grad(_dispatch(plan, x, w, scales)[1:], [w, scales], constants)
     assert x8.grad is None
     assert torch.equal(w.grad, expected[0])
     assert torch.equal(scales.grad, expected[1])
 
 
-def test_integer_scales_have_no_gradient() -> None:
-    plan, inputs = _inputs(0, 5, "expert_major")
-    rows, scales = torch_ep.dispatch(inputs["x"], plan, scales=torch.ones(5, 2, dtype=torch.uint8))
+def test_integer_scales_have_no_gradient(device: str) -> None:
+    plan, inputs = _inputs(0, device, 5, "expert_major")
+    rows, scales = torch_ep.dispatch(inputs["x"], plan, scales=torch.ones(5, 2, dtype=torch.uint8, device=device))
     assert not scales.requires_grad
     (grad,) = torch.autograd.grad(rows, inputs["x"], torch.ones_like(rows))
     assert grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
-def test_gradients_with_strides_of_zero(layout: str) -> None:
-    plan, inputs = _inputs(0, 5, layout)
+def test_gradients_with_strides_of_zero(device: str, layout: str) -> None:
+    plan, inputs = _inputs(0, device, 5, layout)
     x, y, row_weights = inputs["x"], inputs["y"], inputs["row_weights"]
     # A sum's gradient is a single number expanded to every place.
     torch_ep.dispatch(x, plan).sum().backward()
     with torch.no_grad():
-        copies = torch_ep.combine(torch.ones(plan.num_rows, 1, dtype=torch.float64), plan)
+        copies = torch_ep.combine(torch.ones(plan.num_rows, 1, dtype=torch.float64, device=device), plan)
     assert torch.equal(x.grad, copies.expand_as(x))
     torch_ep.combine(y, plan).sum().backward()
     recv_map = plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0].clamp(min=0)
@@ -218,12 +222,15 @@ TOKENS = (7, 0, 4)
 AUX_WEIGHT = 0.3
 
 
-def _layer_gradients(rank: int, world_size: int, options: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _layer_gradients(
+    rank: int, world_size: int, device: str, options: dict[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Gradients by name: those of the layer over the ranks, and those of its dense self on all tokens."""
     torch.manual_seed(3)
-    layer = MoE(**LAYER, shared_intermediate=4, dtype=torch.float64, **options)
-    xs = [torch.randn(n, LAYER["hidden"], generator=seeded(9, r)).double() for r, n in enumerate(TOKENS[:world_size])]
-    constants = [torch.randn(x.shape, generator=seeded(10, r)).double() for r, x in enumerate(xs)]
+    layer = MoE(**LAYER, shared_intermediate=4, dtype=torch.float64, **options).to(device)
+    shapes = [(n, LAYER["hidden"]) for n in TOKENS[:world_size]]
+    xs = [torch.randn(shape, generator=seeded(9, r)).to(device, torch.float64) for r, shape in enumerate(shapes)]
+    constants = [torch.randn(x.shape, generator=seeded(10, r)).to(device, torch.float64) for r, x in enumerate(xs)]
     weights = {name: p.detach() for name, p in layer.named_parameters()}
     for name in layer.EXPERT_PARAMETERS:
         weights[name] = gather_experts(weights[name])
@@ -240,14 +247,14 @@ def _layer_gradients(rank: int, world_size: int, options: dict[str, Any]) -> dic
             dist.all_reduce(grad)
 
     dense_xs = [x.clone().requires_grad_() for x in xs]
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for dense_x, constant in zip(dense_xs, constants, strict=True):
         want = dense(dense_x, weights, layer.num_topk, score=layer.score, normalize=layer.normalize)
         loss = loss + (want.out * constant).sum() + AUX_WEIGHT * want.aux_loss
     loss.backward()
     result = {name: (grad, weights[name].grad) for name, grad in grads.items()}
     result["x"] = (x.grad, dense_xs[rank].grad)
-    return result
+    return {name: (got.cpu(), want.cpu()) for name, (got, want) in result.items()}
 
 
 @pytest.mark.parametrize(
@@ -260,8 +267,8 @@ def _layer_gradients(rank: int, world_size: int, options: dict[str, Any]) -> dic
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_layer_gradients_equal_the_dense_ones(world_size: int, options: dict[str, Any]) -> None:
-    for grads in world(world_size).run(_layer_gradients, options):
+def test_layer_gradients_equal_the_dense_ones(device: str, world_size: int, options: dict[str, Any]) -> None:
+    for grads in Ranks(device, world_size).run(_layer_gradients, device, options):
         assert set(grads) > {"x", "router", "gate", "up", "down"}
         for name, (got, want) in grads.items():
             # The auxiliary loss counts in float32, and only the router and the input see it.

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import world
+from harness import random_topk, seeded, world
+
+from torch_ep import reference
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -41,7 +47,17 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("bench") / "new" / "tiny"
     sizes = f"--hidden {HIDDEN} --topk {TOPK} --experts 4 --iterations 3".split()
-    arguments = ["--ranks", str(RANKS), "--tokens", *map(str, TOKENS), *sizes, "--output", str(output)]
+    arguments = [
+        "--device",
+        "cpu",
+        "--ranks",
+        str(RANKS),
+        "--tokens",
+        *map(str, TOKENS),
+        *sizes,
+        "--output",
+        str(output),
+    ]
     done = bench(*arguments)
     assert done.returncode == 0, done.stderr
     return {"stdout": done.stdout, "results": json.loads(output.with_suffix(".json").read_text()), "output": output}
@@ -70,7 +86,7 @@ def test_ratio_is_that_of_the_medians_of_the_raw_times(run: dict[str, Any]) -> N
 def test_results_say_how_they_came_about(run: dict[str, Any]) -> None:
     results = run["results"]
     assert {"command", "commit", "date", "torch", "hardware", "settings"} <= results.keys()
-    assert results["command"].startswith("python benchmarks/bench.py --ranks 2 --tokens 16 32")
+    assert results["command"].startswith("python benchmarks/bench.py --device cpu --ranks 2 --tokens 16 32")
     assert results["hardware"]["cores"] > 0
     assert results["hardware"]["cpu"]
 
@@ -106,8 +122,69 @@ def test_figure_is_a_readable_png(run: dict[str, Any]) -> None:
 )
 def test_bad_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
+        module("bench").parse(["--device", "cpu", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the command line see so many GPUs."""
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    "count, device, ranks, tokens",
+    [
+        (0, "cpu", [2, 4], 8192),
+        (1, "cpu", [2, 4], 8192),
+        (3, "cuda", [2], 4096),  # 256 experts over 3 ranks do not work out
+        (4, "cuda", [4], 4096),
+        (8, "cuda", [8], 4096),
+    ],
+)
+def test_defaults_are_those_of_the_host(
+    gpus: Callable[[int], None], count: int, device: str, ranks: list[int], tokens: int
+) -> None:
+    gpus(count)
+    args = module("bench").parse([])
+    assert (args.device, args.ranks, args.tokens[-1]) == (device, ranks, tokens)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--device", "cpu", "--ops", "plan"], "--ops: not an option of --device cpu"),
+        (["--device", "cuda", "--layout", "rank_major"], "--layout: not an option of --device cuda"),
+        (["--device", "cuda", "--ranks", "8"], "expected at most one for each of the 4 GPUs, got 8"),
+        (["--device", "cuda", "--hidden", "100"], "expected a multiple of 128"),
+        (["--link-gbs", "0"], "expected a positive number, got 0"),
+    ],
+    ids=["cpu", "cuda", "ranks", "hidden", "link"],
+)
+def test_bad_arguments_are_refused_for_gpus(
+    gpus: Callable[[int], None], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpus(4)
+    with pytest.raises(SystemExit):
         module("bench").parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_layer_takes_every_number_of_gpus_that_shares_out_the_experts(gpus: Callable[[int], None]) -> None:
+    gpus(8)
+    assert module("layer").parse([]).ranks == [2, 4, 8]
+    assert module("layer").parse(["--experts", "60"]).ranks == [2, 3, 4, 5, 6]
+
+
+def _one_fails(rank: int, ranks: int, port: int, args: Namespace, results: Any) -> None:
+    if rank == 1:
+        raise ValueError("made to fail")
+    time.sleep(600)
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error() -> None:
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="made to fail"):
+        module("ranks").run_ranks(_one_fails, 3, Namespace())
 
 
 def _peak(rank: int, world_size: int) -> int:
@@ -169,3 +246,154 @@ def _check_with_a_wrong_side(rank: int, world_size: int, layout: str, step: str)
 def test_a_side_that_is_wrong_in_one_number_is_not_timed(layout: str, step: str) -> None:
     for error in world(RANKS).run(_check_with_a_wrong_side, layout, step):
         assert error.startswith(f"{step}:")
+
+
+def _gpu_case(rank: int, world_size: int) -> Any:
+    args = Namespace(hidden=256, topk=3, experts=8)
+    return module("gpu").Case(rank, world_size, 12, args, torch.device("cpu"))
+
+
+def _check_gpu_case(rank: int, world_size: int) -> None:
+    module("gpu").check(_gpu_case(rank, world_size))
+
+
+def test_what_is_written_by_hand_for_gpus_gives_the_same() -> None:
+    world(RANKS).run(_check_gpu_case)
+
+
+def _check_wrong_gpu_case(rank: int, world_size: int, wrong: int) -> str:
+    case = _gpu_case(rank, world_size)
+    right = case.dispatch_fp8
+
+    def dispatch_fp8(plan: Any) -> list[torch.Tensor]:
+        results = [t.clone() for t in right(plan)]
+        results[wrong].view(torch.int32)[-1, -1] ^= 1
+        return results
+
+    case.dispatch_fp8 = dispatch_fp8
+    try:
+        module("gpu").check(case)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("wrong, name", [(0, "rows"), (2, "scales")], ids=["rows", "scales"])
+def test_a_wrong_bit_of_fp8_is_not_timed(wrong: int, name: str) -> None:
+    for error in world(RANKS).run(_check_wrong_gpu_case, wrong):
+        assert error == f"dispatch-fp8: the two sides returned different {name}"
+
+
+def test_quantised_rows_are_the_rows_up_to_rounding() -> None:
+    x = torch.randn(6, 256, generator=seeded(0)).to(torch.bfloat16)
+    fp8, scales = module("gpu").quantise(x)
+    back = fp8.float() * scales.repeat_interleave(128, 1)
+    assert scales.shape == (6, 2)
+    torch.testing.assert_close(back, x.float(), rtol=2**-3, atol=1e-2)
+
+
+def test_counted_rows_are_those_of_the_busiest_direction_of_the_reference_plan() -> None:
+    ranks, experts = 3, 6
+    idx = [random_topk(20 + 5 * r, 3, experts, seeded(r)) for r in range(ranks)]
+    # visits[s][d]: tokens of rank s that have an expert on rank d
+    visits = torch.tensor([[int((t // 2 == d).any(1).sum()) for d in range(ranks)] for t in idx])
+    for rank, plan in enumerate(reference.plan(idx, experts, layout="rank_major")):
+        got = module("gpu").busiest(plan.send_counts.tolist(), plan.recv_counts.tolist(), rank)
+        own = int(visits[rank, rank])
+        most = max(int(visits[rank].sum()), int(visits[:, rank].sum()))
+        assert got == (most, most - own)
+
+
+def test_floor_is_the_time_of_the_remote_bytes_on_the_link() -> None:
+    gpu = module("gpu")
+    assert gpu.floor_us(345_000_000, 345.0) == pytest.approx(1000)
+    # 4096 tokens that visit 2.71 remote ranks on average: the floors of the reference host, fp8 with its scales.
+    rows = round(4096 * 2.71)
+    for op, us in (("dispatch", 461), ("combine", 461), ("dispatch-fp8", 238)):
+        assert gpu.floor_us(rows * gpu.OPS[op].row_bytes(7168), gpu.LINK_GBS) == pytest.approx(us, abs=0.5)
+
+
+def _gpu_results() -> dict[str, Any]:
+    """Made up, as a run on 4 GPUs would write them."""
+    gpu = module("gpu")
+    rows = []
+    for tokens in (64, 4096):
+        for n, name in enumerate(gpu.ops_for(tokens, list(gpu.OPS))):
+            op = gpu.OPS[name]
+            logical, wire = (int(tokens * visits * op.exchanges * op.row_bytes(7168)) for visits in (3.61, 2.71))
+            base = 20 + wire / 300e3
+            sides = {"ours": base + n, "theirs": 3 * base, **({"nccl": 1.2 * base} if wire else {})}
+            times = {side: module("ranks").statistics_of([us - 1, us, us + 2]) for side, us in sides.items()}
+            rows.append(gpu.row(name, 4, tokens, logical, wire, 345.0, times))
+    hardware = {"gpus": ["GPU"] * 4, "driver": "1.2", "cuda": "13.0", "nccl": "2.28.9", "cores": 8}
+    settings = {"hidden": 7168, "topk": 8, "experts": 256, "num_sms": 24}
+    return json.loads(json.dumps({"torch": "2.11.0", "hardware": hardware, "settings": settings, "rows": rows}))
+
+
+def test_rates_and_ratios_of_a_gpu_row_follow_from_its_times() -> None:
+    for row in _gpu_results()["rows"]:
+        us = statistics.median(row["ours"]["times_us"])
+        assert row["ratio"] == pytest.approx(us / statistics.median(row["theirs"]["times_us"]), rel=0.01)
+        if row["op"].startswith("plan"):
+            assert {row["floor_us"], row["floor_ratio"], row["wire_gbs"], row["nccl_ratio"]} == {None}
+        else:
+            assert row["wire_gbs"] == pytest.approx(row["wire_bytes"] / us / 1e3, abs=0.1)
+            assert row["floor_ratio"] == pytest.approx(us / (row["wire_bytes"] / 345e3), rel=0.01)
+
+
+def test_gpu_table_has_the_columns_of_its_head() -> None:
+    gpu = module("gpu")
+    bars = [i for i, c in enumerate(gpu.HEAD.splitlines()[1]) if c == "|"]
+    for row in _gpu_results()["rows"]:
+        assert [i for i, c in enumerate(gpu.line(row)) if c == "|"] == bars
+
+
+def test_only_small_batches_are_replayed_from_a_graph() -> None:
+    ops = [(row["tokens"], row["op"]) for row in _gpu_results()["rows"]]
+    assert (64, "graph") in ops and (4096, "graph") not in ops
+
+
+def test_gpu_figure_is_a_readable_png(tmp_path: Path) -> None:
+    import matplotlib.image
+
+    module("gpu").draw(_gpu_results(), tmp_path / "gpu.png")
+    picture = matplotlib.image.imread(tmp_path / "gpu.png")
+    assert min(picture.shape[:2]) > 600
+    assert picture[..., :3].std() > 0.01  # not blank
+
+
+def _check_layers(rank: int, world_size: int, factor: float) -> str:
+    import torch_ep
+
+    layer = module("layer")
+    layers: dict[str, Any] = {}
+    for side, kind in (("ours", torch_ep.nn.MoE), ("theirs", layer.ByHandMoE)):
+        torch.manual_seed(0)
+        layers[side] = kind(32, 48, 8, 3)
+    with torch.no_grad():
+        layers["theirs"].down.mul_(factor)
+    x = torch.randn(20, 32, generator=seeded(rank), requires_grad=True)
+    try:
+        layer.check_same(layers, x, torch.randn(20, 32, generator=seeded(rank, 1)))
+    except RuntimeError as error:
+        return str(error)
+    return "the same"
+
+
+@pytest.mark.parametrize("factor, want", [(1.0, "the same"), (1.1, "output: expected the same from both layers")])
+def test_layer_by_hand_has_the_same_output_and_gradients(factor: float, want: str) -> None:
+    for got in world(RANKS).run(_check_layers, factor):
+        assert got.startswith(want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_run_on_gpus_has_a_row_for_every_case(tmp_path: Path) -> None:
+    sizes = ["--tokens", "1", "600", "--hidden", "512", "--experts", "16", "--iterations", "3"]
+    done = bench("--device", "cuda", "--ranks", "2", *sizes, "--output", str(tmp_path / "gpu"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    gpu = module("gpu")
+    assert [(row["tokens"], row["op"]) for row in rows] == [
+        (tokens, op) for tokens in (1, 600) for op in gpu.ops_for(tokens, list(gpu.OPS))
+    ]
+    assert (tmp_path / "gpu.png").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""The operators on CUDA tensors, over NCCL where there are several GPUs: equal to the reference."""
+"""The operators on CUDA tensors by transport c10d, over NCCL where there are several GPUs: equal to the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness import World, random_topk, seeded
 import torch_ep
 from torch_ep import reference
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 BACKENDS = {"nccl": "cuda:nccl", "gloo-nccl": "cpu:gloo,cuda:nccl"}  # headers over NCCL, or over gloo
 
@@ -22,7 +22,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[World]:
     count = torch.cuda.device_count()
     if count < 2:
         pytest.skip("one GPU: several ranks over NCCL need several")
-    own = World(count, timeout=timedelta(seconds=20), backend=request.param)
+    own = World(count, timeout=timedelta(seconds=20), backend=request.param, transport="c10d")
     yield own
     own.close()
 

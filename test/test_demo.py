@@ -22,6 +22,8 @@ sys.path.insert(0, str(EXAMPLES))  # also in the ranks, which import this file
 import train_moe as demo  # noqa: E402
 from harness import world  # noqa: E402
 
+import torch_ep  # noqa: E402
+
 TINY = ["--eager", "--device=cpu", "--threads=1", "--layers=2", "--dim=32", "--heads=2", "--experts=4"]
 TINY += ["--intermediate=16", "--context=32", "--batch=8", "--validations=2", "--validation-batches=2"]
 TINY += ["--sample-bytes=12"]
@@ -78,6 +80,35 @@ def test_capacity_is_a_multiple_of_an_even_load(layout: str, factor: float, rows
     # 2 of 4 experts, 2 ranks of 50 tokens: 100 (token, expert) pairs a rank; of the 6 choices of experts one misses a
     # rank, so that 100 * 5/6 tokens visit it.
     assert demo.capacity_rows(demo.ModelConfig(experts=4, topk=2), layout, factor, 50, 2) == rows
+
+
+@pytest.mark.parametrize("flags", ["", "--capacity 4", "--layout rank_major", "--layout rank_major --capacity 4"])
+def test_no_call_passes_more_than_init_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    passed: dict[str, list[int]] = {name: [] for name in ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")}
+    make_plan, dispatch = torch_ep.nn.plan, torch_ep.nn.dispatch
+
+    def spy_plan(topk_idx: torch.Tensor, num_experts: int, *args: Any, **kwargs: Any) -> torch_ep.Plan:
+        sizes = (topk_idx.shape[0], topk_idx.shape[1], num_experts)
+        for name, size in zip(("max_tokens_per_rank", "num_topk", "num_experts"), sizes, strict=True):
+            passed[name].append(size)
+        return make_plan(topk_idx, num_experts, *args, **kwargs)
+
+    def spy_dispatch(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        passed["hidden"].append(x.shape[1])
+        return dispatch(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch_ep.nn, "plan", spy_plan)
+    monkeypatch.setattr(torch_ep.nn, "dispatch", spy_dispatch)
+    args = tiny(tmp_path, "--ranks", "1", "--layers", "1", *flags.split())
+    trainer = demo.Trainer(args, demo.Ranks())
+    trainer.train_step()
+    trainer.validate()
+    trainer.sample(b"def ", 2 * args.context)
+    assert {name: max(sizes) for name, sizes in passed.items()} == demo.limits(args)
+
+
+def test_each_of_several_ranks_makes_room_for_its_share(tmp_path: Path) -> None:
+    assert demo.limits(tiny(tmp_path, "--ranks", "4"))["max_tokens_per_rank"] == 8 * 32 // 4
 
 
 # --- the same run whatever the ranks ----------------------------------------------------------------------------------
@@ -230,6 +261,23 @@ def test_figures_are_those_of_the_run(finished: Path) -> None:
     assert figures["parameters"] == sum(
         p.numel() for p in demo.MoETransformer(demo.ModelConfig(**figures["model"])).parameters()
     )
+
+
+def test_the_transport_is_told_and_kept(finished: Path) -> None:
+    assert "exchanges: over gloo" in (finished / "stdout").read_text().splitlines()
+    figures = json.loads((finished / demo.FIGURES).read_text())
+    assert (figures["transport"], figures["symmetric_bytes"]) == ("c10d", 0)
+
+
+def test_a_transport_of_gpus_is_told_with_its_reason_and_memory(tmp_path: Path) -> None:
+    args = tiny(tmp_path)
+    args.device = "cuda"
+    nvlink = torch_ep.Communicator("", 0, 2, demo.PEER_TIMEOUT, transport="nvlink", reason="R", symmetric_bytes=3 << 19)
+    assert demo.describe_exchanges(args, nvlink) == (
+        "exchanges: transport nvlink (R), 1.5 MiB of symmetric memory a rank"
+    )
+    nccl = nvlink._replace(transport="c10d", symmetric_bytes=0)
+    assert demo.describe_exchanges(args, nccl) == "exchanges: transport c10d (R)"
 
 
 def test_the_curves_are_drawn(finished: Path) -> None:

@@ -1,4 +1,4 @@
-"""The code in the README and the tutorial runs as it stands there."""
+"""The code in the README and the tutorial runs as it stands there: that for GPUs where there are any."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import world
+import torch
+from harness import World, world
+from virtual import NCCL
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```python(?: ranks=(\d+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```python(?: (ranks|gpus)=(\d+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(path: str) -> list[tuple[int, str]]:
-    """(ranks, code) of every block; line numbers are those of the page."""
+def blocks(path: str, what: str) -> list[tuple[int, str]]:
+    """(how many, code) of every block for so many "ranks" or "gpus"; line numbers are those of the page."""
     text = (ROOT / path).read_text()
-    return [(int(m[1] or 1), "\n" * text[: m.start(2)].count("\n") + m[2]) for m in BLOCK.finditer(text)]
+    found = []
+    for m in BLOCK.finditer(text):
+        code = "\n" * text[: m.start(3)].count("\n") + m[3]
+        compile(code, path, "exec")  # of any kind, wherever this runs
+        if (m[1] or "ranks") == what:
+            found.append((int(m[2] or 1), code))
+    return found
 
 
 def execute(rank: int, world_size: int, code: str, path: str) -> None:
@@ -25,7 +33,7 @@ def execute(rank: int, world_size: int, code: str, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["README.md", "docs/tutorial.md"])
 def test_code_runs(path: str) -> None:
-    found = blocks(path)
+    found = blocks(path, "ranks")
     assert found
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for ranks, code in found:
@@ -33,6 +41,29 @@ def test_code_runs(path: str) -> None:
             exec(compile(code, path, "exec"), namespace)  # blocks of one rank continue each other
         else:
             world(ranks).run(execute, code, path)
+
+
+def execute_in_turn(rank: int, world_size: int, codes: list[str], path: str) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for code in codes:
+        exec(compile(code, path, "exec"), namespace)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["docs/tutorial.md"])
+def test_code_for_gpus_runs(path: str) -> None:
+    by_count: dict[int, list[str]] = {}  # blocks for as many GPUs continue each other
+    for gpus, code in blocks(path, "gpus"):
+        by_count.setdefault(gpus, []).append(code)
+    assert by_count
+    for gpus, codes in by_count.items():
+        if torch.cuda.device_count() < gpus:
+            pytest.skip(f"expected {gpus} GPUs, got {torch.cuda.device_count()}")
+        own = World(gpus, backend=NCCL)
+        try:
+            own.run(execute_in_turn, codes, path)
+        finally:
+            own.close()
 
 
 LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")

@@ -1,13 +1,21 @@
-"""Every message about a bad argument: from the kernel, and the same from the fake. Then everything still works."""
+"""Every message about a bad argument: from the kernel, and the same from the fake. Then everything still works.
+
+What only the device can see is raised on CUDA by the next call; an exact plan waits for its own and raises at once.
+Messages about peers that are gone: test_failures.py, test_nvlink_failures.py. About links and symmetric memory:
+test_symmetric.py.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from devices import LIMITS, Ranks, needs_cuda, one_rank_on
 from harness import world
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -22,6 +30,8 @@ class Case(NamedTuple):
     error: type[Exception]
     message: str
     fake: bool = True  # whether the fake sees it too: it knows no values
+    # On CUDA: what the next call says, before the exchange's number. None: the call itself says `message`.
+    later: str | None = None
 
 
 def topk() -> torch.Tensor:
@@ -60,11 +70,12 @@ def dispatch(
     *,
     error: type[Exception] = ValueError,
     fake: bool = True,
+    later: str | None = None,
     plan_layout: str = "expert_major",
     **changes: Any,
 ) -> Case:
     given = {"x": torch.ones(3, 4), "topk_weights": None, "scales": None, **move_arguments(plan_layout), **changes}
-    return Case(ops.dispatch.default, given, error, f"ep::dispatch: {message}", fake)
+    return Case(ops.dispatch.default, given, error, f"ep::dispatch: {message}", fake, later)
 
 
 def combine(
@@ -182,16 +193,19 @@ CASES = {
     "dispatch-send_slot-values": dispatch(
         "expected send_slot of this plan in [-1, 3), got 3",
         fake=False,
+        later="ep::dispatch: expected send_slot of this plan in [-1, 3), in the order of ep::plan, got 3",
         send_slot=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
     ),
     "dispatch-recv_slot-values": dispatch(
         "expected recv_slot of this plan in [-1, 6), got -2",
         fake=False,
+        later="ep::dispatch: expected recv_slot of this plan in [-1, 6), in the order of ep::plan, got -2",
         recv_map=torch.tensor([0, -2, 1, 2, 4], dtype=torch.int32),
     ),
     "dispatch-counts-values": dispatch(
         "expected send_counts of this plan in [0, 2147483647), got -3",
         fake=False,
+        later="ep::dispatch: expected send_slot of this plan in [-1, 0), in the order of ep::plan, got ",
         send_counts=torch.tensor([-3], dtype=torch.int32),
     ),
     "combine-rows": combine("expected y of shape [5, -1] (-1: any size), got [6, 4]", y=torch.ones(6, 4)),
@@ -240,11 +254,35 @@ CASES = {
 }
 
 
+def on(device: str, value: Any) -> Any:
+    """A tensor on that device, with its strides, of which a copy keeps no 0; other values as they are."""
+    if not isinstance(value, torch.Tensor) or device == "cpu":
+        return value
+    moved = value.to(device)
+    return moved if moved.stride() == value.stride() else moved.as_strided(value.shape, value.stride())
+
+
+def what_comes_later(device: str) -> str:
+    """The first line of what the device found and the next call raises."""
+    torch.cuda.synchronize()
+    with pytest.raises((ValueError, dist.DistError)) as raised:
+        torch_ep.plan(topk().to(device), 4)
+    return str(raised.value).splitlines()[0]
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel(case: Case) -> None:
-    with pytest.raises(case.error) as raised:
-        case.op(**case.arguments)
-    assert str(raised.value).splitlines()[0] == case.message
+def test_kernel(device: str, case: Case) -> None:
+    arguments = {name: on(device, value) for name, value in case.arguments.items()}
+    if device == "cuda" and case.later is not None:
+        case.op(**arguments)
+        assert re.fullmatch(re.escape(case.later) + r"\d* \(exchange \d+\)", what_comes_later(device))
+    else:
+        with pytest.raises(case.error) as raised:
+            case.op(**arguments)
+        assert str(raised.value).splitlines()[0] == case.message
+    x = torch.arange(12.0, device=device).view(3, 4)
+    p = torch_ep.plan(topk().to(device), 4)
+    assert torch.equal(torch_ep.combine(torch_ep.dispatch(x, p), p), x * torch.tensor([[2.0], [1], [2]], device=device))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +315,108 @@ def test_init_timeout() -> None:
         torch_ep.init(timeout=timedelta())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"transport": "ib"}, "expected transport 'auto', 'c10d' or 'nvlink', got 'ib'"),
+        ({"provider": "nccl"}, "expected provider 'torch' or 'nvshmem', got 'nccl'"),
+        ({"num_sms": 0}, r"expected num_sms from \d to 128, got 0"),
+        ({"num_sms": 129}, r"expected num_sms from \d to 128, got 129"),
+    ],
+    ids=["transport", "provider", "no-sms", "too-many-sms"],
+)
+def test_init_choices(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^torch_ep.init: {message}$"):
+        torch_ep.init(**arguments)
+
+
+# Whether torch_ep has CUDA, whether there is a device, what `init` is given, why nvlink cannot be used.
+REASONS = {
+    "no-cuda": (False, True, LIMITS, "torch_ep was built without CUDA"),
+    "no-device": (True, False, LIMITS, "there is no CUDA device"),
+    "limits": (
+        True,
+        True,
+        {"hidden": 8, "num_experts": 4},
+        "its buffers need every limit, and max_tokens_per_rank, num_topk is not given",
+    ),
+    "topk": (True, True, {**LIMITS, "num_topk": 33}, "it takes at most 32 experts a token, and num_topk is 33"),
+    "other-gpu": (True, True, LIMITS, "torch_ep was not built for this GPU"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_init_says_why_not_nvlink(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built, available, limits, reason = REASONS[name]
+    monkeypatch.setattr(ops, "_has_nvlink", lambda: built)
+    monkeypatch.setattr(ops, "_nvlink_runs", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    with pytest.raises(RuntimeError) as raised:
+        torch_ep.init(transport="nvlink", **limits)
+    assert str(raised.value) == f"torch_ep.init: transport 'nvlink' cannot be used: {reason}"
+    chosen = torch_ep.init(**limits)
+    assert (chosen.transport, chosen.reason, chosen.symmetric_bytes) == ("c10d", reason, 0)
+
+
+class GroupOnCpu:
+    """As much of a process group as is asked."""
+
+    _device_types = (torch.device("cpu"),)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_experts", "reason"),
+    [
+        (2, 5, "num_experts = 5 is no multiple of the 2 ranks"),
+        (9, 9, "it takes at most 8 ranks, and there are 9"),
+        (2, 4, "the process group has no backend for CUDA"),
+    ],
+    ids=["num_experts", "ranks", "backend"],
+)
+def test_why_ranks_cannot_use_nvlink(
+    world_size: int, num_experts: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_has_nvlink", lambda: True)
+    limits = {**LIMITS, "num_experts": num_experts}
+    assert torch_ep.comm._why_not_nvlink(GroupOnCpu(), world_size, limits) == reason  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(ops._has_nvlink(), reason="torch_ep was built with CUDA")
+def test_nvlink_of_a_build_without_it() -> None:
+    with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink transport"):
+        ops._init_nvlink("", 0, 1, [0], list(LIMITS.values()), 8, 1000, True)
+
+
+def test_only_nvlink_is_settled() -> None:
+    with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink transport"):
+        ops._settle_nvlink("nowhere")
+
+
+def test_reset_of_one_rank_has_nothing_to_do() -> None:
+    torch_ep.reset()
+
+
+def test_reset_names_the_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        def get_group_store(self) -> Store:
+            return self
+
+        def set(self, key: str, value: str) -> None:
+            self.own = key
+
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            raise RuntimeError("too late")
+
+        def check(self, keys: list[str]) -> bool:
+            return keys == [self.own]
+
+    monkeypatch.setattr(torch_ep.comm, "process_group", lambda name: Store())
+    communicator = torch_ep.Communicator("g", 1, 3, timedelta(seconds=1))
+    with pytest.raises(dist.DistError) as raised:
+        torch_ep.comm._latest(communicator, 5)
+    assert str(raised.value) == "torch_ep.reset: group 'g': no answer from ranks [0, 2]: too late"
+
+
 def test_group_of_another_type() -> None:
     with pytest.raises(
         TypeError, match="expected group to be a ProcessGroup, a DeviceMesh, a group's name or None, got int"
@@ -299,37 +439,55 @@ def test_plan_with_the_wrong_fields() -> None:
 # On several ranks: the message of each rank, and that the group works right after.
 
 
-def works(rank: int, world_size: int) -> bool:
-    p = torch_ep.plan(torch.arange(world_size)[:, None], world_size)
-    y = torch_ep.combine(torch_ep.dispatch(torch.full((world_size, 3), float(rank)), p), p)
-    return torch.equal(y, torch.full((world_size, 3), float(rank)))
+def works(rank: int, world_size: int, device: str) -> bool:
+    p = torch_ep.plan(torch.arange(world_size, device=device)[:, None], world_size)
+    x = torch.full((world_size, 3), float(rank), device=device)
+    return torch.equal(torch_ep.combine(torch_ep.dispatch(x, p), p), x)
 
 
-def caught(rank: int, world_size: int, which: str) -> tuple[str, str, bool]:
-    idx = torch.zeros(2, 1, dtype=torch.int64)
+def raise_what_the_device_found(world_size: int, device: str) -> None:
+    """Which is what the next call does."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch_ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=device), world_size)
+
+
+def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, str, bool]:
+    idx = torch.zeros(2, 1, dtype=torch.int64, device=device)
+
+    def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.ones(shape, dtype=dtype, device=device)
+
     try:
         if which == "index on one rank":
             torch_ep.plan(idx + (9 if rank == 1 else 0), world_size)
         elif which == "num_experts differs":
             torch_ep.plan(idx, world_size * (1 + rank))
         elif which == "num_topk differs":
-            torch_ep.plan(torch.arange(rank + 1)[None], 2 * world_size)
+            torch_ep.plan(torch.arange(rank + 1, device=device)[None], 2 * world_size)
         elif which == "hidden differs":
             p = torch_ep.plan(idx, world_size)
-            torch_ep.dispatch(torch.ones(2, 3 + rank), p)
+            torch_ep.dispatch(ones(2, 3 + rank), p)
         elif which == "dtype differs":
             p = torch_ep.plan(idx, world_size)
-            torch_ep.dispatch(torch.ones(2, 3, dtype=torch.float32 if rank else torch.float64), p)
+            torch_ep.dispatch(ones(2, 3, dtype=torch.float32 if rank else torch.float64), p)
         elif which == "weights on one rank":
             p = torch_ep.plan(idx, world_size)
-            torch_ep.dispatch(torch.ones(2, 3), p, **({} if rank else {"topk_weights": torch.ones(2, 1)}))
+            torch_ep.dispatch(ones(2, 3), p, **({} if rank else {"topk_weights": ones(2, 1)}))
         elif which == "world_size":
             ops.plan(idx, 3, "expert_major", 1, 3, torch_ep.comm.resolve(None)[0])
         elif which == "init differs":
             torch_ep.init(hidden=7 + rank)
+        elif which == "transport differs":
+            torch_ep.init(transport="c10d" if rank else "auto")
+        elif which == "provider differs":
+            torch_ep.init(provider="nvshmem" if rank else "torch")
+        elif which == "num_sms differs":
+            torch_ep.init(num_sms=7 + rank)
+        raise_what_the_device_found(world_size, device)
     except Exception as error:
-        return type(error).__name__, str(error).splitlines()[0], works(rank, world_size)
-    return "", "no error", works(rank, world_size)
+        return type(error).__name__, str(error).splitlines()[0], works(rank, world_size, device)
+    return "", "no error", works(rank, world_size, device)
 
 
 @pytest.mark.parametrize(
@@ -398,30 +556,84 @@ def caught(rank: int, world_size: int, which: str) -> tuple[str, str, bool]:
                 "torch_ep.init: expected the same hidden on every rank, got 8 on rank 1 and 7 on rank 0",
             ),
         ),
+        (
+            "transport differs",
+            ("DistError", "DistError"),
+            (
+                "torch_ep.init: expected the same transport (0: auto, 1: c10d, 2: nvlink) on every rank, "
+                "got 0 on rank 0 and 1 on rank 1",
+                "torch_ep.init: expected the same transport (0: auto, 1: c10d, 2: nvlink) on every rank, "
+                "got 1 on rank 1 and 0 on rank 0",
+            ),
+        ),
+        (
+            "provider differs",
+            ("DistError", "DistError"),
+            (
+                "torch_ep.init: expected the same provider (0: torch, 1: nvshmem) on every rank, "
+                "got 0 on rank 0 and 1 on rank 1",
+                "torch_ep.init: expected the same provider (0: torch, 1: nvshmem) on every rank, "
+                "got 1 on rank 1 and 0 on rank 0",
+            ),
+        ),
+        (
+            "num_sms differs",
+            ("DistError", "DistError"),
+            (
+                "torch_ep.init: expected the same num_sms on every rank, got 7 on rank 0 and 8 on rank 1",
+                "torch_ep.init: expected the same num_sms on every rank, got 8 on rank 1 and 7 on rank 0",
+            ),
+        ),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
-def test_ranks(which: str, errors: tuple[str, str], messages: tuple[str, str]) -> None:
-    for (kind, message, usable), error, expected in zip(world(2).run(caught, which), errors, messages, strict=True):
+def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple[str, str]) -> None:
+    for (kind, message, usable), error, expected in zip(
+        Ranks(device, 2).run(caught, device, which), errors, messages, strict=True
+    ):
         assert kind == error
         assert message.startswith(expected)
         assert usable
 
 
-def test_a_peers_bad_index_is_told_in_its_own_words() -> None:
-    (_, message, _), _ = world(2).run(caught, "index on one rank")
+def test_a_peers_bad_index_is_told_in_its_own_words(device: str) -> None:
+    (_, message, _), _ = Ranks(device, 2).run(caught, device, "index on one rank")
     assert message.endswith(": ep::plan: expected topk_idx in [-1, 2), got 9 at token 0, slot 0")
 
 
-def beyond_limits(rank: int, world_size: int) -> list[tuple[str, str]]:
-    torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size)
-    p = torch_ep.plan(torch.zeros(1, 1, dtype=torch.int64), world_size, capacity=world_size)
+def uninitialised(rank: int, world_size: int) -> str:
+    group = dist.new_group(list(range(world_size)))
+    try:
+        torch_ep.reset(group)
+    except RuntimeError as error:
+        return str(error).replace(group.group_name, "NAME")
+    finally:
+        dist.destroy_process_group(group)
+    return "no error"
+
+
+def test_reset_of_an_uninitialised_group() -> None:
+    told = "call torch_ep.init(group) on every rank first"
+    for message in world(2).run(uninitialised):
+        assert message == f"torch_ep.reset: expected an initialised group, got group 'NAME': {told}"
+
+
+def beyond_limits(rank: int, world_size: int, device: str) -> list[tuple[str, str]]:
+    before = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]]
+    transport = before.transport
+    assert transport == ("nvlink" if device == "cuda" else "c10d")
+    torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size, transport=transport)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    p = torch_ep.plan(zeros(1, 1), world_size, capacity=world_size)
     calls: list[Callable] = [
-        lambda: torch_ep.plan(torch.zeros(5 if rank == 0 else 4, 1, dtype=torch.int64), world_size),
-        lambda: torch_ep.plan(torch.arange(3)[None], 2 * world_size),
-        lambda: torch_ep.plan(torch.zeros(4, 1, dtype=torch.int64), 3 * world_size),
-        lambda: torch_ep.dispatch(torch.ones(1, 9), p),
-        lambda: torch_ep.combine(torch.ones(world_size, 9), p),
+        lambda: torch_ep.plan(zeros(5 if rank == 0 else 4, 1), world_size),
+        lambda: torch_ep.plan(torch.arange(3, device=device)[None], 2 * world_size),
+        lambda: torch_ep.plan(zeros(4, 1), 3 * world_size),
+        lambda: torch_ep.dispatch(torch.ones(1, 9, device=device), p),
+        lambda: torch_ep.combine(torch.ones(world_size, 9, device=device), p),
     ]
     seen = []
     for call in calls:
@@ -437,18 +649,21 @@ def beyond_limits(rank: int, world_size: int) -> list[tuple[str, str]]:
                 seen.append(("", "no error"))
             except Exception as error:
                 seen.append((type(error).__name__, str(error).splitlines()[0]))
-    assert works(rank, world_size)
-    torch_ep.init()
+    assert works(rank, world_size, device)
+    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout", "transport")
+    torch_ep.init(**{name: getattr(before, name) for name in names})
     return seen
 
 
-def test_limits_of_init() -> None:
-    first, second = world(2).run(beyond_limits)
+def test_limits_of_init(device: str) -> None:
+    first, second = Ranks(device, 2).run(beyond_limits, device)
     limit = "the limit given to torch_ep.init"
     tokens = "ep::plan: expected at most max_tokens_per_rank = 4 tokens, got 5"
     assert first[0] == ("ValueError", tokens)
     assert second[0][0] == "DistError"
-    assert second[0][1].endswith(tokens)
+    assert second[0][1].startswith("ep::plan: rank 0 failed before exchange")
+    # A kernel tells its peers what is wrong, and no numbers.
+    assert second[0][1].endswith(tokens if device == "cpu" else "max_tokens_per_rank tokens, got more")
     expected = [
         ("ValueError", f"ep::plan: expected at most num_topk = 2, {limit}, got 3"),
         ("ValueError", f"ep::plan: expected at most num_experts = 4, {limit}, got 6"),
@@ -464,8 +679,8 @@ def broken_plan(rank: int, world_size: int) -> tuple[str, bool]:
     try:
         torch_ep.dispatch(torch.ones(2, 3), p._replace(send_slot=p.send_slot + 7) if rank == 1 else p)
     except Exception as error:
-        return str(error).splitlines()[0], works(rank, world_size)
-    return "no error", works(rank, world_size)
+        return str(error).splitlines()[0], works(rank, world_size, "cpu")
+    return "no error", works(rank, world_size, "cpu")
 
 
 def test_broken_plan_of_one_rank() -> None:
@@ -476,22 +691,76 @@ def test_broken_plan_of_one_rank() -> None:
     assert first_works and second_works
 
 
-def another_plan(rank: int, world_size: int) -> tuple[str, bool]:
+def another_plan(rank: int, world_size: int, device: str) -> tuple[str, bool]:
     """Rank 1 passes a plan of other routing: what it sends is not what rank 0 waits for."""
-    p = torch_ep.plan(torch.zeros(2, 1, dtype=torch.int64), world_size)
-    q = torch_ep.plan(torch.tensor([[0], [-1]]), world_size)
+    p = torch_ep.plan(torch.zeros(2, 1, dtype=torch.int64, device=device), world_size)
+    q = torch_ep.plan(torch.tensor([[0], [-1]], device=device), world_size)
     try:
-        torch_ep.dispatch(torch.ones(2, 3), q if rank == 1 else p)
+        torch_ep.dispatch(torch.ones(2, 3, device=device), q if rank == 1 else p)
+        raise_what_the_device_found(world_size, device)
     except Exception as error:
-        return str(error).splitlines()[0], works(rank, world_size)
-    return "no error", works(rank, world_size)
+        return str(error).splitlines()[0], works(rank, world_size, device)
+    return "no error", works(rank, world_size, device)
 
 
-def test_plans_of_different_routing() -> None:
-    first, second = world(2).run(another_plan)
+def test_plans_of_different_routing(device: str) -> None:
+    first, second = Ranks(device, 2).run(another_plan, device)
     assert first == (
         "ep::dispatch: expected the same plan on every rank, got one by which 2 rows go from rank 1 to rank 0, "
         "where rank 1 sends 1",
         True,
     )
     assert second[1]
+
+
+# On one GPU.
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("name", ["plan-index-high", "plan-index-low", "plan-duplicate"])
+def test_a_bad_index_in_capacity_mode_is_told_by_the_next_call(name: str) -> None:
+    case = CASES[name]
+    arguments = {key: on("cuda", value) for key, value in case.arguments.items()}
+    with one_rank_on("cuda"):
+        ops.plan.capacity(**arguments, capacity=8)
+        assert what_comes_later("cuda") == case.message
+        assert works(0, 1, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_an_exact_plan_cannot_be_captured() -> None:
+    topk_idx = topk().cuda()
+    with one_rank_on("cuda"):
+        with pytest.raises(RuntimeError) as raised, torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch_ep.plan(topk_idx, 4)
+        assert str(raised.value).splitlines()[0] == (
+            "ep::plan: expected a capacity while a CUDA graph is captured: an exact plan waits for the number of rows"
+        )
+        assert works(0, 1, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (
+            {"num_experts": 2**17},
+            "expected at most as many experts as ep::plan can count in shared memory on transport nvlink, "
+            "got num_experts = 131072",
+        ),
+        (
+            {"max_tokens_per_rank": 2**24 + 1, "hidden": 1, "num_topk": 1, "num_experts": 1},
+            "expected max_tokens_per_rank of at most 16777216 on transport nvlink, got 16777217",
+        ),
+    ],
+    ids=["num_experts", "max_tokens_per_rank"],
+)
+def test_init_limits_of_nvlink(limits: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError) as raised:
+        torch_ep.init("", transport="nvlink", **{**LIMITS, **limits})
+    assert str(raised.value).splitlines()[0] == f"torch_ep.init: {message}"
+    with one_rank_on("cuda"):
+        assert works(0, 1, "cuda")

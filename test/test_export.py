@@ -33,12 +33,16 @@ class Block(nn.Module):
         return x + self.moe(x)[0]
 
 
-def example(count: int) -> Tensor:
-    return torch.randn(count, HIDDEN, generator=seeded(count))
+def example(device: str, count: int) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=seeded(count)).to(device)
+
+
+def device_of(block: Block) -> str:
+    return block.moe.router.device.type
 
 
 def export(block: Block, strict: bool) -> ExportedProgram:
-    x = example(5)
+    x = example(device_of(block), 5)
     with torch.no_grad():
         return torch.export.export(block, (x,), dynamic_shapes={"x": {0: Dim.DYNAMIC}}, strict=strict)
 
@@ -46,36 +50,35 @@ def export(block: Block, strict: bool) -> ExportedProgram:
 def assert_equal_for_all_counts(fn: Callable, block: Block, tokens: tuple[int, ...] = TOKENS) -> None:
     with torch.no_grad():
         for count in tokens:
-            torch.testing.assert_close(
-                fn(example(count)), block(example(count)), msg=lambda m, count=count: f"{count} tokens: {m}"
-            )
+            x = example(device_of(block), count)
+            torch.testing.assert_close(fn(x), block(x), msg=lambda m, count=count: f"{count} tokens: {m}")
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
-def test_exported_equals_eager(mode: dict, strict: bool) -> None:
-    block = Block(**mode)
+def test_exported_equals_eager(device: str, mode: dict, strict: bool) -> None:
+    block = Block(**mode).to(device)
     assert_equal_for_all_counts(export(block, strict).module(), block)
 
 
-def test_decompositions_keep_the_operators() -> None:
-    block = Block()
+def test_decompositions_keep_the_operators(device: str) -> None:
+    block = Block().to(device)
     program = export(block, strict=False).run_decompositions()
     assert exchanges_in(program.graph_module) == ["plan", "dispatch", "combine"]
     assert_equal_for_all_counts(program.module(), block)
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
-def test_saved_and_loaded_equals_eager(mode: dict) -> None:
-    block = Block(**mode)
+def test_saved_and_loaded_equals_eager(device: str, mode: dict) -> None:
+    block = Block(**mode).to(device)
     buffer = io.BytesIO()
     torch.export.save(export(block, strict=False), buffer)
     buffer.seek(0)
     assert_equal_for_all_counts(torch.export.load(buffer).module(), block)
 
 
-def test_package_of_aot_inductor_equals_eager(tmp_path: Path) -> None:
-    block = Block()
+def test_package_of_aot_inductor_equals_eager(device: str, tmp_path: Path) -> None:
+    block = Block().to(device)
     path = str(tmp_path / "block.pt2")
     with inductor_cache(artifacts()):
         torch._inductor.aoti_compile_and_package(export(block, strict=False), package_path=path)

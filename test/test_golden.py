@@ -6,10 +6,13 @@ The same text on every supported torch. After a wanted change: `EXPECTTEST_ACCEP
 
 from __future__ import annotations
 
+import itertools
 import re
 
+import pytest
 import torch
 import torch._dynamo
+from devices import Ranks, needs_cuda, one_rank_on
 from expecttest import TestCase
 from harness import world
 from torch._dynamo.testing import AotEagerAndRecordGraphs, normalize_gm
@@ -25,12 +28,12 @@ def text(gm: GraphModule) -> str:
     return re.sub(r";  [^;\n]* = None$", "", normalize_gm(gm.print_readable(print_output=False)), flags=re.MULTILINE)
 
 
-def graphs_of(layout: str, count: int = 5) -> tuple[str, str, str]:
+def graphs_of(layout: str, count: int = 5, device: str = "cpu") -> tuple[str, str, str]:
     """Dynamo, forward, backward of a layer in the default group."""
     torch._dynamo.reset()
     backend = AotEagerAndRecordGraphs()
-    layer = torch_ep.nn.MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOPK, layout=layout, normalize=False)
-    x = torch.randn(count, HIDDEN, requires_grad=True)
+    layer = torch_ep.nn.MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOPK, layout=layout, normalize=False, device=device)
+    x = torch.randn(count, HIDDEN, requires_grad=True, device=device)
     y, stats = torch.compile(layer, fullgraph=True, backend=backend)(x)
     (y.sum() + stats.aux_loss).backward()
     torch._dynamo.reset()
@@ -369,3 +372,28 @@ combine_3 = torch.ops.ep.combine.default(getitem_31, getitem_32, None, getitem_2
 
     def test_ranks_issue_the_same_operators(self) -> None:
         self.assertEqual(*([graph.replace("[6,", "[5,") for graph in graphs] for graphs in self.ranks))
+
+
+def _graphs_differ(rank: int, world_size: int, layout: str) -> list[str]:
+    """Where the graphs of a layer on CUDA say something else than those on CPU, but for the device."""
+    on_cpu, on_cuda = (graphs_of(layout, device=device) for device in ("cpu", "cuda"))
+    return [
+        f"{which}: expected {a.strip()}, got {b.strip()}"
+        for which, cpu, cuda in zip(("dynamo", "forward", "backward"), on_cpu, on_cuda, strict=True)
+        for a, b in itertools.zip_longest(cpu.splitlines(), cuda.splitlines(), fillvalue="nothing")
+        if a != re.sub(r"device\(type='cuda', index=\d+\)", "device(type='cpu')", b)
+    ]
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_graphs_on_cuda_are_those_on_cpu() -> None:
+    with one_rank_on("cuda"):
+        assert not _graphs_differ(0, 1, "expert_major")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_graphs_on_cuda_are_those_on_cpu_on_two_ranks() -> None:
+    for differences in Ranks("cuda", 2).run(_graphs_differ, "rank_major"):
+        assert not differences

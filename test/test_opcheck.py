@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import random_topk, seeded, world
+from devices import Ranks
+from harness import random_topk, seeded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -64,7 +64,7 @@ LOCAL = ["zero_after", "grouped_mm", "grouped_mm.transpose"]
 CALLS = PLANS + MOVES + FP8 + LOCAL
 
 
-def make_call(name: str, rank: int, world_size: int, tokens: int, grad: bool) -> Call:
+def make_call(name: str, rank: int, world_size: int, device: str, tokens: int, grad: bool) -> Call:
     """The operator of that name and its arguments on this rank. Collective."""
     op, *words = name.split(", ")
     generator = seeded(rank, tokens)
@@ -72,20 +72,20 @@ def make_call(name: str, rank: int, world_size: int, tokens: int, grad: bool) ->
     dtype = torch.float32
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_(grad)
+        return torch.randn(shape, generator=generator, dtype=dtype).to(device).requires_grad_(grad)
 
     if op == "zero_after":
         return Call(ep.zero_after.default, (numbers(tokens, 2).detach(),))
     if op == "grouped_mm":
-        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32)
+        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32, device=device)
         return Call(ep.grouped_mm.default, (numbers(tokens + 2, 4), numbers(3, 4, 5), offsets))
     if op == "grouped_mm.transpose":
-        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32)
+        offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32, device=device)
         return Call(ep.grouped_mm.transpose, (numbers(tokens + 2, 4), numbers(tokens + 2, 5), offsets))
 
     layout = words[0]
     after = numbers(2) if "after" in words else None
-    topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator)
+    topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator).to(device)
     group = (world_size, group_name, None)
     exact = (topk_idx, NUM_EXPERTS, layout, 1, *group)
     with_capacity = (topk_idx, NUM_EXPERTS, layout, 1, CAPACITY, *group)
@@ -110,8 +110,8 @@ def make_call(name: str, rank: int, world_size: int, tokens: int, grad: bool) ->
     return Call(getattr(ep, op).default, (x, weights, scales, *plan_args))
 
 
-def _opcheck(rank: int, world_size: int, name: str, tokens: int) -> dict[str, str]:
-    call = make_call(name, rank, world_size, tokens, grad=True)
+def _opcheck(rank: int, world_size: int, device: str, name: str, tokens: int) -> dict[str, str]:
+    call = make_call(name, rank, world_size, device, tokens, grad=True)
     # Two of the tests compute with the arguments themselves, which torch cannot do in fp8.
     tests = ("test_autograd_registration", "test_faketensor") if "fp8" in name else DEFAULT_TEST_UTILS
     result = torch.library.opcheck(call.op, call.args, test_utils=tests, raise_exception=False)
@@ -131,18 +131,18 @@ def _assert_success(results: list[dict[str, str]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name: str) -> None:
-    _assert_success([_opcheck(0, 1, name, 7)], name)
+def test_opcheck(device: str, name: str) -> None:
+    _assert_success([_opcheck(0, 1, device, name, 7)], name)
 
 
-def _opcheck_uneven(rank: int, world_size: int, name: str) -> dict[str, str]:
-    return _opcheck(rank, world_size, name, 5 + 2 * rank)
+def _opcheck_uneven(rank: int, world_size: int, device: str, name: str) -> dict[str, str]:
+    return _opcheck(rank, world_size, device, name, 5 + 2 * rank)
 
 
 @pytest.mark.parametrize("name", PLANS + MOVES + FP8)
-def test_opcheck_over_two_ranks(name: str) -> None:
+def test_opcheck_over_two_ranks(device: str, name: str) -> None:
     # opcheck calls the operator several times; all ranks do so in lockstep, and say only afterwards how it went.
-    _assert_success(world(2).run(_opcheck_uneven, name), name)
+    _assert_success(Ranks(device, 2).run(_opcheck_uneven, device, name), name)
 
 
 def _storages(values: Any) -> set[int]:
@@ -151,8 +151,8 @@ def _storages(values: Any) -> set[int]:
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
-def _alias(rank: int, world_size: int, name: str, tokens: int) -> list[str]:
-    call = make_call(name, rank, world_size, tokens, grad=False)
+def _alias(rank: int, world_size: int, device: str, name: str, tokens: int) -> list[str]:
+    call = make_call(name, rank, world_size, device, tokens, grad=False)
     kept = []  # alive, so that no memory is handed out twice
     seen = _storages(call.args)
     found = []
@@ -172,15 +172,16 @@ every_size = pytest.mark.parametrize("tokens", [0, 1, 7])
 
 @every_size
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_results_share_no_memory(world_size: int, tokens: int) -> None:
+def test_results_share_no_memory(device: str, world_size: int, tokens: int) -> None:
     # Not with an argument, nor with each other, nor with what an earlier call returned.
-    for name in CALLS if world_size == 1 else PLANS + MOVES + FP8:
-        found = [_alias(0, 1, name, tokens)] if world_size == 1 else world(2).run(_alias, name, tokens)
+    ranks = None if world_size == 1 else Ranks(device, 2)
+    for name in CALLS if ranks is None else PLANS + MOVES + FP8:
+        found = [_alias(0, 1, device, name, tokens)] if ranks is None else ranks.run(_alias, device, name, tokens)
         assert not any(found), f"{name}: {found}"
 
 
-def _fake_differs(rank: int, world_size: int, name: str, tokens: int) -> list[str]:
-    call = make_call(name, rank, world_size, tokens, grad=False)
+def _fake_differs(rank: int, world_size: int, device: str, name: str, tokens: int) -> list[str]:
+    call = make_call(name, rank, world_size, device, tokens, grad=False)
     real = call.op(*call.args)
     shape_env = ShapeEnv()
     with FakeTensorMode(shape_env=shape_env) as mode:
@@ -208,37 +209,44 @@ def _fake_differs(rank: int, world_size: int, name: str, tokens: int) -> list[st
 
 @every_size
 @pytest.mark.parametrize("name", CALLS)
-def test_fakes_equal_kernels(name: str, tokens: int) -> None:
-    assert not _fake_differs(0, 1, name, tokens)
+def test_fakes_equal_kernels(device: str, name: str, tokens: int) -> None:
+    assert not _fake_differs(0, 1, device, name, tokens)
 
 
 @every_size
-def test_fakes_equal_kernels_on_two_ranks(tokens: int) -> None:
+def test_fakes_equal_kernels_on_two_ranks(device: str, tokens: int) -> None:
+    ranks = Ranks(device, 2)
     for name in PLANS + MOVES + FP8:
-        found = world(2).run(_fake_differs, name, tokens)
+        found = ranks.run(_fake_differs, device, name, tokens)
         assert not any(found), f"{name}: {found}"
 
 
-def _rows_at_the_bound(rank: int, world_size: int, layout: str) -> tuple[int, int]:
+def _init_arguments(communicator: torch_ep.Communicator) -> dict[str, Any]:
+    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout", "transport")
+    return {name: getattr(communicator, name) for name in names}
+
+
+def _rows_at_the_bound(rank: int, world_size: int, device: str, layout: str) -> tuple[int, int]:
     """Compiled, with the worst routing that there is: the rows that came, and the bound that the fake gives them."""
     tokens, num_topk, num_local_experts = 5, 2, 2
     # The groups of world_size * tokens rows must each miss their padded size by all but one row.
     alignment = 1 if layout == "rank_major" else {1: 4, 2: 3}[world_size]
-    topk_idx = torch.tensor([[0, 1]] * tokens)
-    x = torch.ones(tokens, 3)
+    topk_idx = torch.tensor([[0, 1]] * tokens, device=device)
+    x = torch.ones(tokens, 3, device=device)
 
     def layer(topk_idx: Tensor, x: Tensor) -> Tensor:
         plan = torch_ep.plan(topk_idx, num_local_experts * world_size, layout=layout, alignment=alignment)
         return torch_ep.dispatch(x, plan)
 
+    before = torch_ep.comm.communicators.get(torch_ep.comm.resolve(None)[0])
     torch._dynamo.reset()
     try:
-        if world_size > 1:
-            torch_ep.init(max_tokens_per_rank=tokens)
+        if before is not None:  # with one rank the tokens that are given bound the rows
+            torch_ep.init(**{**_init_arguments(before), "max_tokens_per_rank": tokens})
         rows = torch.compile(layer, backend="aot_eager", fullgraph=True)(topk_idx, x).shape[0]
     finally:
-        if world_size > 1:
-            torch_ep.init(timeout=timedelta(seconds=60))  # as the harness did
+        if before is not None:
+            torch_ep.init(**_init_arguments(before))
     bound = world_size * tokens
     if layout == "expert_major":
         bound = bound * num_topk + num_local_experts * (alignment - 1)
@@ -247,9 +255,12 @@ def _rows_at_the_bound(rank: int, world_size: int, layout: str) -> tuple[int, in
 
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_compiled_code_accepts_as_many_rows_as_can_arrive(world_size: int, layout: str) -> None:
-    ranks = [_rows_at_the_bound(0, 1, layout)] if world_size == 1 else world(2).run(_rows_at_the_bound, layout)
-    rows, bound = ranks[0]  # all tokens went to the experts of rank 0
+def test_compiled_code_accepts_as_many_rows_as_can_arrive(device: str, world_size: int, layout: str) -> None:
+    if world_size == 1:
+        rows, bound = _rows_at_the_bound(0, 1, device, layout)
+    else:
+        # All tokens went to the experts of rank 0.
+        rows, bound = Ranks(device, 2).run(_rows_at_the_bound, device, layout)[0]
     assert rows == bound
 
 
@@ -265,8 +276,9 @@ def test_every_operator_is_checked_here() -> None:
 @every_op
 def test_tags(op: Any) -> None:
     assert torch.Tag.pt2_compliant_tag in op.tags
-    # The one that waits for the device: CUDA graphs are cut there and nowhere else.
-    assert (torch.Tag.cudagraph_unsafe in op.tags) == (op is ep.plan.default)
+    # Those that wait for the device: CUDA graphs are cut there and nowhere else.
+    waits = (ep.plan.default, ep.grouped_mm.default, ep.grouped_mm.transpose)
+    assert (torch.Tag.cudagraph_unsafe in op.tags) == (op in waits)
     # Turns opcheck's comparison with the fake off.
     assert torch.Tag.dynamic_output_shape not in op.tags
     # Makes a partitioner treat the operator as a random number generator.

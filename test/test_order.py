@@ -11,7 +11,8 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from compiling import InductorGraphs, artifacts, exchange_nodes, inductor_cache, record_exchanges
-from harness import random_topk, seeded, world
+from devices import Ranks
+from harness import random_topk, seeded
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx import Node
@@ -38,11 +39,11 @@ FORWARD = [("plan", 1), ("plan", 2), ("dispatch", 1), ("dispatch", 2), ("combine
 BACKWARD = [("dispatch", 2), ("dispatch", 1), ("combine", 2), ("combine", 1)]
 
 
-def microbatches(count_a: int, count_b: int, rank: int = 0, mark: bool = True) -> list[Tensor]:
+def microbatches(device: str, count_a: int, count_b: int, rank: int = 0, mark: bool = True) -> list[Tensor]:
     args: list[Tensor] = []
     for name, count, num_topk in (("a", count_a, 1), ("b", count_b, 2)):
-        x = torch.randn(count, HIDDEN, generator=seeded(count, rank)).requires_grad_()
-        part = x, random_topk(count, num_topk, EXPERTS, seeded(count, rank, 1))
+        x = torch.randn(count, HIDDEN, generator=seeded(count, rank)).to(device).requires_grad_()
+        part = x, random_topk(count, num_topk, EXPERTS, seeded(count, rank, 1)).to(device)
         if mark:
             torch_ep.mark_tokens(*part, name=name)
         args += part
@@ -55,7 +56,9 @@ def step(fn: Callable, args: list[Tensor]) -> list[Tensor]:
     return [*results, *torch.autograd.grad(sum(y.square().sum() for y in results), (args[0], args[2]))]
 
 
-def _record_on_ranks(rank: int, world_size: int, backend: str, cache: str) -> list[tuple[list[tuple[str, int]], int]]:
+def _record_on_ranks(
+    rank: int, world_size: int, device: str, backend: str, cache: str
+) -> list[tuple[list[tuple[str, int]], int]]:
     """For several token counts, different on every rank: what ran, in order, and the graphs made so far."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -63,12 +66,12 @@ def _record_on_ranks(rank: int, world_size: int, backend: str, cache: str) -> li
     seen = []
     with inductor_cache(cache):
         for counts in [((5, 3), (2, 7)), ((300, 0), (1, 40)), ((0, 1), (0, 0))]:
-            args = microbatches(*counts[rank], rank)
+            args = microbatches(device, *counts[rank], rank)
             if not seen:
                 step(compiled, args)
             results: list[Tensor] = []
             order = record_exchanges(lambda results=results, args=args: results.extend(step(compiled, args)))
-            want = step(two_microbatches, microbatches(*counts[rank], rank, mark=False))
+            want = step(two_microbatches, microbatches(device, *counts[rank], rank, mark=False))
             torch.testing.assert_close(results, want)
             seen.append((order, counter.frame_count))
     torch._dynamo.reset()
@@ -76,8 +79,8 @@ def _record_on_ranks(rank: int, world_size: int, backend: str, cache: str) -> li
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_two_microbatches_in_one_graph_keep_program_order_on_every_rank(backend: str) -> None:
-    for seen in world(2).run(_record_on_ranks, backend, artifacts()):
+def test_two_microbatches_in_one_graph_keep_program_order_on_every_rank(device: str, backend: str) -> None:
+    for seen in Ranks(device, 2).run(_record_on_ranks, device, backend, artifacts()):
         assert seen == [(FORWARD + BACKWARD, 1)] * 3
 
 
@@ -93,11 +96,11 @@ def depends_on(node: Node, other: Node) -> bool:
     return False
 
 
-def test_after_makes_every_exchange_depend_on_the_one_before_forward_and_backward() -> None:
+def test_after_makes_every_exchange_depend_on_the_one_before_forward_and_backward(device: str) -> None:
     """So no scheduler may swap them: the order above is no luck."""
     torch._dynamo.reset()
     backend = InductorGraphs()
-    step(torch.compile(two_microbatches, fullgraph=True, backend=backend), microbatches(5, 3))
+    step(torch.compile(two_microbatches, fullgraph=True, backend=backend), microbatches(device, 5, 3))
     forward, backward = (exchange_nodes(gm) for gm in backend.graphs)
     assert (len(forward), len(backward)) == (len(FORWARD), len(BACKWARD))
     loose = [
@@ -117,11 +120,11 @@ def repeated_and_unused(x: Tensor, topk_idx: Tensor) -> Tensor:
     return torch_ep.combine(torch_ep.dispatch(x, first) + torch_ep.dispatch(x, second), first)
 
 
-def _merge_on_ranks(rank: int, world_size: int) -> list[tuple[str, int]]:
+def _merge_on_ranks(rank: int, world_size: int, device: str) -> list[tuple[str, int]]:
     torch._dynamo.reset()
     count = (5, 1)[rank]  # 1 is specialised: this rank's graph is another one
-    x = torch.randn(count, HIDDEN, generator=seeded(rank)).requires_grad_()
-    topk_idx = random_topk(count, 2, EXPERTS, seeded(rank))
+    x = torch.randn(count, HIDDEN, generator=seeded(rank)).to(device).requires_grad_()
+    topk_idx = random_topk(count, 2, EXPERTS, seeded(rank)).to(device)
     compiled = torch.compile(repeated_and_unused, fullgraph=True, backend=InductorGraphs())
 
     def run(fn: Callable) -> tuple[Tensor, Tensor]:
@@ -134,21 +137,26 @@ def _merge_on_ranks(rank: int, world_size: int) -> list[tuple[str, int]]:
     return order
 
 
-def test_merged_and_dropped_calls_leave_results_equal_and_ranks_in_step() -> None:
-    first, second = world(2).run(_merge_on_ranks)
+def test_merged_and_dropped_calls_leave_results_equal_and_ranks_in_step(device: str) -> None:
+    first, second = Ranks(device, 2).run(_merge_on_ranks, device)
     assert first == second
     assert first[:3] == [("plan", 2), ("dispatch", 2), ("combine", 2)]
 
 
-def _mismatch(rank: int, world_size: int) -> tuple[str, bool]:
+def _mismatch(rank: int, world_size: int, device: str) -> tuple[str, bool]:
     """Rank 1 forgets its dispatch. The message that this rank gets, and whether the group works afterwards."""
-    topk_idx = random_topk(4, 2, EXPERTS, seeded(rank), holes=0)
-    x = torch.randn(4, HIDDEN, generator=seeded(rank))
+    topk_idx = random_topk(4, 2, EXPERTS, seeded(rank), holes=0).to(device)
+    x = torch.randn(4, HIDDEN, generator=seeded(rank)).to(device)
     plan = torch_ep.plan(topk_idx, EXPERTS, layout=LAYOUT)
     message = "nothing was raised"
     try:
-        rows = torch_ep.dispatch(x, plan) if rank == 0 else torch.zeros(plan.num_rows, HIDDEN)
-        torch_ep.combine(rows, plan)
+        if rank == 0:
+            torch_ep.dispatch(x, plan)
+        else:
+            torch_ep.combine(torch.zeros(plan.num_rows, HIDDEN, device=device), plan)
+        if device == "cuda":  # where the next call raises what the device found
+            torch.cuda.synchronize()
+            torch_ep.plan(topk_idx, EXPERTS, layout=LAYOUT)
     except dist.DistError as error:
         message = str(error)
     again = torch_ep.plan(topk_idx, EXPERTS, layout=LAYOUT)
@@ -156,12 +164,12 @@ def _mismatch(rank: int, world_size: int) -> tuple[str, bool]:
     return message, torch.allclose(y, 2 * x)
 
 
-def test_ranks_with_different_sequences_all_learn_both_operators_and_their_numbers() -> None:
-    for message, _ in world(2).run(_mismatch):
+def test_ranks_with_different_sequences_all_learn_both_operators_and_their_numbers(device: str) -> None:
+    for message, _ in Ranks(device, 2).run(_mismatch, device):
         told = re.findall(r"rank (\d) (?:is )?in (ep::\w+) \(exchange (\d+)\)", message)
         assert {(rank, op) for rank, op, _ in told} == {("0", "ep::dispatch"), ("1", "ep::combine")}, message
         assert len({number for *_, number in told}) == 1, message
 
 
-def test_the_group_works_after_a_mismatch() -> None:
-    assert [works for _, works in world(2).run(_mismatch)] == [True, True]
+def test_the_group_works_after_a_mismatch(device: str) -> None:
+    assert [works for _, works in Ranks(device, 2).run(_mismatch, device)] == [True, True]

@@ -1,9 +1,10 @@
-"""What a wheel holds, and what importing the package does to torch's caches."""
+"""What a wheel and a source distribution hold, and what importing the package does to torch's caches."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -35,6 +36,17 @@ def test_wheel_contains_every_module_and_the_type_marker(wheel: list[str]) -> No
 
 def test_wheel_contains_nothing_else(wheel: list[str]) -> None:
     assert {name.split("/")[0] for name in wheel} == {"torch_ep", f"torch_ep-{torch_ep.__version__}.dist-info"}
+
+
+def test_source_distribution_contains_every_source(tmp_path: Path) -> None:
+    # An egg_info elsewhere: that of an earlier build lists files that are then taken whatever MANIFEST.in says.
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    (path,) = tmp_path.glob("torch_ep-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "torch_ep" / "csrc").rglob("*") if p.is_file()}
+    assert sources | {"setup.py", "pyproject.toml"} <= names
 
 
 def test_compiled_artifacts_are_those_of_this_version() -> None:

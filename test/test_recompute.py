@@ -11,7 +11,8 @@ import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
 from compiling import CountExchanges, InductorGraphs
-from harness import seeded, world
+from devices import Ranks
+from harness import seeded
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -23,15 +24,15 @@ FORWARD = ["plan", "dispatch", "combine"]
 BACKWARD = ["dispatch", "combine"]
 
 
-def make_layer(**kwargs: Any) -> torch_ep.nn.MoE:
+def make_layer(device: str, **kwargs: Any) -> torch_ep.nn.MoE:
     torch.manual_seed(0)
-    return torch_ep.nn.MoE(HIDDEN, 8, EXPERTS, TOPK, **kwargs)
+    return torch_ep.nn.MoE(HIDDEN, 8, EXPERTS, TOPK, **kwargs).to(device)
 
 
 def step(fn: Callable, layer: torch_ep.nn.MoE, count: int = 64, rank: int = 0) -> list[Tensor]:
     """Results and gradients of one step."""
     layer.zero_grad()
-    x = torch.randn(count, HIDDEN, generator=seeded(count, rank)).requires_grad_()
+    x = torch.randn(count, HIDDEN, generator=seeded(count, rank)).to(layer.router.device).requires_grad_()
     y, stats = fn(x)
     (y.square().sum() + stats.aux_loss).backward()
     grads = [x.grad, *(p.grad.clone() for p in layer.parameters())]
@@ -62,36 +63,36 @@ def compiled_exchanges(fn: Callable, layer: torch_ep.nn.MoE, **kwargs: Any) -> l
 
 
 @pytest.mark.parametrize("capacity", [None, 96], ids=["exact", "capacity"])
-def test_selective_checkpointing_exchanges_once_in_eager(capacity: int | None) -> None:
-    layer = make_layer(capacity=capacity)
+def test_selective_checkpointing_exchanges_once_in_eager(device: str, capacity: int | None) -> None:
+    layer = make_layer(device, capacity=capacity)
     assert eager_exchanges(checkpointed(layer, True), layer) == FORWARD + BACKWARD
 
 
-def test_full_checkpointing_exchanges_again_in_eager() -> None:
-    layer = make_layer()
+def test_full_checkpointing_exchanges_again_in_eager(device: str) -> None:
+    layer = make_layer(device)
     seen = eager_exchanges(checkpointed(layer, False), layer)
     assert seen[:4] == [*FORWARD, "plan"] and len(seen) > len(FORWARD + BACKWARD)
 
 
 @pytest.mark.parametrize("capacity", [None, 96], ids=["exact", "capacity"])
-def test_selective_checkpointing_exchanges_once_when_compiled(capacity: int | None) -> None:
-    layer = make_layer(capacity=capacity)
+def test_selective_checkpointing_exchanges_once_when_compiled(device: str, capacity: int | None) -> None:
+    layer = make_layer(device, capacity=capacity)
     assert compiled_exchanges(checkpointed(layer, True), layer) == [FORWARD, BACKWARD]
 
 
-def test_full_checkpointing_exchanges_again_when_compiled() -> None:
-    layer = make_layer()
+def test_full_checkpointing_exchanges_again_when_compiled(device: str) -> None:
+    layer = make_layer(device)
     assert "plan" in compiled_exchanges(checkpointed(layer, False), layer)[1]
 
 
-def test_the_default_partitioner_exchanges_once() -> None:
-    layer = make_layer()
+def test_the_default_partitioner_exchanges_once(device: str) -> None:
+    layer = make_layer(device)
     assert compiled_exchanges(layer, layer) == [FORWARD, BACKWARD]
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.01])
-def test_a_memory_budget_exchanges_once_with_save_exchanges(budget: float) -> None:
-    layer = make_layer()
+def test_a_memory_budget_exchanges_once_with_save_exchanges(device: str, budget: float) -> None:
+    layer = make_layer(device)
     with (
         torch._functorch.config.patch(activation_memory_budget=budget),
         torch._inductor.config.patch(joint_custom_pre_pass=torch_ep.save_exchanges),
@@ -99,8 +100,8 @@ def test_a_memory_budget_exchanges_once_with_save_exchanges(budget: float) -> No
         assert compiled_exchanges(layer, layer) == [FORWARD, BACKWARD]
 
 
-def test_a_memory_budget_exchanges_again_without_save_exchanges() -> None:
-    layer = make_layer()
+def test_a_memory_budget_exchanges_again_without_save_exchanges(device: str) -> None:
+    layer = make_layer(device)
     with torch._functorch.config.patch(activation_memory_budget=0.01):
         assert "plan" in compiled_exchanges(layer, layer)[1]
 
@@ -117,12 +118,12 @@ def test_every_operator_that_communicates_is_in_exchanges() -> None:
     assert set(torch_ep.EXCHANGES) == found
 
 
-def _on_ranks(rank: int, world_size: int) -> tuple[list[str], list[list[str]]]:
-    layer = make_layer()
+def _on_ranks(rank: int, world_size: int, device: str) -> tuple[list[str], list[list[str]]]:
+    layer = make_layer(device)
     kwargs = {"count": (64, 40)[rank], "rank": rank}
     selective = checkpointed(layer, True)
     return eager_exchanges(selective, layer, **kwargs), compiled_exchanges(selective, layer, **kwargs)
 
 
-def test_selective_checkpointing_exchanges_once_on_two_ranks() -> None:
-    assert world(2).run(_on_ranks) == [(FORWARD + BACKWARD, [FORWARD, BACKWARD])] * 2
+def test_selective_checkpointing_exchanges_once_on_two_ranks(device: str) -> None:
+    assert Ranks(device, 2).run(_on_ranks, device) == [(FORWARD + BACKWARD, [FORWARD, BACKWARD])] * 2

@@ -3,8 +3,8 @@
     python3 tools/setup_env.py [--no-extension] [extra ...]        extras: those of pyproject.toml
 
 Uses the Python that runs this script if it has torch, and a virtual environment in .venv otherwise. Installs what is
-missing and builds the extension in place if its sources, the Python or torch changed; with nothing to do it takes a
-moment. The path alone goes to stdout, news to stderr. Needs nothing but the standard library.
+missing and builds the extension in place if its sources, the Python, torch or nvcc changed; with nothing to do it takes
+a moment. The path alone goes to stdout, news to stderr. Needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -136,14 +136,33 @@ def install_missing(python: str, requirements: list[str], versions: dict[str, st
             fail(f"pip could not install {' '.join(missing)} for {python}:\n{reason}")
 
 
-def build_extension(python: str, torch_version: str, suffix: str) -> None:
+def nvcc_version() -> str:
+    """What nvcc says of itself and where it is, "" if there is none; looks where torch does, without importing it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    else:
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return ""
+    return nvcc + subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+
+
+def build_digest(python: str, torch_version: str, suffix: str) -> str:
+    """Changes with everything that the extension is made from and with."""
     sources = [ROOT / "setup.py", *sorted(p for p in (ROOT / "torch_ep" / "csrc").rglob("*") if p.is_file())]
-    digest = hashlib.sha256(f"{python} {torch_version} {suffix}".encode())
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    digest = hashlib.sha256(f"{python} {torch_version} {suffix} {nvcc_version()} {architectures}".encode())
     for path in sources:
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def build_extension(python: str, torch_version: str, suffix: str) -> None:
+    digest = build_digest(python, torch_version, suffix)
     stamp = ROOT / "build" / "extension.stamp"
     library = ROOT / "torch_ep" / f"_C{suffix}"
-    if library.exists() and stamp.exists() and stamp.read_text() == digest.hexdigest():
+    if library.exists() and stamp.exists() and stamp.read_text() == digest:
         return
     compiler = os.environ.get("CXX", "g++").split()[0]
     if shutil.which(compiler) is None:
@@ -155,15 +174,20 @@ def build_extension(python: str, torch_version: str, suffix: str) -> None:
     with open(log, "w") as out:
         command = [python, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    output = log.read_text(errors="replace")
+    for line in output.splitlines():
+        if line.startswith("torch_ep: "):
+            say(line)  # what kind of build this is, see setup.py
     if done.returncode:
-        output = log.read_text(errors="replace")
         errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-20:]
         hint = "\nPython's headers are missing (some systems: python3-dev)" if "Python.h" in output else ""
+        if "cuda_runtime_api.h: No such file" in output:
+            hint += "\nCUDA's headers are not beside nvcc: set CUDA_HOME to the folder that has bin/nvcc and include/"
         fail("the extension does not build; all of the output is in build/extension.log:\n" + "\n".join(errors) + hint)
     imported = subprocess.run([python, "-c", "import torch_ep"], capture_output=True, text=True, cwd=ROOT)
     if imported.returncode:
         fail(f"the extension was built but does not load:\n{imported.stderr.strip()}")
-    stamp.write_text(digest.hexdigest())
+    stamp.write_text(digest)
 
 
 def main() -> None:

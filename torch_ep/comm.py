@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import NamedTuple, Union
+from typing import Literal, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Communicator", "Group", "destroy", "init"]
+from . import symmetric
+
+__all__ = ["Communicator", "Group", "destroy", "init", "reset"]
 
 Group = Union[dist.ProcessGroup, DeviceMesh, str, None]  # noqa: UP007 - evaluated, also on Python 3.10
+TransportChoice = Literal["auto", "c10d", "nvlink"]
 
+_TRANSPORTS = ("auto", "c10d", "nvlink")
+_PROVIDERS = ("torch", "nvshmem")
 _NO_LIMIT = -1
+# Of the nvlink kernels (csrc/cuda/layout.h, csrc/cuda/launch.h).
+_MAX_RANKS = 8
+_MAX_TOPK = 32
+_MIN_SMS = 2  # some send, some receive
+_MAX_SMS = 128
 
 
 class Communicator(NamedTuple):
@@ -27,10 +38,23 @@ class Communicator(NamedTuple):
     hidden: int | None = None
     num_topk: int | None = None
     num_experts: int | None = None
+    #: How rows of CUDA tensors travel: "c10d" or "nvlink". Those of other tensors always travel by c10d.
+    transport: str = "c10d"
+    #: Why that one.
+    reason: str = ""
+    #: Bytes of symmetric memory that this rank holds for it.
+    symmetric_bytes: int = 0
+    #: Blocks of each nvlink kernel: one occupies a streaming multiprocessor.
+    num_sms: int = 0
 
 
 # By group name. The kernels have a table of their own; this one is for what is decided while tracing.
 communicators: dict[str, Communicator] = {}
+# What the kernels of a communicator write into, by group name, for as long as they may run.
+_buffers: dict[str, symmetric.Buffer] = {}
+_still_running: list[symmetric.Buffer] = []
+# Names of communicators whose ranks all live in this process.
+_virtual: set[str] = set()
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -53,7 +77,7 @@ def resolve(group: Group) -> tuple[str, int]:
     elif isinstance(group, str):
         if group == "":
             return "", 1
-        if torch.compiler.is_compiling() and group in communicators:
+        if group in communicators and (torch.compiler.is_compiling() or group in _virtual):
             return group, communicators[group].world_size  # Dynamo cannot trace the look-up below
         group = process_group(group)
     if not isinstance(group, dist.ProcessGroup):
@@ -73,11 +97,15 @@ def init(
     num_topk: int | None = None,
     num_experts: int | None = None,
     timeout: timedelta = timedelta(minutes=5),
+    transport: TransportChoice = "auto",
+    num_sms: int = 24,
+    provider: symmetric.Provider = "torch",
 ) -> Communicator:
     """Prepares a process group for the operators. Collective: every rank of the group calls it with the same arguments.
 
-    Calling it again replaces the communicator of that group. Without a process group, or with a group of one rank,
-    there is nothing to prepare and the operators work without it.
+    Calling it again replaces the communicator of that group: with larger limits, buffers grow. Without a process group,
+    or with a group of one rank, there is nobody to prepare for; the operators work without `init`, and with it, given
+    all limits, on a CUDA device without ever waiting for it.
 
     Args:
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group.
@@ -87,9 +115,18 @@ def init(
         num_topk: most experts of a token. None: no limit.
         num_experts: most experts. None: no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
+        transport: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
+            four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
+            the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
+        num_sms: streaming multiprocessors that an nvlink kernel may occupy.
+        provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py).
+
+    Returns:
+        What was agreed on, with the transport chosen and the bytes of symmetric memory that it took.
 
     Raises:
-        ValueError: a limit or the timeout is not positive.
+        ValueError: an argument is out of its range.
+        RuntimeError: transport "nvlink" was asked for and cannot be; the message says why.
         torch.distributed.DistError: ranks passed different arguments, or one did not come.
     """
     limits = {
@@ -103,24 +140,223 @@ def init(
             raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
     if timeout <= timedelta():
         raise ValueError(f"torch_ep.init: expected a positive timeout, got {timeout}")
+    if transport not in _TRANSPORTS:
+        raise ValueError(f"torch_ep.init: expected transport 'auto', 'c10d' or 'nvlink', got {transport!r}")
+    if provider not in _PROVIDERS:
+        raise ValueError(f"torch_ep.init: expected provider 'torch' or 'nvshmem', got {provider!r}")
+    if not _MIN_SMS <= num_sms <= _MAX_SMS:
+        raise ValueError(f"torch_ep.init: expected num_sms from {_MIN_SMS} to {_MAX_SMS}, got {num_sms}")
     group_name, world_size = resolve(group)
     rank = 0
+    process = None
     if world_size > 1:
-        rank = process_group(group_name).rank()
+        process = process_group(group_name)
+        rank = process.rank()
         torch.ops.ep._init(
             group_name,
-            max(1, int(timeout.total_seconds() * 1000)),
+            _milliseconds(timeout),
             [_NO_LIMIT if limit is None else limit for limit in limits.values()],
+            [_TRANSPORTS.index(transport), _PROVIDERS.index(provider), num_sms],
         )
-    communicator = Communicator(group_name, rank, world_size, timeout, **limits)
-    if world_size > 1:
+    communicator = Communicator(
+        group_name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts
+    )
+    if transport == "c10d":
+        communicator = communicator._replace(reason="asked for")
+        _forget(group_name)
+    else:
+        why_not = _why_not_nvlink(process, world_size, limits)
+        if why_not is None:
+            communicator = _init_nvlink(communicator, process, num_sms, provider)
+        elif transport == "nvlink":
+            raise RuntimeError(f"torch_ep.init: transport 'nvlink' cannot be used: {why_not}")
+        else:
+            communicator = communicator._replace(reason=why_not)
+            _forget(group_name)
+    if world_size > 1 or communicator.transport == "nvlink":
         communicators[group_name] = communicator
+    else:
+        communicators.pop(group_name, None)
     return communicator
+
+
+def _milliseconds(timeout: timedelta) -> int:
+    return max(1, int(timeout.total_seconds() * 1000))
+
+
+def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: Mapping[str, int | None]) -> str | None:
+    """Collective if there is a process group: the same answer on every rank."""
+    if not torch.ops.ep._has_nvlink():
+        return "torch_ep was built without CUDA"
+    missing = [name for name, limit in limits.items() if limit is None]
+    if missing:
+        return f"its buffers need every limit, and {', '.join(missing)} is not given"
+    num_topk, num_experts = limits["num_topk"] or 0, limits["num_experts"] or 0
+    if num_topk > _MAX_TOPK:
+        return f"it takes at most {_MAX_TOPK} experts a token, and num_topk is {num_topk}"
+    if num_experts % world_size:
+        return f"num_experts = {num_experts} is no multiple of the {world_size} ranks"
+    if process is None:
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        return None if torch.ops.ep._nvlink_runs() else "torch_ep was not built for this GPU"
+    if world_size > _MAX_RANKS:
+        return f"it takes at most {_MAX_RANKS} ranks, and there are {world_size}"
+    if torch.device("cuda") not in process._device_types:
+        return "the process group has no backend for CUDA"
+    return symmetric.peer_access(process, _device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _limits(communicator: Communicator) -> list[int]:
+    limits = (
+        communicator.max_tokens_per_rank,
+        communicator.hidden,
+        communicator.num_topk,
+        communicator.num_experts,
+    )
+    return [limit for limit in limits if limit is not None]
+
+
+def _init_nvlink(
+    communicator: Communicator, process: dist.ProcessGroup | None, num_sms: int, provider: symmetric.Provider
+) -> Communicator:
+    world_size = communicator.world_size
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(communicator), num_sms)
+    if process is None:
+        buffer, reason = _local_buffers(1, nbytes)[0], "one CUDA device, no peers"
+    else:
+        buffer = symmetric.allocate(process, nbytes, _device(), provider)
+        reason = "every GPU of the group can write into every other"
+    communicator = communicator._replace(transport="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
+    _start_nvlink(communicator, buffer, groupless=process is None)
+    return communicator
+
+
+def _local_buffers(count: int, nbytes: int) -> list[symmetric.Buffer]:
+    """Buffers of `count` ranks in this process."""
+    tensors = [torch.zeros(nbytes, dtype=torch.uint8, device="cuda") for _ in range(count)]
+    torch.cuda.synchronize()
+    return [symmetric.Buffer([t.data_ptr() for t in tensors], nbytes, "local", tensors) for _ in range(count)]
+
+
+def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, groupless: bool) -> None:
+    name = communicator.group_name
+    was_idle = torch.ops.ep._init_nvlink(
+        name,
+        communicator.rank,
+        communicator.world_size,
+        buffer.pointers,
+        _limits(communicator),
+        communicator.num_sms,
+        _milliseconds(communicator.timeout),
+        groupless,
+    )
+    if name in _buffers and not was_idle:
+        _still_running.append(_buffers[name])
+    _buffers[name] = buffer
+
+
+def _forget(group_name: str) -> None:
+    """Ends the nvlink transport of a group, if it has one. Its memory stays while a kernel still runs."""
+    buffer = _buffers.pop(group_name, None)
+    if buffer is not None and not torch.ops.ep._destroy_nvlink(group_name):
+        _still_running.append(buffer)
+
+
+def init_virtual(
+    world_size: int,
+    *,
+    max_tokens_per_rank: int,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    timeout: timedelta = timedelta(seconds=30),
+    num_sms: int = 8,
+) -> list[str]:
+    """Several ranks of the nvlink transport on the current CUDA device, in this process: for tests on one GPU.
+
+    Returns the name of each rank's group. Each rank's calls belong in a thread of its own, on a stream of its own. All
+    blocks of all ranks have to fit on the device: world_size * num_sms is at most its number of multiprocessors.
+    """
+    if num_sms < _MIN_SMS:
+        raise ValueError(f"torch_ep: virtual ranks: expected num_sms of at least {_MIN_SMS}, got {num_sms}")
+    first = len(_virtual)
+    names = [f"virtual {first}, rank {rank}" for rank in range(world_size)]
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, [max_tokens_per_rank, hidden, num_topk, num_experts], num_sms)
+    for rank, (name, buffer) in enumerate(zip(names, _local_buffers(world_size, nbytes), strict=True)):
+        communicator = Communicator(
+            name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts,
+            transport="nvlink", reason="virtual ranks", symmetric_bytes=nbytes, num_sms=num_sms,
+        )  # fmt: skip
+        _start_nvlink(communicator, buffer, groupless=True)
+        communicators[name] = communicator
+        _virtual.add(name)
+    return names
+
+
+def reset(group: Group = None) -> None:
+    """Makes a group usable again after a time-out, or an error that ranks raised at different calls. Collective.
+
+    On transport nvlink it waits until this rank's kernels have ended, which they do by their time-out, agrees with the
+    other ranks on where to go on, and forgets the failure; results of the failed exchange are undefined. On transport
+    c10d it starts the communicator anew on the same process group; where the backend itself has closed the group after
+    a time-out, as gloo does, the group has to be made anew.
+
+    Raises:
+        RuntimeError: the group was never initialised.
+        torch.distributed.DistError: a rank did not come in time.
+    """
+    group_name, world_size = resolve(group)
+    communicator = communicators.get(group_name)
+    if communicator is None:
+        if world_size == 1:
+            return
+        raise RuntimeError(
+            f"torch_ep.reset: expected an initialised group, got group '{group_name}': "
+            "call torch_ep.init(group) on every rank first"
+        )
+    if group_name in _virtual:
+        raise RuntimeError("torch_ep.reset: virtual ranks have no store to agree through: make new ones")
+    if communicator.transport == "nvlink":
+        epoch = torch.ops.ep._settle_nvlink(group_name)
+        if world_size > 1:
+            epoch = _latest(communicator, epoch)
+        torch.ops.ep._restart_nvlink(group_name, epoch + 1)
+    else:
+        init(group, **_arguments(communicator))
+
+
+def _arguments(communicator: Communicator) -> dict:
+    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout", "transport")
+    return {name: getattr(communicator, name) for name in names}
+
+
+_resets: dict[str, int] = {}
+
+
+def _latest(communicator: Communicator, epoch: int) -> int:
+    """The largest `epoch` of all ranks, learnt through the group's store: collectives may be what does not work."""
+    name = communicator.group_name
+    number = _resets[name] = _resets.get(name, 0) + 1
+    store = process_group(name).get_group_store()
+    keys = [f"torch_ep/reset/{number}/{rank}" for rank in range(communicator.world_size)]
+    store.set(keys[communicator.rank], str(epoch))
+    # Every rank's kernels end by its own time-out; one may have to wait for that from now on.
+    try:
+        store.wait(keys, 2 * communicator.timeout + timedelta(seconds=10))
+    except Exception as error:
+        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        raise dist.DistError(f"torch_ep.reset: group '{name}': no answer from ranks {late}: {error}") from None
+    return max(int(store.get(key)) for key in keys)
 
 
 def destroy(group: Group = None) -> None:
     """Forgets the communicator of a group. Local, never waits; the process group itself stays as it is."""
-    group_name, world_size = resolve(group)
-    if world_size > 1:
-        communicators.pop(group_name, None)
-        torch.ops.ep._destroy(group_name)
+    group_name, _ = resolve(group)
+    communicators.pop(group_name, None)
+    _forget(group_name)
+    torch.ops.ep._destroy(group_name)

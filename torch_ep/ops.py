@@ -76,6 +76,20 @@ def plan(
     )
 
 
+def _call(op: Any, *args: Any) -> Any:
+    """Calls an operator, past its autograd formula where there is nothing to differentiate.
+
+    The formulas are in Python and take as long as all the rest of a call; after an exact plan the device waits for it.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    for arg in args:
+        if isinstance(arg, Tensor) and (type(arg) is not Tensor or arg.requires_grad):
+            return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _plan_args(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
     return plan.send_slot, plan.send_counts, plan.recv_counts, _recv_map(plan), plan.layout, plan.group_name
 
@@ -118,7 +132,7 @@ def dispatch(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`.
     """
-    rows, weights, row_scales = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args(plan), after)
+    rows, weights, row_scales = _call(torch.ops.ep.dispatch, x, topk_weights, scales, *_plan_args(plan), after)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -159,8 +173,8 @@ def combine(
     if row_weights is not None:
         if topk_weights is not None:
             raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
-        return torch.ops.ep.combine.weighted(y, row_weights, *_plan_args(plan), after)
-    tokens, weights, _ = torch.ops.ep.combine(y, topk_weights, None, *_plan_args(plan), after)
+        return _call(torch.ops.ep.combine.weighted, y, row_weights, *_plan_args(plan), after)
+    tokens, weights, _ = _call(torch.ops.ep.combine, y, topk_weights, None, *_plan_args(plan), after)
     return tokens if weights is None else (tokens, weights)
 
 

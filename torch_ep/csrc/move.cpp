@@ -2,7 +2,7 @@
 //   dispatch   pack -> exchange -> (expert_major) expand
 //   combine    (expert_major) fold -> exchange -> sum
 #include "checks.h"
-#include "comm/communicator.h"
+#include "comm/transport.h"
 #include "local.h"
 #include "ops.h"
 
@@ -37,6 +37,10 @@ at::Tensor with_rows(const at::Tensor& like, int64_t rows) {
   auto sizes = like.sizes().vec();
   sizes[0] = rows;
   return at::empty(sizes, like.options());
+}
+
+std::shared_ptr<Transport> transport_of(const PlanTensors& plan, c10::string_view group_name, OpKind op) {
+  return find_transport(std::string(group_name), plan.send_counts.size(0), plan.send_slot, op);
 }
 
 // Throws unless every index of the plan stays within the rows that it counts: the kernels follow them unseen.
@@ -253,6 +257,9 @@ Payloads dispatch(
   check_plan(op, plan);
   check_token_payloads(op, "x", x, send_slot.size(0), topk_weights, send_slot.sizes(), scales, send_slot);
   check_row_type(op, "x", x);
+  if (const auto transport = transport_of(plan, group_name, OpKind::dispatch)) {
+    return transport->dispatch(plan, x, topk_weights, scales);
+  }
 
   const auto& local = local_kernels(x);
   Move move(OpKind::dispatch, plan, group_name, x, agreed_of(x, topk_weights, scales));
@@ -322,6 +329,9 @@ Payloads combine(
   if (scales) {
     check_sum_type(op, "scales", *scales);
   }
+  if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
+    return transport->combine(plan, y, std::nullopt, topk_weights, scales);
+  }
 
   return combine_payloads(plan, group_name, y, std::nullopt, topk_weights, scales);
 }
@@ -343,6 +353,9 @@ at::Tensor combine_weighted(
   check_sum_type(op, "y", y);
   check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot);
   check_sum_type(op, "row_weights", row_weights);
+  if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
+    return std::get<0>(transport->combine(plan, y, row_weights, std::nullopt, std::nullopt));
+  }
 
   return std::get<0>(combine_payloads(plan, group_name, y, row_weights, std::nullopt, std::nullopt));
 }

@@ -3,7 +3,7 @@
 //   exchange            the counts ride in the exchange's headers, then each wire row's experts follow
 //   place   (local)     where each received row goes in the result
 #include "checks.h"
-#include "comm/communicator.h"
+#include "comm/transport.h"
 #include "local.h"
 #include "ops.h"
 
@@ -66,7 +66,11 @@ PlanResult make_plan(
     std::optional<int64_t> max_tokens_per_rank) {
   const bool expert_major = is_expert_major(kOp, layout);
   check_arguments(topk_idx, num_experts, expert_major, alignment, capacity, world_size);
-  const auto comm = find_communicator(std::string(group_name), world_size, OpKind::plan);
+  const std::string group(group_name);
+  if (const auto transport = find_transport(group, world_size, topk_idx, OpKind::plan)) {
+    return transport->plan(topk_idx, {num_experts, expert_major, alignment, capacity, max_tokens_per_rank});
+  }
+  const auto comm = find_communicator(group, world_size, OpKind::plan);
   const auto& local = local_kernels(topk_idx);
   const int64_t num_topk = topk_idx.size(1);
   if (comm) {

@@ -22,6 +22,8 @@ using std::chrono::steady_clock;
 // a failure gives the others to do the same. Short against any useful timeout, long against any healthy exchange.
 constexpr milliseconds kPublishAfter{1000};
 constexpr milliseconds kPoll{20};
+// Published behind its progress by a rank whose exchange failed: it comes to no later one.
+constexpr const char* kFailed = " failed";
 
 std::mutex registry_mutex;
 std::map<std::string, std::shared_ptr<Communicator>>& registry() {
@@ -82,7 +84,11 @@ void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
       got);
 }
 
-void init_communicator(const std::string& group_name, int64_t timeout_ms, at::IntArrayRef limits) {
+void init_communicator(
+    const std::string& group_name,
+    int64_t timeout_ms,
+    at::IntArrayRef limits,
+    at::IntArrayRef choice) {
   static std::map<std::string, int64_t> generations;
   auto group = c10d::resolve_process_group(group_name);
   auto comm =
@@ -90,7 +96,7 @@ void init_communicator(const std::string& group_name, int64_t timeout_ms, at::In
   comm->rank = group->getRank();
   comm->world_size = group->getSize();
   comm->timeout = milliseconds(timeout_ms);
-  TORCH_INTERNAL_ASSERT(limits.size() == 4);
+  TORCH_INTERNAL_ASSERT(limits.size() == 4 && choice.size() == 3);
   comm->max_hidden = limits[1];
   comm->max_topk = limits[2];
   comm->max_experts = limits[3];
@@ -107,7 +113,10 @@ void init_communicator(const std::string& group_name, int64_t timeout_ms, at::In
        {"hidden", limits[1]},
        {"num_topk", limits[2]},
        {"num_experts", limits[3]},
-       {"timeout in ms", timeout_ms}});
+       {"timeout in ms", timeout_ms},
+       {"transport (0: auto, 1: c10d, 2: nvlink)", choice[0]},
+       {"provider (0: torch, 1: nvshmem)", choice[1]},
+       {"num_sms", choice[2]}});
   exchange.confirm();
   std::lock_guard<std::mutex> lock(registry_mutex);
   registry()[group_name] = comm;
@@ -281,16 +290,14 @@ void Exchange::finish() {
 // Note [Waiting with a name]
 // The backend's own time-out says that something did not arrive, not from whom. So a rank that waits for long, or whose
 // exchange failed, publishes in the group's store how far it came; whoever then has to report the failure names the
-// ranks that published nothing as late. On the way that matters, where all goes well, the store is never touched.
+// ranks that published nothing as late, but for those that failed themselves an exchange before. On the way that
+// matters, where all goes well, the store is never touched.
 void Exchange::await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Phase phase) {
   bool published = false;
-  const auto publish = [&] {
-    if (published) {
-      return;
-    }
+  const auto publish = [&](const char* mark) {
     published = true;
     try {
-      group_->getStore()->set(store_key(*comm_, comm_->rank), std::to_string(progress(phase)));
+      group_->getStore()->set(store_key(*comm_, comm_->rank), std::to_string(progress(phase)) + mark);
     } catch (const std::exception&) {
       // The store went away with the rank that kept it; `blame` finds that out again and says so.
     }
@@ -305,7 +312,7 @@ void Exchange::await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Ph
         if (work->isCompleted()) {
           throw;
         }
-        publish();
+        publish("");
         work->wait();
       }
       return;
@@ -315,14 +322,14 @@ void Exchange::await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Ph
       if (now > deadline_) {
         C10_THROW_ERROR(DistError, "timed out");
       }
-      if (now > publish_at) {
-        publish();
+      if (now > publish_at && !published) {
+        publish("");
       }
       std::this_thread::yield();
     }
     work->wait();  // orders the current stream after the transfer; rethrows the backend's own error
   } catch (const std::exception& error) {
-    publish();
+    publish(kFailed);
     C10_THROW_ERROR(DistError, blame(phase, error.what()));
   }
 }
@@ -339,7 +346,11 @@ std::string Exchange::blame(Phase phase, const std::string& cause) {
       auto store = group_->getStore();
       for (int peer = 0; peer < comm_->world_size; ++peer) {
         const auto key = store_key(*comm_, peer);
-        if (peer != comm_->rank && (!store->check({key}) || std::stoll(store->get_to_str(key)) < progress(phase))) {
+        if (peer == comm_->rank) {
+          continue;
+        }
+        const auto heard = store->check({key}) ? store->get_to_str(key) : "-1";
+        if (std::stoll(heard) < progress(phase) && heard.find(kFailed) == std::string::npos) {
           late.push_back(peer);
         }
       }

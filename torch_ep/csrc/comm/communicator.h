@@ -44,7 +44,12 @@ struct Communicator {
 void check_limit(OpKind op, const char* name, int64_t limit, int64_t got);
 
 // Collective. Throws unless every rank of the group passes the same numbers.
-void init_communicator(const std::string& group_name, int64_t timeout_ms, at::IntArrayRef limits);
+// `choice`: transport, provider and num_sms, as numbers.
+void init_communicator(
+    const std::string& group_name,
+    int64_t timeout_ms,
+    at::IntArrayRef limits,
+    at::IntArrayRef choice);
 // Local; a name that is not initialised is not an error.
 void destroy_communicator(const std::string& group_name);
 // nullptr for one rank. Throws if the group was not initialised or its size is not `world_size`.
@@ -58,7 +63,7 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
 // same exchange, and the group stays usable, since all of them took part in the same all-to-all.
 class Exchange {
  public:
-  static constexpr size_t kMaxAgreed = 6;
+  static constexpr size_t kMaxAgreed = 8;
   static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
 
   // Starts the headers' all-to-all and returns at once. `send_rows[r]`: rows that this rank will send to r;

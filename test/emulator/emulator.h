@@ -1,0 +1,384 @@
+// Just enough of CUDA to run the kernels of torch_ep/csrc/cuda on a CPU: slowly, but where there is no GPU.
+//
+// A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
+// they please, and shared memory is thread-local. A fiber gives way where it waits for others: at barriers, at
+// operations of a warp, and whenever it looks at a word that others write. Bulk and asynchronous copies are done at
+// once. What this cannot find is what a weaker memory model or another order of copies would do.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace emulator {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr size_t kSharedBytes = 227 * 1024;
+
+struct Warp {
+  uint64_t value[2][kWarp];
+  int arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Barrier {
+  int arrived = 0;
+  unsigned generation = 0;
+  bool all = true, result = true;
+};
+
+struct Fiber {
+  ucontext_t context;  // of its beginning
+  jmp_buf at;          // where it gave way: unlike swapcontext, this makes no system call
+  std::unique_ptr<char[]> stack;
+  uint3 thread_idx;
+  bool has_begun = false, done = false;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barrier, named[16];
+  std::vector<char> shared;
+  std::function<void()> body;
+  jmp_buf scheduler;
+  Fiber* current = nullptr;
+  uint3 block_idx;
+  dim3 grid_dim, block_dim;
+};
+
+inline thread_local Block* block = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s\n", what);
+  std::abort();
+}
+
+inline void yield() {
+  if (_setjmp(block->current->at) == 0) {
+    _longjmp(block->scheduler, 1);
+  }
+}
+
+inline void run_fiber() {
+  block->body();
+  block->current->done = true;
+  yield();
+}
+
+inline int thread() {
+  return static_cast<int>(block->current->thread_idx.x);
+}
+inline int lane() {
+  return thread() % kWarp;
+}
+
+// The values of all lanes; they stay until the warp's operation after the next.
+inline const uint64_t* exchange(uint64_t mine) {
+  Warp& warp = block->warps[thread() / kWarp];
+  const unsigned generation = warp.generation;
+  uint64_t* values = warp.value[generation % 2];
+  values[lane()] = mine;
+  if (++warp.arrived == kWarp) {
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    while (warp.generation == generation) {
+      yield();
+    }
+  }
+  return values;
+}
+
+inline bool meet(Barrier& barrier, int count, bool value = true) {
+  const unsigned generation = barrier.generation;
+  barrier.all = barrier.all && value;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    barrier.result = barrier.all;
+    barrier.all = true;
+    ++barrier.generation;
+  } else {
+    while (barrier.generation == generation) {
+      yield();
+    }
+  }
+  return barrier.result;
+}
+
+inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid, dim3 threads, size_t shared) {
+  Block own;
+  block = &own;
+  own.body = body;
+  own.block_idx = index;
+  own.grid_dim = grid;
+  own.block_dim = threads;
+  own.fibers.resize(threads.x);
+  own.warps.resize(threads.x / kWarp);
+  own.shared.assign(kSharedBytes + 128, static_cast<char>(0xcd));
+  if (shared > kSharedBytes || threads.x % kWarp != 0) {
+    fail("launch out of bounds");
+  }
+  for (unsigned i = 0; i < threads.x; ++i) {
+    Fiber& fiber = own.fibers[i];
+    fiber.stack.reset(new char[kStackBytes]);
+    fiber.thread_idx = {i, 0, 0};
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  for (size_t left = own.fibers.size(); left > 0;) {
+    for (Fiber& fiber : own.fibers) {
+      if (!fiber.done) {
+        own.current = &fiber;
+        if (_setjmp(own.scheduler) == 0) {
+          if (fiber.has_begun) {
+            _longjmp(fiber.at, 1);
+          }
+          fiber.has_begun = true;
+          setcontext(&fiber.context);
+        }
+        left -= own.current->done;
+      }
+    }
+    std::this_thread::yield();
+  }
+  block = nullptr;
+}
+
+// Runs a grid to its end.
+template <class Body>
+void launch(const Body& body, dim3 grid, dim3 threads, size_t shared = 0, cudaStream_t = nullptr) {
+  std::vector<std::thread> blocks;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blocks.emplace_back([&, x, y] { run_block(body, {x, y, 0}, grid, threads, shared); });
+    }
+  }
+  for (auto& b : blocks) {
+    b.join();
+  }
+}
+
+inline char* shared_memory() {
+  const auto address = reinterpret_cast<uintptr_t>(block->shared.data());
+  return reinterpret_cast<char*>((address + 127) / 128 * 128);
+}
+
+inline void named_barrier(int id, int count) {
+  meet(block->named[id], count);
+}
+
+template <class T>
+uint64_t pack(T value) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+
+template <class T>
+T unpack(uint64_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+#undef __device__
+#undef __host__
+#undef __global__
+#undef __shared__
+#undef __forceinline__
+#undef __noinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __align__
+#define __device__
+#define __host__
+#define __global__
+#define __shared__ static thread_local
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define threadIdx (emulator::block->current->thread_idx)
+#define blockIdx (emulator::block->block_idx)
+#define gridDim (emulator::block->grid_dim)
+#define blockDim (emulator::block->block_dim)
+
+using std::max;
+using std::min;
+
+inline void __syncthreads() {
+  emulator::meet(emulator::block->barrier, static_cast<int>(blockDim.x));
+}
+inline int __syncthreads_and(int value) {
+  return emulator::meet(emulator::block->barrier, static_cast<int>(blockDim.x), value != 0);
+}
+inline void __syncwarp() {
+  emulator::exchange(0);
+}
+inline void __threadfence() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+inline void __threadfence_system() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return emulator::unpack<T>(emulator::exchange(emulator::pack(value))[source % emulator::kWarp]);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int step) {
+  const uint64_t* values = emulator::exchange(emulator::pack(value));
+  return emulator::lane() < step ? value : emulator::unpack<T>(values[emulator::lane() - step]);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::unpack<T>(emulator::exchange(emulator::pack(value))[emulator::lane() ^ mask]);
+}
+inline unsigned __ballot_sync(unsigned, int value) {
+  const uint64_t* values = emulator::exchange(value != 0);
+  unsigned mask = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    mask |= static_cast<unsigned>(values[i]) << i;
+  }
+  return mask;
+}
+inline int __any_sync(unsigned mask, int value) {
+  return __ballot_sync(mask, value) != 0;
+}
+inline int __all_sync(unsigned mask, int value) {
+  return __ballot_sync(mask, value) == 0xffffffff;
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  const uint64_t* values = emulator::exchange(emulator::pack(value));
+  unsigned mask = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    mask |= static_cast<unsigned>(values[i] == emulator::pack(value)) << i;
+  }
+  return mask;
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  const uint64_t* values = emulator::exchange(value);
+  unsigned sum = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    sum += static_cast<unsigned>(values[i]);
+  }
+  return sum;
+}
+inline int __ffs(int value) {
+  return __builtin_ffs(value);
+}
+inline int __popc(unsigned value) {
+  return __builtin_popcount(value);
+}
+
+template <class T, class U>
+T atomicAdd(T* p, U value) {
+  return std::atomic_ref<T>(*p).fetch_add(static_cast<T>(value));
+}
+template <class T, class U>
+T atomicOr(T* p, U value) {
+  return std::atomic_ref<T>(*p).fetch_or(static_cast<T>(value));
+}
+template <class T, class U>
+T atomicMin(T* p, U value) {
+  std::atomic_ref<T> word(*p);
+  T old = word.load();
+  while (static_cast<T>(value) < old && !word.compare_exchange_weak(old, static_cast<T>(value))) {
+  }
+  return old;
+}
+template <class T, class U>
+T atomicMax(T* p, U value) {
+  std::atomic_ref<T> word(*p);
+  T old = word.load();
+  while (static_cast<T>(value) > old && !word.compare_exchange_weak(old, static_cast<T>(value))) {
+  }
+  return old;
+}
+
+// Without contraction (-ffp-contract=off) these are what the operators do.
+inline float __fadd_rn(float a, float b) {
+  return a + b;
+}
+inline double __dadd_rn(double a, double b) {
+  return a + b;
+}
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
+inline double __dmul_rn(double a, double b) {
+  return a * b;
+}
+
+// --- the host's part: "device" memory is the host's, filled with a pattern ---
+
+extern "C" {
+cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(*p, 0xab, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+  std::free(p);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
+  return cudaMalloc(p, bytes);
+}
+cudaError_t cudaFreeHost(void* p) {
+  return cudaFree(p);
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes != 0) {
+    std::memcpy(to, from, bytes);
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+  std::memset(p, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t) {
+  return "an error of the emulator";
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 1000;
+  return cudaSuccess;
+}
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}

@@ -1,0 +1,105 @@
+// Stands in for torch_ep/csrc/cuda/device/memory.cuh under the emulator: the same functions.
+#pragma once
+
+#include <cstdint>
+#include <ctime>
+
+namespace ep::cuda {
+
+template <class T>
+T load_word(const void* p) {
+  emulator::yield();  // who looks may have to wait
+  return std::atomic_ref<T>(*static_cast<T*>(const_cast<void*>(p))).load(std::memory_order_acquire);
+}
+
+inline uint64_t load_acquire_system(const void* p) {
+  return load_word<uint64_t>(p);
+}
+inline uint64_t load_relaxed_system(const void* p) {
+  return load_word<uint64_t>(p);
+}
+inline uint32_t load_acquire_device(const uint32_t* p) {
+  return load_word<uint32_t>(p);
+}
+
+inline void store_release_system(void* p, uint64_t v) {
+  std::atomic_ref<uint64_t>(*static_cast<uint64_t*>(p)).store(v, std::memory_order_release);
+}
+inline void store_relaxed_system(void* p, uint64_t v) {
+  store_release_system(p, v);
+}
+inline void fence_system() {
+  __threadfence_system();
+}
+
+inline void add_release_device(uint32_t* p, uint32_t v) {
+  std::atomic_ref<uint32_t>(*p).fetch_add(v);
+}
+inline uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32_t v) {
+  return std::atomic_ref<uint32_t>(*p).fetch_add(v);
+}
+
+// A copy that the hardware would refuse ends the program.
+inline void check_copy(const void* a, const void* b, uint32_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | bytes) % 16 != 0 || bytes == 0) {
+    emulator::fail("copy of an odd size or address");
+  }
+}
+
+inline void copy_async(void* shared, const void* global) {
+  check_copy(shared, global, 16);
+  std::memcpy(shared, global, 16);
+}
+inline void copy_commit() {}
+template <int kPending>
+void copy_wait() {}
+
+// Counts phases: a phase ends when as many bytes have come as were expected.
+inline void barrier_init(uint64_t* barrier) {
+  *barrier = 0;
+}
+inline void fence_barrier_init() {}
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  // Low half: bytes still to come; high half: phases that have ended.
+  *barrier += bytes;
+  if (bytes == 0) {
+    *barrier += uint64_t{1} << 32;
+  }
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while ((*static_cast<volatile uint64_t*>(barrier) >> 32) % 2 == parity) {
+    emulator::yield();
+  }
+}
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  check_copy(shared, global, bytes);
+  std::memcpy(shared, global, bytes);
+  if ((*barrier & 0xffffffff) < bytes) {
+    emulator::fail("bulk_load of more bytes than were expected");
+  }
+  *barrier -= bytes;
+  if ((*barrier & 0xffffffff) == 0) {
+    *barrier += uint64_t{1} << 32;
+  }
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  check_copy(shared, global, bytes);
+  std::memcpy(global, shared, bytes);
+}
+inline void bulk_commit() {}
+template <int kPending>
+void bulk_wait_read() {}
+template <int kPending>
+void bulk_wait() {}
+inline void fence_async_shared() {}
+inline void fence_async_global() {
+  __threadfence_system();
+}
+
+inline uint64_t global_timer_ns() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec);
+}
+
+}  // namespace ep::cuda

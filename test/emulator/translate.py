@@ -1,0 +1,38 @@
+"""Makes C++ for the emulator out of the CUDA sources: copies them, changed where C++ differs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KERNELS = Path("torch_ep/csrc/cuda")
+PROGRAM = Path("test/sanitizer/virtual_ranks.cu")
+
+# What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
+CHANGES = [
+    # kernel<<<grid, threads, shared[, stream]>>>(arguments);
+    (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([&] { \1(\3); }, \2);"),
+    (r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
+     r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());"),
+    (r'asm volatile\("bar\.sync %0, %1;" ::"r"\(([^"]*)\), "n"\((\w+)\) : "memory"\);',
+     r"emulator::named_barrier(\1, \2);"),
+]  # fmt: skip
+
+
+def translate(destination: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
+    """The program's translated source, below `destination`. `change(file name, text)`: what to take instead."""
+    sources = [p.relative_to(ROOT) for p in (ROOT / KERNELS).rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    for path in [PROGRAM, *sources]:
+        text = change(path.as_posix(), (ROOT / path).read_text())
+        for pattern, replacement in CHANGES:
+            text = re.sub(pattern, replacement, text)
+        target = destination / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+    here = Path(__file__).parent
+    shutil.copy(here / "memory.cuh", destination / KERNELS / "device" / "memory.cuh")
+    shutil.copy(here / "emulator.h", destination / "emulator.h")
+    return destination / PROGRAM

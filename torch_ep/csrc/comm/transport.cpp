@@ -1,0 +1,120 @@
+#include "transport.h"
+
+#include "../cuda/layout.h"
+#include "../cuda/nvlink.h"
+
+#include <map>
+#include <mutex>
+#include <vector>
+
+namespace ep {
+namespace {
+
+struct Entry {
+  std::shared_ptr<Transport> transport;
+  bool groupless;
+};
+
+std::mutex mutex;
+std::map<std::string, Entry>& transports() {
+  // Never destroyed, as the communicators: the process may exit while kernels run.
+  static auto* entries = new std::map<std::string, Entry>();
+  return *entries;
+}
+
+Entry find(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = transports().find(group_name);
+  return found == transports().end() ? Entry{} : found->second;
+}
+
+// Removes a transport. What still runs on the device keeps its memory until the process ends.
+bool drop(const std::string& group_name) {
+  static auto* busy = new std::vector<std::shared_ptr<Transport>>();
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = transports().find(group_name);
+  if (found == transports().end()) {
+    return true;
+  }
+  const bool idle = found->second.transport->is_idle();
+  if (!idle) {
+    busy->push_back(found->second.transport);
+  }
+  transports().erase(found);
+  return idle;
+}
+
+std::shared_ptr<Transport> existing(const std::string& group_name) {
+  auto transport = find(group_name).transport;
+  TORCH_CHECK(transport, "torch_ep.reset: group '", group_name, "' does not use the nvlink transport");
+  return transport;
+}
+
+}  // namespace
+
+std::shared_ptr<Transport>
+find_transport(const std::string& group_name, int64_t world_size, const at::Tensor& t, OpKind op) {
+  const auto entry = find(group_name);
+  if (!entry.transport || !entry.transport->takes(t)) {
+    return nullptr;
+  }
+  if (!entry.groupless) {
+    find_communicator(group_name, world_size, op);  // whether it is still the group of `init`
+  }
+  TORCH_CHECK_VALUE(
+      entry.transport->world_size() == world_size,
+      name_of(op),
+      ": expected world_size ",
+      entry.transport->world_size(),
+      " (the size of group '",
+      group_name,
+      "'), got ",
+      world_size);
+  return entry.transport;
+}
+
+bool has_nvlink() {
+#ifdef TORCH_EP_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
+bool nvlink_runs() {
+#ifdef TORCH_EP_CUDA
+  return cuda::kernels_run();
+#else
+  return false;
+#endif
+}
+
+int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms) {
+  return cuda::layout_of(world_size, limits, num_sms).bytes();
+}
+
+bool init_nvlink(const NvlinkOptions& options) {
+#ifdef TORCH_EP_CUDA
+  auto transport = cuda::make_nvlink(options);
+  const bool was_idle = drop(options.group_name);
+  std::lock_guard<std::mutex> lock(mutex);
+  transports()[options.group_name] = {std::move(transport), options.groupless};
+  return was_idle;
+#else
+  TORCH_CHECK(false, "torch_ep.init: this build has no nvlink transport");
+#endif
+}
+
+int64_t settle_nvlink(const std::string& group_name) {
+  return existing(group_name)->settle();
+}
+
+void restart_nvlink(const std::string& group_name, int64_t epoch) {
+  existing(group_name)->restart(epoch);
+}
+
+bool destroy_transport(const std::string& group_name) {
+  return drop(group_name);
+}
+
+}  // namespace ep

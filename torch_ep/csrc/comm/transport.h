@@ -1,0 +1,75 @@
+// Transports that are more than a process group: they run whole operators on tensors of their device, under the same
+// schemas and plans. So far one, nvlink (csrc/cuda); every other group moves its rows by comm/communicator.h.
+#pragma once
+
+#include "../checks.h"
+#include "../ops.h"
+#include "communicator.h"
+
+namespace ep {
+
+struct PlanOptions {
+  int64_t num_experts;
+  bool expert_major;
+  int64_t alignment;
+  std::optional<int64_t> capacity;
+  std::optional<int64_t> max_tokens_per_rank;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // Arguments are checked, but for the limits of `init`.
+  virtual PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) = 0;
+  virtual Payloads dispatch(
+      const PlanTensors& plan,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) = 0;
+  virtual Payloads combine(
+      const PlanTensors& plan,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) = 0;
+
+  virtual bool takes(const at::Tensor& t) const = 0;
+  virtual int64_t world_size() const = 0;
+
+  // Local halves of torch_ep.reset: waits for the device and tells the last exchange; then goes on from a later one.
+  virtual int64_t settle() = 0;
+  virtual void restart(int64_t epoch) = 0;
+  // Whether nothing of it runs any more, so that its memory may go.
+  virtual bool is_idle() const = 0;
+};
+
+// The transport for `t` on that group, or nullptr. Throws as find_communicator does.
+std::shared_ptr<Transport>
+find_transport(const std::string& group_name, int64_t world_size, const at::Tensor& t, OpKind op);
+
+struct NvlinkOptions {
+  std::string group_name;
+  int64_t rank, world_size;
+  at::IntArrayRef buffers;  // address of every rank's symmetric buffer; zeroed before
+  at::IntArrayRef limits;   // max_tokens_per_rank, hidden, num_topk, num_experts
+  int64_t num_sms;
+  int64_t timeout_ms;
+  // Ranks without a process group: one alone, or several in one process.
+  bool groupless;
+};
+
+bool has_nvlink();
+// Whether its kernels were built for the current CUDA device.
+bool nvlink_runs();
+// Bytes of symmetric memory of each rank.
+int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms);
+// Local; the group's communicator has to be there before unless groupless. Returns what destroy_transport would, of the
+// one that it replaces.
+bool init_nvlink(const NvlinkOptions& options);
+int64_t settle_nvlink(const std::string& group_name);
+void restart_nvlink(const std::string& group_name, int64_t epoch);
+// False: some of it still runs on the device, so its buffers have to stay. A name without a transport is no error.
+bool destroy_transport(const std::string& group_name);
+
+}  // namespace ep

@@ -1,0 +1,743 @@
+// ep::combine: rows back to the ranks whose tokens they are, summed on both sides.
+//   send   some blocks: chunks of the rows of every peer: the rows of one token summed -> shared memory -> peer
+//   sum    the others, and these when they are done: this rank's tokens: arrived rows and own ones summed -> result.
+//          The first of these warps meets the peers.
+// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction, and what
+// crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
+#include "device/rows.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+namespace ep::cuda {
+namespace {
+
+// --- sixteen bytes of a row, and the numbers in them ---
+
+template <class T>
+struct Vector {
+  using Wide = float;
+  static constexpr int kSize = 16 / sizeof(T);
+};
+
+template <>
+struct Vector<double> {
+  using Wide = double;
+  static constexpr int kSize = 2;
+};
+
+__device__ __forceinline__ float widen(float v) {
+  return v;
+}
+__device__ __forceinline__ double widen(double v) {
+  return v;
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+__device__ __forceinline__ float widen(__half v) {
+  return __half2float(v);
+}
+
+template <class T>
+__device__ __forceinline__ T narrow(typename Vector<T>::Wide v) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(v);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(v);
+  } else {
+    return v;
+  }
+}
+
+__device__ __forceinline__ float add(float a, float b) {
+  return __fadd_rn(a, b);
+}
+__device__ __forceinline__ double add(double a, double b) {
+  return __dadd_rn(a, b);
+}
+__device__ __forceinline__ float multiply(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ __forceinline__ double multiply(double a, double b) {
+  return __dmul_rn(a, b);
+}
+
+__device__ __forceinline__ double shuffle(double v, int lane) {
+  return __shfl_sync(kFullWarp, v, lane);
+}
+__device__ __forceinline__ float shuffle(float v, int lane) {
+  return __shfl_sync(kFullWarp, v, lane);
+}
+
+template <class T>
+struct Sum {
+  using Wide = typename Vector<T>::Wide;
+  Wide value[Vector<T>::kSize];
+
+  // The first term is taken as it is: 0 + -0 would be another number.
+  template <bool weighted>
+  __device__ __forceinline__ void add_term(const uint4& packed, Wide weight, bool first) {
+    const T* numbers = reinterpret_cast<const T*>(&packed);
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kSize; ++i) {
+        value[i] = weighted ? multiply(weight, widen(numbers[i])) : widen(numbers[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kSize; ++i) {
+        value[i] = add(value[i], weighted ? multiply(weight, widen(numbers[i])) : widen(numbers[i]));
+      }
+    }
+  }
+
+  __device__ __forceinline__ uint4 rounded() const {
+    uint4 packed;
+    T* numbers = reinterpret_cast<T*>(&packed);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      numbers[i] = narrow<T>(value[i]);
+    }
+    return packed;
+  }
+};
+
+// --- sums of rows ---
+
+// Rows are read in pieces, each of kBatch vectors a lane, through a ring in shared memory: what is in flight there
+// hides the latency of device memory, which the registers of so few warps could not.
+constexpr int kBatch = 4;
+constexpr int kPieceVectors = kBatch * kWarp;
+constexpr int kPieceBytes = kPieceVectors * 16;
+// Of each warp: 16 warps with 7 pieces have all of a block's shared memory but 3 KB.
+constexpr int kMaxWarps = 16;
+constexpr int kPieces = 7;
+constexpr int kWarpBytes = kPieces * kPieceBytes;
+
+// What is summed, as masks of lanes that have one row each. Terms are added in the order of their lanes. One of them
+// may stand for rows of this rank, which are added up, in the order of their lanes, and rounded first.
+struct Terms {
+  uint32_t all;
+  uint32_t own;       // none, or one of them
+  uint32_t own_rows;  // whose rows that term stands for
+
+  __device__ int count() const { return __popc(all & ~own) + (own != 0 ? __popc(own_rows) : 0); }
+};
+
+// The rows of `Terms` one after the other.
+class Cursor {
+ public:
+  __device__ explicit Cursor(const Terms& terms) : terms_(terms), left_(terms.all) { enter(); }
+  // The lane whose row is next; rows have to be left.
+  __device__ int lane() const { return __ffs(static_cast<int>(own_left_ != 0 ? own_left_ : left_)) - 1; }
+  __device__ void advance() {
+    if (own_left_ != 0) {
+      own_left_ &= own_left_ - 1;
+    }
+    if (own_left_ == 0) {
+      left_ &= left_ - 1;
+      enter();
+    }
+  }
+  // Whether the pass over all rows is over; the next one begins at once.
+  __device__ bool wraps() {
+    if (left_ != 0) {
+      return false;
+    }
+    left_ = terms_.all;
+    enter();
+    return true;
+  }
+
+ private:
+  // Steps over a term of own rows that has none, and into one that has.
+  __device__ void enter() {
+    if ((left_ & -left_ & terms_.own) != 0) {
+      own_left_ = terms_.own_rows;
+      if (own_left_ == 0) {
+        left_ &= left_ - 1;
+      }
+    }
+  }
+  const Terms& terms_;
+  uint32_t left_, own_left_ = 0;
+};
+
+// Of a whole warp: the sum of `terms`, whose rows are at the lanes' addresses `row`; own ones are multiplied by the
+// lanes' `weight`. sink(piece, vectors): takes this lane's part of each piece of the result.
+template <class T, bool weighted, int kDepth, class Sink>
+__device__ __forceinline__ void sum_rows(
+    const Terms& terms,
+    const char* row,
+    typename Vector<T>::Wide weight,
+    int vectors,
+    char* ring,
+    const Sink& sink) {
+  using Wide = typename Vector<T>::Wide;
+  const int pieces = (vectors + kPieceVectors - 1) / kPieceVectors;
+  char* own_ring = ring + lane_id() * 16;  // what a lane copies it alone reads: no barrier
+  Cursor to_load(terms);
+  int load_piece = terms.count() > 0 ? 0 : pieces, loaded = 0, taken = 0;
+  const auto load_next = [&] {
+    if (load_piece < pieces) {
+      const auto* from =
+          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(row), to_load.lane()));
+      char* slot = own_ring + loaded * kPieceBytes;
+      const int first = load_piece * kPieceVectors + lane_id();
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (first + b * kWarp < vectors) {
+          copy_async(slot + b * kWarp * 16, from + int64_t{first + b * kWarp} * 16);
+        }
+      }
+      loaded = loaded + 1 == kDepth ? 0 : loaded + 1;
+      to_load.advance();
+      if (to_load.wraps()) {
+        ++load_piece;
+      }
+    }
+    copy_commit();
+  };
+  const auto take = [&](uint4(&vectors_of_row)[kBatch]) {
+    copy_wait<kDepth - 1>();
+    const char* slot = own_ring + taken * kPieceBytes;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      vectors_of_row[b] = *reinterpret_cast<const uint4*>(slot + b * kWarp * 16);
+    }
+    taken = taken + 1 == kDepth ? 0 : taken + 1;
+    load_next();
+  };
+
+  const auto add_own = [&](uint4(&result)[kBatch]) {
+    Sum<T> own[kBatch] = {};
+    for (uint32_t rows = terms.own_rows; rows != 0; rows &= rows - 1) {
+      uint4 part[kBatch];
+      take(part);
+      const Wide w = weighted ? shuffle(weight, __ffs(static_cast<int>(rows)) - 1) : weight;
+      if (rows == terms.own_rows) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          own[b].template add_term<weighted>(part[b], w, true);
+        }
+      } else {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          own[b].template add_term<weighted>(part[b], w, false);
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      result[b] = own[b].rounded();
+    }
+  };
+
+  __syncwarp();
+  for (int i = 0; i < kDepth; ++i) {
+    load_next();
+  }
+  // A lone row is passed on as it is.
+  const bool lone = terms.count() == 1 && __popc(terms.all) == 1 && !(weighted && terms.own != 0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    uint4 part[kBatch];
+    if (lone) {
+      take(part);
+      sink(piece, part);
+      continue;
+    }
+    Sum<T> total[kBatch] = {};
+    for (uint32_t left = terms.all; left != 0; left &= left - 1) {
+      if ((left & -left & terms.own) != 0) {
+        add_own(part);
+      } else {
+        take(part);
+      }
+      if (__popc(terms.all) == 1) {
+        break;  // the sum of own rows, rounded already
+      }
+      if (left == terms.all) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          total[b].template add_term<false>(part[b], Wide{1}, true);
+        }
+      } else {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          total[b].template add_term<false>(part[b], Wide{1}, false);
+        }
+      }
+    }
+    if (__popc(terms.all) != 1) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        part[b] = total[b].rounded();
+      }
+    }
+    sink(piece, part);
+  }
+  copy_wait<0>();
+}
+
+template <class T, bool weighted>
+class Combine {
+ public:
+  using Wide = typename Vector<T>::Wide;
+
+  __device__ Combine(const CombineArgs& args, int send_blocks)
+      : a_(args),
+        x_(args.comm, Op::combine),
+        send_blocks_(send_blocks),
+        memory_(shared_memory() + warp_id() * kWarpBytes),
+        out_(wire_rows(x_, args.plan.send_counts)),
+        in_(wire_rows(x_, args.plan.recv_counts)),
+        vectors_(args.record.row_bytes / 16) {}
+
+  __device__ void run() {
+    const bool sends = static_cast<int>(blockIdx.x) < send_blocks_;
+    copy_ring().init();
+    bool going = true;
+    if (a_.plan.expert_major) {
+      const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+      const int warps = static_cast<int>(gridDim.x) * kMaxWarps;
+      invert_recv_slot(
+          x_, a_.plan, received, static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(), warps);
+      going = wait_for_gate(x_, static_cast<uint32_t>(warps));
+    }
+    if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
+      going = meet_peers(x_, a_.agreed, in_.count(), out_.count()) && going;
+    }
+    going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
+    if (going && sends) {
+      Turn turn(x_, in_.count());
+      send(turn);
+    }
+    if (going) {
+      sum();
+    }
+    end_exchange(x_, &a_.comm.state->last_combine);
+  }
+
+ private:
+  // --- the rows of the result of dispatch that belong to one wire row ---
+
+  struct Rows {
+    uint32_t lanes;  // that have one
+    int64_t row;     // this lane's
+    Wide weight;     // of it
+  };
+
+  // rank_major: it is the same row, and `lane` has it.
+  __device__ Rows rows_of(int64_t wire_row, int lane) const {
+    Rows rows{0, -1, Wide{1}};
+    if (a_.plan.expert_major) {
+      rows.row = row_of_slot(x_, a_.plan, wire_row);
+    } else if (lane_id() == lane && wire_row < a_.plan.rows) {
+      rows.row = wire_row;
+    }
+    rows.lanes = __ballot_sync(kFullWarp, rows.row >= 0);
+    if (weighted && rows.row >= 0) {
+      rows.weight = static_cast<const Wide*>(a_.row_weights)[rows.row];
+    }
+    return rows;
+  }
+
+  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.record.row_stride; }
+
+  // What lane k's slot brings home of the weights of a wire row.
+  __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
+    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
+      zero_weight(to, bytes);
+    } else {
+      copy_weight(
+          to, a_.weights + (a_.plan.expert_major ? rows.row : wire_row * a_.plan.num_topk + lane) * bytes, bytes);
+    }
+  }
+
+  // --- send ---
+
+  // Rows of a chunk, of the `rows` that go from one rank to another: the same on both sides.
+  __device__ static int chunk_rows(int rows) { return rows > kRowsOfSmallChunks ? kChunkRows : 1; }
+
+  // The chunks of wire rows that this warp sends, one after the other.
+  class Turn {
+   public:
+    __device__ Turn(const Exchange& x, int rows_to_lane) : x_(x), tickets_(x, 0), rows_(rows_to_lane) {
+      const int size = chunk_rows(rows_);
+      int most = x.is_peer(lane_id()) ? (rows_ + size - 1) / size : 0;
+      for (int step = kMaxRanks / 2; step > 0; step /= 2) {
+        most = max(most, __shfl_xor_sync(kFullWarp, most, step));
+      }
+      chunks_ = __shfl_sync(kFullWarp, most, 0);
+    }
+
+    // False: there is none left. The tickets go round the peers, as long as the one with most rows has any.
+    __device__ bool advance() {
+      const int peers = x_.world_size() - 1;
+      while (true) {
+        const int64_t ticket = tickets_.next();
+        if (ticket >= int64_t{chunks_} * peers) {
+          return false;
+        }
+        chunk = static_cast<int>(ticket / peers);
+        // Not every rank to the same one at once.
+        to = (x_.comm.rank + 1 + static_cast<int>(ticket % peers)) % x_.world_size();
+        const int rows = __shfl_sync(kFullWarp, rows_, to), size = chunk_rows(rows);
+        begin = min(chunk * size, rows);
+        end = min(begin + size, rows);
+        if (begin < end) {
+          tickets_.draw();
+          return true;
+        }
+      }
+    }
+
+    int to = 0, chunk = 0;
+    int begin = 0, end = 0;  // of the rows that go back to rank `to`
+
+   private:
+    const Exchange& x_;
+    Tickets tickets_;
+    const int rows_;
+    int chunks_ = 0;
+  };
+
+  // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
+  class Flags {
+   public:
+    // Bulk copies that a record leaves in, at least.
+    __device__ Flags(const Exchange& x, int pieces) : x_(x), pieces_(pieces) {}
+    // After each record's last bulk_commit.
+    __device__ void sent(int to, int chunk, bool ends_chunk) {
+      if (chunk_ >= 0) {
+        if (pieces_ >= 4) {
+          bulk_wait<4>();
+        } else {
+          bulk_wait<1>();
+        }
+        tell();
+      }
+      if (ends_chunk) {
+        to_ = to;
+        chunk_ = chunk;
+      }
+    }
+    __device__ void finish() {
+      bulk_wait<0>();
+      if (chunk_ >= 0) {
+        tell();
+      }
+    }
+
+   private:
+    __device__ void tell() {
+      __syncwarp();
+      // The lane whose bulk copies they were; what the others stored is ordered by the barrier.
+      if (lane_id() == to_) {
+        fence_async_global();
+        store_release_system(x_.peer(to_, x_.layout().combine_flag(x_.comm.rank, chunk_)), x_.tag());
+      }
+      chunk_ = -1;
+    }
+    const Exchange& x_;
+    const int pieces_;
+    int to_ = 0, chunk_ = -1;
+  };
+
+  __device__ void send(Turn& turn) {
+    if (a_.plan.expert_major || weighted) {
+      send_sums(turn);
+    } else {
+      send_copies(turn);
+    }
+    fence_async_shared();  // this memory is for sums next
+    __syncwarp();
+  }
+
+  __device__ char* slot_of(int to, int row) const {
+    const Layout& layout = x_.layout();
+    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.slot_bytes);
+  }
+
+  __device__ void send_weights(char* slot, int64_t wire_row, const Rows& rows) const {
+    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    if (bytes != 0 && lane < a_.plan.num_topk) {
+      take_weight(slot + a_.record.weights_at() + lane * bytes, wire_row, rows);
+    }
+  }
+
+  // The last two pieces of the warp's memory hold what is leaving.
+  __device__ void send_sums(Turn& turn) {
+    constexpr int kDepth = kPieces - 2;
+    Flags flags(x_, (vectors_ + kPieceVectors - 1) / kPieceVectors);
+    char* leaving = memory_ + kDepth * kPieceBytes;
+    int parity = 0;
+    while (turn.advance()) {
+      for (int row = turn.begin; row < turn.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+        const Rows rows = rows_of(wire_row, 0);
+        char* slot = slot_of(turn.to, row);
+        const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
+          bulk_wait_read<1>();
+          __syncwarp();
+          char* stage = leaving + parity * kPieceBytes;
+          parity ^= 1;
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            reinterpret_cast<uint4*>(stage)[b * kWarp + lane_id()] = part[b];
+          }
+          fence_async_shared();
+          __syncwarp();
+          if (lane_id() == turn.to) {
+            bulk_store(
+                slot + int64_t{piece} * kPieceBytes,
+                stage,
+                min(kPieceBytes, a_.record.row_bytes - piece * kPieceBytes));
+          }
+          bulk_commit();
+        };
+        sum_rows<T, weighted, kDepth>({1, 1, rows.lanes}, y_row(rows), rows.weight, vectors_, memory_, sink);
+        send_weights(slot, wire_row, rows);
+        flags.sent(turn.to, turn.chunk, row + 1 == turn.end);
+      }
+    }
+    flags.finish();
+  }
+
+  // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
+  __device__ void send_copies(Turn& turn) {
+    const Ring ring = copy_ring();
+    const int pieces = (a_.record.row_bytes + kHalf - 1) / kHalf;
+    Flags flags(x_, pieces);
+    // What is loaded, and the one before, which leaves next.
+    struct Piece {
+      int to, row, chunk;
+      int64_t wire_row;
+      int begin, bytes;
+      bool ends_row, ends_chunk;
+    };
+    Piece waiting{};
+    bool has_waiting = false;
+    int copied = 0;
+    const auto push = [&](const Piece& p, int n) {
+      ring.wait(n);
+      fence_async_shared();
+      __syncwarp();
+      char* slot = slot_of(p.to, p.row);
+      if (lane_id() == p.to) {
+        bulk_store(slot + p.begin, ring.stage(n), p.bytes);
+      }
+      bulk_commit();
+      if (p.ends_row) {
+        send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
+        flags.sent(p.to, p.chunk, p.ends_chunk);
+      }
+    };
+    while (turn.advance()) {
+      for (int row = turn.begin; row < turn.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+        for (int i = 0; i < pieces; ++i) {
+          Piece piece{turn.to, row, turn.chunk, wire_row, i * kHalf, 0, i + 1 == pieces, row + 1 == turn.end};
+          piece.bytes = min(kHalf, a_.record.row_bytes - piece.begin);
+          bulk_wait_read<0>();  // of what leaves from this half
+          load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
+          if (has_waiting) {
+            push(waiting, copied - 1);
+          }
+          waiting = piece;
+          has_waiting = true;
+          ++copied;
+        }
+      }
+    }
+    if (has_waiting) {
+      push(waiting, copied - 1);
+    }
+    flags.finish();
+  }
+
+  __device__ void load_copy(const Ring& ring, int64_t wire_row, int begin, int bytes, int n) const {
+    const bool is_dropped = wire_row >= a_.plan.rows;
+    fence_async_shared();
+    __syncwarp();
+    if (is_dropped) {
+      zero_bytes(ring.stage(n), bytes);
+      fence_async_shared();
+      __syncwarp();
+    }
+    if (lane_id() == 0) {
+      barrier_expect(ring.barrier(n), is_dropped ? 0 : bytes);
+      if (!is_dropped) {
+        bulk_load(ring.stage(n), a_.y + wire_row * a_.record.row_stride + begin, bytes, ring.barrier(n));
+      }
+    }
+  }
+
+  // --- sum ---
+
+  __device__ void sum() {
+    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
+    const Layout& layout = x_.layout();
+    const bool is_peer = x_.is_peer(lane);
+    const int from = is_peer ? lane : me;
+    const char* slots = is_peer ? x_.own(layout.combine_rows(from, me)) : nullptr;
+    const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
+    const int chunk_size = chunk_rows(out_.count());
+    int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
+    Tickets tickets(x_, 1);
+    for (int64_t token = tickets.next(); token < a_.plan.num_tokens; token = tickets.next()) {
+      tickets.draw();
+      const int entry = lane < num_topk ? a_.plan.send_slot[token * num_topk + lane] : -1;
+      const Slot slot = find_slot(x_, entry, out_);
+      const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
+
+      // Lane r waits for the row of rank r.
+      const int row = row_to_lane(x_, slot);
+      const int chunk = row / chunk_size;
+      const bool waits = is_peer && row >= 0 && chunk != arrived_chunk;
+      const char* flag = x_.own(layout.combine_flag(from, waits ? chunk : 0));
+      const auto has_arrived = [&] { return x_.is_tagged(load_acquire_system(flag)); };
+      if (!wait_lanes(x_, Phase::rows, waits, from, has_arrived)) {
+        return;
+      }
+      arrived_chunk = waits ? chunk : arrived_chunk;
+
+      const char* base =
+          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
+      const char* arrived_row = base + slot.row * layout.slot_bytes;  // lane k: what came back for slot k, unless own
+      const bool is_own = slot.row >= 0 && slot.rank == me;
+      const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
+      Rows own{0, -1, Wide{1}};
+      int64_t own_wire_row = 0;
+      if (own_lanes != 0) {
+        const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
+        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
+        own = rows_of(own_wire_row, own_lane);
+        own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
+      }
+      char* result = a_.out + token * a_.record.row_stride + lane * 16;
+      const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int v = piece * kPieceVectors + b * kWarp;
+          if (v + lane < vectors_) {
+            *reinterpret_cast<uint4*>(result + int64_t{v} * 16) = part[b];
+          }
+        }
+      };
+      const char* own_row = y_row(own);
+      uint32_t own_term = terms & own_lanes;
+      if (!weighted && __popc(own.lanes) == 1) {
+        // A row that needs no rounding is a term like any other.
+        own_row = reinterpret_cast<const char*>(
+            __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
+        own_term = 0;
+      }
+      sum_rows<T, weighted, kPieces>(
+          {terms, own_term, own.lanes}, is_own ? own_row : arrived_row, own.weight, vectors_, memory_, sink);
+
+      if (weight_bytes != 0 && lane < num_topk) {
+        char* to = a_.out_weights + (token * num_topk + lane) * weight_bytes;
+        if (slot.row < 0) {
+          zero_weight(to, weight_bytes);
+        } else if (is_own) {
+          take_weight(to, own_wire_row, own);
+        } else {
+          copy_weight(to, arrived_row + a_.record.weights_at() + lane * weight_bytes, weight_bytes);
+        }
+      }
+    }
+  }
+
+  // As kChunkTokens of dispatch. Fewer rows than this are not enough for all senders in chunks of more than one.
+  static constexpr int kChunkRows = 2;
+  static constexpr int kRowsOfSmallChunks = 256;
+
+  __device__ static char* shared_memory() {
+    extern __shared__ __align__(128) char shared[];
+    return shared;
+  }
+  static constexpr int kHalf = kWarpBytes / 2;
+
+  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, {0, 0, 2, kHalf}}; }
+  __device__ static uint64_t* barriers() {
+    return reinterpret_cast<uint64_t*>(shared_memory() + kMaxWarps * kWarpBytes);
+  }
+
+  const CombineArgs& a_;
+  const Exchange x_;
+  const int send_blocks_;
+  char* const memory_;  // of this warp
+  const WireRows out_, in_;
+  const int vectors_;
+};
+
+template <class T, bool weighted>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    combine_kernel(const __grid_constant__ CombineArgs args, int send_blocks) {
+  if (fresh(args.comm.state->failed) == 0) {
+    Combine<T, weighted>(args, send_blocks).run();
+  }
+}
+
+// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying. See also
+// Note [Blocks that send], device/rows.cuh.
+int send_blocks_of(const CombineArgs& args) {
+  const int blocks = args.comm.layout.num_blocks;
+  if (args.comm.layout.world_size == 1) {
+    return 0;
+  }
+  return args.plan.expert_major || args.row_weights != nullptr ? (7 * blocks + 6) / 12 : blocks / 2;
+}
+
+constexpr int kSharedBytes = kMaxWarps * (kWarpBytes + 2 * static_cast<int>(sizeof(uint64_t)));
+
+template <class T>
+cudaError_t prepare() {
+  constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const auto error = cudaFuncSetAttribute(combine_kernel<T, false>, attribute, kSharedBytes);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(combine_kernel<T, true>, attribute, kSharedBytes);
+}
+
+template <class T, bool weighted>
+cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
+  const auto kernel = combine_kernel<T, weighted>;
+  kernel<<<args.comm.layout.num_blocks, kMaxWarps * kWarp, kSharedBytes, stream>>>(args, send_blocks_of(args));
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
+  return args.row_weights != nullptr ? launch<T, true>(args, stream) : launch<T, false>(args, stream);
+}
+
+}  // namespace
+
+cudaError_t prepare_combine() {
+  for (const auto prepare_type : {prepare<double>, prepare<float>, prepare<__nv_bfloat16>, prepare<__half>}) {
+    if (const auto error = prepare_type(); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
+  switch (args.element) {
+    case Element::f64:
+      return launch<double>(args, stream);
+    case Element::f32:
+      return launch<float>(args, stream);
+    case Element::bf16:
+      return launch<__nv_bfloat16>(args, stream);
+    case Element::f16:
+      return launch<__half>(args, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace ep::cuda

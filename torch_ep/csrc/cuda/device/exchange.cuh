@@ -1,0 +1,318 @@
+// What every exchange has in common: waits that end, headers, credits, the end of an exchange.
+//
+// Note [Signals]
+// A word in symmetric memory has one writer and one reader and holds an epoch, which only grows: exchanges are counted,
+// on the device, and every rank counts the same. Nothing is cleaned between exchanges. A rank that enters exchange e
+//   - writes its header into every peer, and checks theirs: same exchange, same operator, same sizes;
+//   - waits, before it writes into the buffer of a peer, until that peer is done with the exchange that used it last
+//     (the credit; in steady state it came long ago);
+//   - writes rows in chunks, and after each, released at system scope, the chunk's flag with e in its upper half;
+//   - when all of its blocks have read what came for it, tells every peer that it is done with e.
+#pragma once
+
+#include "../launch.h"
+#include "memory.cuh"
+
+namespace ep::cuda {
+
+constexpr uint32_t kFullWarp = 0xffffffff;
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ int lane_id() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+
+__device__ __forceinline__ int warp_id() {
+  return static_cast<int>(threadIdx.x) / kWarp;
+}
+
+template <class T>
+__device__ __forceinline__ volatile T& fresh(T& value) {
+  return value;
+}
+
+// One exchange of this rank, as its kernel knows it.
+struct Exchange {
+  const Comm& comm;
+  Op op;
+  uint64_t epoch;
+
+  __device__ Exchange(const Comm& c, Op o) : comm(c), op(o), epoch(fresh(c.state->epoch) + 1) {}
+  __device__ const Layout& layout() const { return comm.layout; }
+  __device__ int world_size() const { return comm.layout.world_size; }
+  __device__ char* own(int64_t offset) const { return comm.buffers[comm.rank] + offset; }
+  __device__ char* peer(int rank, int64_t offset) const { return comm.buffers[rank] + offset; }
+  __device__ bool is_peer(int lane) const { return lane < world_size() && lane != comm.rank; }
+  // The upper half of flags that also count.
+  __device__ uint64_t tag() const { return epoch << 32; }
+  __device__ bool is_tagged(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
+};
+
+// What `record` is told, as in Mailbox.
+struct Trouble {
+  Failure kind;
+  Phase phase;
+  int64_t peer, detail, ours, theirs, theirs_epoch;
+};
+
+// The first failure of an exchange goes to the host; it is what the next call raises.
+__device__ inline void record(const Exchange& x, const Trouble& r) {
+  State& state = *x.comm.state;
+  auto* recorded = reinterpret_cast<unsigned long long*>(&state.recorded);
+  Mailbox& mailbox = *x.comm.mailbox;
+  if (atomicMax(recorded, x.epoch) < x.epoch && fresh(mailbox.kind) == 0) {
+    fresh(mailbox.op) = static_cast<int64_t>(x.op);
+    fresh(mailbox.phase) = static_cast<int64_t>(r.phase);
+    fresh(mailbox.epoch) = static_cast<int64_t>(x.epoch);
+    fresh(mailbox.peer) = r.peer;
+    fresh(mailbox.detail) = r.detail;
+    fresh(mailbox.ours) = r.ours;
+    fresh(mailbox.theirs) = r.theirs;
+    fresh(mailbox.theirs_epoch) = r.theirs_epoch;
+    __threadfence_system();
+    fresh(mailbox.kind) = static_cast<int64_t>(r.kind);
+  }
+}
+
+// Makes every wait of this exchange end.
+__device__ inline void abort_exchange(const Exchange& x) {
+  fresh(x.comm.state->aborted) = x.epoch;
+}
+
+__device__ inline bool is_aborted(const Exchange& x) {
+  return fresh(x.comm.state->aborted) == x.epoch;
+}
+
+// What `left` holds beside the epoch, where it was left for a mismatch and not for a time-out.
+constexpr uint64_t kMismatch = uint64_t{1} << 63;
+
+__device__ inline void leave(const Exchange& x, uint64_t cause) {
+  abort_exchange(x);
+  for (int p = 0; p < x.world_size(); ++p) {
+    if (p != x.comm.rank) {
+      store_release_system(x.peer(p, x.layout().left(x.comm.rank)), x.epoch | cause);
+    }
+  }
+}
+
+__device__ inline void give_up(const Exchange& x, const Trouble& r) {
+  record(x, r);
+  fresh(x.comm.state->failed) = 1;
+  leave(x, 0);
+}
+
+// A wait that ends: by time-out, because a peer gave up, or because this exchange was aborted.
+class Wait {
+ public:
+  __device__ Wait(const Exchange& x, Phase phase)
+      : x_(x), phase_(phase), meets_(phase == Phase::header || phase == Phase::credit) {}
+
+  // After a look that found nothing. False: there is no point in looking again.
+  __device__ bool again(int peer, uint64_t seen) {
+    ++looks_;
+    if (looks_ % kLooksPerGlance != 0) {
+      return true;
+    }
+    if (is_aborted(x_) && !(meets_ && fresh(x_.comm.state->failed) == 0)) {
+      return false;
+    }
+    const auto now = static_cast<int64_t>(global_timer_ns());
+    if (since_ == 0) {
+      since_ = now;
+    }
+    if (now - since_ > x_.comm.timeout_ns) {
+      give_up(x_, {Failure::timeout, phase_, peer, 0, 0, static_cast<int64_t>(seen), 0});
+      return false;
+    }
+    for (int p = 0; p < x_.world_size(); ++p) {
+      const uint64_t left = p == x_.comm.rank ? 0 : load_relaxed_system(x_.own(x_.layout().left(p)));
+      if (left == x_.epoch) {
+        give_up(x_, {Failure::left, phase_, p, 0, 0, 0, 0});
+        return false;
+      }
+      if (left == (x_.epoch | kMismatch) && !meets_) {
+        fresh(x_.comm.state->elsewhere) = p + 1;
+        abort_exchange(x_);
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int kLooksPerGlance = 64;
+  const Exchange& x_;
+  Phase phase_;
+  // Headers, and the credits before them, are awaited whatever else is known of the exchange: no rank leaves it before
+  // it met all, so every mismatch is found by both of its sides.
+  bool meets_;
+  int64_t looks_ = 0, since_ = 0;
+};
+
+// Of a whole warp: until `ready()` holds on every lane that has `waits` set. False: given up.
+template <class Ready>
+__device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer, Ready ready) {
+  Wait wait(x, phase);
+  bool going = true;
+  while (waits && going) {
+    if (ready()) {
+      break;
+    }
+    going = wait.again(peer, 0);
+  }
+  going = __all_sync(kFullWarp, going);
+  __syncwarp();  // what one lane acquired is there for all
+  return going;
+}
+
+// Of a whole warp: lane p until peer p is done with the exchange `last`, in which its buffer was written before.
+__device__ inline bool wait_for_credits(const Exchange& x, uint64_t last) {
+  const int p = lane_id();
+  const bool may = wait_lanes(
+      x, Phase::credit, x.is_peer(p), p, [&] { return load_acquire_system(x.own(x.layout().done(p))) >= last; });
+  fence_async_global();  // between the credit and the bulk copies that it allows
+  return may;
+}
+
+__device__ inline bool wait_for_gate(const Exchange& x, uint32_t arrivals) {
+  return wait_lanes(
+      x, Phase::gate, true, x.comm.rank, [&] { return load_acquire_device(&x.comm.state->gate) >= arrivals; });
+}
+
+__device__ inline const Header* header_of_lane(const Exchange& x) {
+  const Layout& layout = x.layout();
+  return reinterpret_cast<const Header*>(
+      x.own(layout.header(static_cast<int>(x.epoch % 2), lane_id() % layout.world_size)));
+}
+
+__device__ inline bool wait_for_headers(const Exchange& x) {
+  const int p = lane_id();
+  const Header* header = header_of_lane(x);
+  return wait_lanes(x, Phase::header, x.is_peer(p), p, [&] { return load_acquire_system(&header->epoch) >= x.epoch; });
+}
+
+// Of one whole warp: lane p tells peer p that this rank has entered the exchange, and checks that p entered the same.
+__device__ inline bool
+meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
+  const int p = lane_id();
+  const Layout& layout = x.layout();
+  const int parity = static_cast<int>(x.epoch % 2);
+  const bool is_peer = x.is_peer(p);
+  if (is_peer) {
+    auto* theirs = reinterpret_cast<Header*>(x.peer(p, layout.header(parity, x.comm.rank)));
+    store_relaxed_system(&theirs->op, static_cast<uint64_t>(x.op));
+    for (int i = 0; i < kNumAgreed; ++i) {
+      store_relaxed_system(&theirs->agreed[i], static_cast<uint64_t>(agreed[i]));
+    }
+    store_relaxed_system(&theirs->rows_to_you, static_cast<uint64_t>(rows_to_lane));
+    store_relaxed_system(&theirs->rows_from_you, static_cast<uint64_t>(rows_from_lane));
+    store_relaxed_system(&theirs->chunks, static_cast<uint64_t>(chunks));
+    store_release_system(&theirs->epoch, x.epoch);
+  }
+  const Header* header = header_of_lane(x);
+  if (!wait_for_headers(x)) {
+    return false;
+  }
+  bool same = true;
+  if (is_peer) {
+    const auto differs = [&](int64_t detail, int64_t ours, const int64_t* word) {
+      const auto theirs = static_cast<int64_t>(load_relaxed_system(word));
+      if (ours == theirs) {
+        return false;
+      }
+      record(x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
+      return true;
+    };
+    // Rows are compared only where both sides know them: within one operator, all or none do.
+    same = !differs(0, static_cast<int64_t>(x.op), &header->op);
+    for (int i = 0; same && i < kNumAgreed; ++i) {
+      same = !differs(1 + i, agreed[i], &header->agreed[i]);
+    }
+    same = same && !differs(1 + kNumAgreed, rows_to_lane, &header->rows_from_you);
+    same = same && !differs(2 + kNumAgreed, rows_from_lane, &header->rows_to_you);
+  }
+  if (!__all_sync(kFullWarp, same)) {
+    if (p == 0) {
+      leave(x, kMismatch);  // also those that agree with this rank may wait for what does not come
+    }
+    __syncwarp();
+    return false;
+  }
+  return true;
+}
+
+// Of a whole block, at the end: the last block ends the exchange. `last_use`: of the peers' buffer that was written.
+__device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
+  __syncthreads();
+  if (threadIdx.x != 0) {
+    return;
+  }
+  State& state = *x.comm.state;
+  if (fetch_add_acq_rel_device(&state.blocks_done, 1) != gridDim.x - 1) {
+    return;
+  }
+  if (fresh(state.failed) != 0) {
+    return;  // a reset has to put things in order
+  }
+  if (const uint32_t elsewhere = fresh(state.elsewhere); elsewhere != 0) {
+    state.elsewhere = 0;
+    record(x, {Failure::elsewhere, Phase::rows, elsewhere - 1, 0, 0, 0, 0});  // unless it is between us and a peer
+  }
+  state.blocks_done = 0;
+  state.gate = 0;
+  state.tickets[0] = state.tickets[1] = 0;
+  *last_use = x.epoch;
+  state.epoch = x.epoch;
+  fence_system();
+  for (int p = 0; p < x.world_size(); ++p) {
+    if (p != x.comm.rank) {
+      store_relaxed_system(x.peer(p, x.layout().done(x.comm.rank)), x.epoch);
+    }
+  }
+}
+
+// Work that warps take as they get to it, in the order in which it is to be done: so none is late because of its share.
+class Tickets {
+ public:
+  __device__ Tickets(const Exchange& x, int kind) : counter_(&x.comm.state->tickets[kind]) {}
+  // Draws the ticket that the next `next` returns: early, so that its latency passes meanwhile. What it stands for is
+  // then this warp's to do.
+  __device__ void draw() {
+    if (lane_id() == 0) {
+      drawn_ = atomicAdd(counter_, 1);
+    }
+    has_drawn_ = true;
+  }
+  __device__ int64_t next() {
+    if (!has_drawn_) {
+      draw();
+    }
+    has_drawn_ = false;
+    return static_cast<int64_t>(__shfl_sync(kFullWarp, drawn_, 0));
+  }
+
+ private:
+  uint32_t* counter_;
+  uint32_t drawn_ = 0;
+  bool has_drawn_ = false;
+};
+
+// Rows that go to, or come from, each rank: lane r has those of rank r, counted from the first row of rank 0.
+struct WireRows {
+  int begin, end;
+  __device__ int count() const { return end - begin; }
+};
+
+__device__ inline WireRows wire_rows(const Exchange& x, const int32_t* counts) {
+  const int lane = lane_id();
+  const auto most = static_cast<int>(x.layout().max_tokens);
+  const int count = lane < x.world_size() ? min(max(counts[lane], 0), most) : 0;
+  int end = count;
+  for (int step = 1; step < kMaxRanks; step *= 2) {
+    const int below = __shfl_up_sync(kFullWarp, end, step);
+    end += lane >= step ? below : 0;
+  }
+  return {end - count, end};
+}
+
+}  // namespace ep::cuda

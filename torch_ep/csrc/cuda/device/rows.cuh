@@ -1,0 +1,176 @@
+// How dispatch and combine find, stage and copy rows.
+#pragma once
+
+#include "exchange.cuh"
+
+namespace ep::cuda {
+
+// Note [Blocks that send]
+// A block either sends or receives. While the links are full, what a multiprocessor copies to peers holds up whatever
+// it copies after that: warps that place arrived rows beside warps that send fell behind, the more the more was sent.
+
+// How a kernel shares out its blocks, and their warps' part of shared memory.
+struct Shape {
+  int send_blocks;
+  int warps;   // of a block
+  int stages;  // of a warp
+  int stage_bytes;
+};
+
+// Shared memory of a block on sm_90 that a kernel may ask for (CUDA C++ Programming Guide, table of compute
+// capabilities: 227 KB), less room for the barriers.
+constexpr int kStageMemory = 227 * 1024 - 1024;
+
+// Stages of one warp, used in turn, with a barrier each for what is loaded into them.
+class Ring {
+ public:
+  __device__ Ring(char* stages, uint64_t* barriers, const Shape& shape)
+      : stages_(stages), barriers_(barriers), count_(shape.stages), bytes_(shape.stage_bytes) {}
+
+  __device__ static Ring of_warp(const Shape& shape) {
+    const int warp = warp_id(), warps = shape.warps;
+    extern __shared__ __align__(128) char shared[];
+    char* stages = shared + static_cast<int64_t>(warp) * shape.stages * shape.stage_bytes;
+    auto* barriers =
+        reinterpret_cast<uint64_t*>(shared + static_cast<int64_t>(warps) * shape.stages * shape.stage_bytes);
+    return {stages, barriers + warp * shape.stages, shape};
+  }
+
+  __device__ void init() const {
+    if (lane_id() == 0) {
+      for (int i = 0; i < count_; ++i) {
+        barrier_init(&barriers_[i]);
+      }
+      fence_barrier_init();
+    }
+    __syncwarp();
+  }
+
+  __device__ int depth() const { return count_; }
+  // Of the n-th record.
+  __device__ char* stage(int n) const { return stages_ + n % count_ * bytes_; }
+  __device__ uint64_t* barrier(int n) const { return &barriers_[n % count_]; }
+  __device__ void wait(int n) const { barrier_wait(barrier(n), n / count_ % 2); }
+
+ private:
+  char* stages_;
+  uint64_t* barriers_;
+  int count_, bytes_;
+};
+
+// A slot of a token: the wire row that carries it, whose rank, and whether it is the first slot of that row.
+struct Slot {
+  int row;  // counted within the rows of that rank; -1: none
+  int rank;
+  bool first;
+};
+
+// Of a whole warp: what lane k's entry of send_slot says. A bad entry counts as none and is recorded.
+__device__ inline Slot find_slot(const Exchange& x, int entry, const WireRows& out) {
+  Slot slot{-1, 0, false};
+  const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
+  for (int r = 0; r < x.world_size(); ++r) {
+    const int begin = __shfl_sync(kFullWarp, out.begin, r);
+    const int end = __shfl_sync(kFullWarp, out.end, r);
+    if (entry >= begin && entry < end) {
+      slot = {entry - begin, r, false};
+    }
+  }
+  const uint32_t same = __match_any_sync(kFullWarp, entry);
+  slot.first = slot.row >= 0 && __ffs(static_cast<int>(same)) - 1 == lane_id();
+  if (entry != -1 && slot.row < 0) {
+    record(
+        x, {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::send_slot), total, entry, 0});
+  }
+  return slot;
+}
+
+// Of a whole warp: to lane r, the row of a token that is of rank r, or -1.
+__device__ inline int row_to_lane(const Exchange& x, const Slot& slot) {
+  int row = -1;
+  for (int r = 0; r < x.world_size(); ++r) {
+    const uint32_t has = __ballot_sync(kFullWarp, slot.first && slot.rank == r);
+    const int found = __shfl_sync(kFullWarp, slot.row, has != 0 ? __ffs(static_cast<int>(has)) - 1 : 0);
+    if (lane_id() == r && has != 0) {
+      row = found;
+    }
+  }
+  return row;
+}
+
+// Of a whole warp: its share of rows_of, the inverse of recv_slot.
+__device__ inline void
+invert_recv_slot(const Exchange& x, const PlanView& plan, int64_t received, int warp, int warps) {
+  const int64_t slots = received * plan.num_topk;
+  for (int64_t row = int64_t{warp} * kWarp + lane_id(); row < plan.rows; row += int64_t{warps} * kWarp) {
+    const int slot = plan.recv_slot[row];
+    if (slot >= 0 && slot < slots) {
+      x.comm.rows_of[slot] = x.tag() | static_cast<uint64_t>(row);
+    } else if (slot != -1) {
+      record(
+          x,
+          {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::recv_slot), slots, slot, 0});
+    }
+  }
+  __syncwarp();
+  if (lane_id() == 0) {
+    __threadfence();
+    add_release_device(&x.comm.state->gate, 1);
+  }
+}
+
+// expert_major: the row for lane k's slot of a received wire row, or -1.
+__device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, int64_t wire_row) {
+  const int k = lane_id();
+  if (k >= plan.num_topk) {
+    return -1;
+  }
+  const uint64_t entry = fresh(x.comm.rows_of[wire_row * plan.num_topk + k]);
+  return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
+}
+
+// Of a whole warp, a few bytes. Any alignment.
+__device__ inline void copy_bytes(char* to, const char* from, int bytes) {
+  const auto alignment =
+      reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
+  if (alignment % 4 == 0) {
+    for (int i = lane_id() * 4; i < bytes; i += kWarp * 4) {
+      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
+    }
+  } else {
+    for (int i = lane_id(); i < bytes; i += kWarp) {
+      to[i] = from[i];
+    }
+  }
+}
+
+__device__ inline void zero_bytes(char* to, int64_t bytes) {
+  const auto alignment = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
+  if (alignment % 16 == 0) {
+    for (int64_t i = lane_id() * 16; i < bytes; i += kWarp * 16) {
+      *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
+    }
+  } else {
+    for (int64_t i = lane_id(); i < bytes; i += kWarp) {
+      to[i] = 0;
+    }
+  }
+}
+
+// One weight: 2, 4 or 8 bytes.
+__device__ inline void copy_weight(char* to, const char* from, int bytes) {
+  if (bytes == 4) {
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+  } else if (bytes == 8) {
+    *reinterpret_cast<uint64_t*>(to) = *reinterpret_cast<const uint64_t*>(from);
+  } else {
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+  }
+}
+
+__device__ inline void zero_weight(char* to, int bytes) {
+  const uint64_t zero = 0;
+  copy_weight(to, reinterpret_cast<const char*>(&zero), bytes);
+}
+
+}  // namespace ep::cuda

@@ -1,0 +1,168 @@
+// The kernels as the host sees them: their arguments, and a function that launches each. No torch header here.
+#pragma once
+
+#include "layout.h"
+
+#include <cuda_runtime_api.h>
+
+namespace ep::cuda {
+
+// As ep::OpKind (comm/communicator.h).
+enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3 };
+
+enum class Failure : int64_t {
+  none = 0,
+  timeout,    // nothing from `peer` for too long; every later exchange ends at once, until a reset
+  left,       // `peer` gave up this exchange; likewise
+  elsewhere,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
+  mismatch,   // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
+  bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
+              // the earlier slot of the token that has it too, or one of the two below
+  bad_plan,   // an index of the plan leaves its rows: `detail` = which tensor, `ours` = the bound, `theirs` = the value
+};
+
+enum class Phase : int64_t { header, credit, counts, rows, gate };
+
+constexpr int64_t kOutOfRange = -1, kTooManyTokens = -2;
+
+// What `detail` of Failure::bad_plan says.
+enum class PlanTensor : int64_t { send_slot, recv_slot };
+
+// In page-locked host memory, written by kernels, read by the host. `kind` is written last.
+struct Mailbox {
+  int64_t kind;
+  int64_t op;
+  int64_t phase;
+  int64_t epoch;
+  int64_t peer;
+  int64_t detail;
+  int64_t ours;
+  int64_t theirs;
+  int64_t theirs_epoch;  // of bad_topk: num_topk << 32 | num_experts of that plan
+  // Of the exact plan: rows, once plan_epoch is that of the exchange. A failure of the values is in the record above.
+  int64_t rows;
+  int64_t plan_failed;
+  uint64_t plan_epoch;
+};
+
+constexpr int kMaxBlocks = 256;
+
+// Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except
+// where threads of one kernel tell each other something.
+struct State {
+  uint64_t epoch;  // of the last exchange that ended
+  // Epochs in which this rank last wrote into its peers' buffers: it may write again once they are done with these.
+  uint64_t last_plan, last_dispatch, last_combine;
+  uint64_t aborted;    // epoch of the exchange that its waits are to give up
+  uint64_t recorded;   // epoch of the last failure
+  uint32_t failed;     // a wait timed out: exchanges end at once until a reset
+  uint32_t elsewhere;  // 1 + a peer that left this exchange for a mismatch
+  uint32_t blocks_done;
+  uint32_t gate;  // warps that have built their part of rows_of
+  // The next pieces of work of this exchange that no warp has taken yet; see Tickets (device/exchange.cuh).
+  uint32_t tickets[2];
+  int32_t send_rows[kMaxBlocks * kMaxRanks];
+};
+
+struct Comm {
+  char* buffers[kMaxRanks];  // every rank's symmetric buffer, as mapped here
+  State* state;
+  Mailbox* mailbox;
+  // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_slot, rebuilt by every exchange that needs it
+  uint64_t* rows_of;
+  Layout layout;
+  int rank;
+  int64_t timeout_ns;
+};
+
+struct PlanArgs {
+  Comm comm;
+  const void* topk_idx;
+  bool wide_idx;  // int64, not int32
+  int num_tokens, num_topk, num_experts;
+  bool expert_major;
+  int alignment;
+  int64_t capacity;  // -1: exact
+  int64_t map_rows;  // rows that there is room for in recv_map
+  // What a rank found wrong with its own arguments makes a plan of no rows, so that nobody waits for it.
+  bool refused;
+  int32_t* send_slot;
+  int32_t* send_counts;
+  int32_t* recv_counts;
+  void* recv_map;  // int32, but for recv_topk_idx, which is as topk_idx
+  int32_t* offsets;
+  int32_t* tokens_per_expert;
+  int32_t* num_dropped;
+};
+
+struct PlanView {
+  const int32_t* send_slot;
+  const int32_t* send_counts;
+  const int32_t* recv_counts;
+  const int32_t* recv_slot;   // expert_major
+  const void* recv_topk_idx;  // rank_major
+  bool wide_idx;              // of recv_topk_idx: int64, not int32
+  bool expert_major;
+  int num_tokens, num_topk;
+  int64_t rows;
+};
+
+// A row's payloads travel side by side in one record: [row | weights | scales], each from a multiple of 16 bytes on.
+struct Record {
+  int row_bytes;       // of this exchange: all of a row, or some columns of it
+  int64_t row_stride;  // bytes from row to row in x, y and the results
+  int weight_bytes;    // of one weight; 0: none
+  int scale_bytes;     // of all scales of a row; 0: none
+  EP_HOST_DEVICE int weights_at() const { return row_bytes; }
+  EP_HOST_DEVICE int scales_at(int num_topk) const {
+    return weights_at() + static_cast<int>(round_up(int64_t{weight_bytes} * num_topk, 16));
+  }
+  EP_HOST_DEVICE int bytes(int num_topk) const {
+    return scales_at(num_topk) + static_cast<int>(round_up(scale_bytes, 16));
+  }
+};
+
+struct DispatchArgs {
+  Comm comm;
+  PlanView plan;
+  Record record;
+  int64_t agreed[kNumAgreed];
+  const char* x;
+  const char* weights;
+  const char* scales;
+  char* out;
+  char* out_weights;
+  char* out_scales;
+};
+
+enum class Element : int { f64, f32, bf16, f16 };
+
+struct CombineArgs {
+  Comm comm;
+  PlanView plan;
+  Record record;
+  int64_t agreed[kNumAgreed];
+  Element element;
+  const char* y;
+  const void* row_weights;  // float32 (float64 for float64), or null
+  const char* weights;
+  char* out;
+  char* out_weights;
+};
+
+// Bytes of a record that one exchange can carry at most.
+int max_record_bytes();
+// Shared memory that ep::plan needs, in bytes; more than the device has if there are too many experts.
+int64_t plan_shared_bytes(int num_experts, int world_size);
+
+// Once a device, before the first launch there: so nothing is loaded or set up while a graph is captured. Fails where
+// the kernels were not built for the device.
+cudaError_t prepare_plan();
+cudaError_t prepare_dispatch();
+cudaError_t prepare_combine();
+
+cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
+
+}  // namespace ep::cuda

@@ -1,0 +1,27 @@
+// The nvlink transport's host entry.
+#pragma once
+
+#include "../comm/transport.h"
+#include "layout.h"
+
+namespace ep::cuda {
+
+inline Layout layout_of(int64_t world_size, at::IntArrayRef limits, int64_t num_sms) {
+  TORCH_INTERNAL_ASSERT(limits.size() == 4);
+  const int64_t hidden = limits[1], num_topk = limits[2];
+  return {
+      static_cast<int>(world_size),
+      static_cast<int>(num_sms),
+      static_cast<int>(num_topk),
+      static_cast<int>(limits[3]),
+      limits[0],
+      // A row of two-byte numbers, and weights of any type; wider rows go by columns. Rows that begin within a line of
+      // 128 bytes cost a packet more each.
+      round_up(round_up(2 * hidden, 16) + 8 * num_topk, 128)};
+}
+
+// Whether the kernels were built for the current device.
+bool kernels_run();
+std::shared_ptr<Transport> make_nvlink(const NvlinkOptions& options);
+
+}  // namespace ep::cuda
