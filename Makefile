@@ -7,7 +7,7 @@ SOURCES = $(shell find torch_ep/csrc test -name '*.cpp' -o -name '*.h' -o -name 
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo test test-gpu lint bench
+.PHONY: help demo decode test test-gpu lint bench
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -15,6 +15,9 @@ help: ## what there is
 
 demo: ## train a small MoE language model on the Python standard library; results in runs/moe
 	@python=$$($(SETUP) demo) && exec "$$python" examples/train_moe.py $(ARGS)
+
+decode: ## continue prompts with the model that `make demo` trained; results in runs/decode
+	@python=$$($(SETUP) demo) && exec "$$python" examples/decode_moe.py $(ARGS)
 
 test: ## run the tests
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(ARGS)

@@ -143,3 +143,79 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+LINES = {
+    "ours": ("-", "o", "low latency"),
+    "throughput": ("--", None, "plan with capacity"),
+    "nccl": ("-.", None, "all_to_all_single, equal splits of the same bytes"),
+}
+
+
+def _latencies(axes: Axes, rows: list[dict[str, Any]], ops: list[str], colours: dict[str, Any]) -> None:
+    """Each op against the tokens, beside its baselines, over its floor."""
+    for op in ops:
+        of_op = sorted((row for row in rows if row["op"] == op), key=lambda row: row["tokens"])
+        tokens = _columns(of_op, "tokens")
+        for side, (style, marker, _) in LINES.items():
+            widths = {"markersize": 4} if side == "ours" else {"linewidth": 0.9}
+            axes.plot(tokens, _columns(of_op, side, "median_us"), style, marker=marker, color=colours[op], **widths)
+        axes.plot(tokens, _columns(of_op, "floor_us"), ":", color=colours[op])
+        goals = [row for row in of_op if row["goal_us"] is not None]
+        axes.plot(_columns(goals, "tokens"), _columns(goals, "goal_us"), "*", markersize=11, color=colours[op], mec="k")
+    _token_axis(axes, sorted({row["tokens"] for row in rows}))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("tokens a rank")
+    handles = [Line2D([], [], color=colours[op], marker="o", markersize=4, label=op) for op in ops]
+    handles += [Line2D([], [], color="black", linestyle=style, label=label) for style, _, label in LINES.values()]
+    handles.append(Line2D([], [], color="black", linestyle=":", label="floor: remote bytes / link rate, and signals"))
+    if any(row["goal_us"] is not None for row in rows if row["op"] in ops):
+        handles.append(Line2D([], [], color="white", marker="*", markersize=11, mec="k", linestyle="", label="goal"))
+    axes.legend(handles=handles, fontsize=8)
+
+
+def _overlap(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    shown = {"exchange": "exchange", "gemm": "GEMM", "sequential": "one after the other", "overlapped": "overlapped"}
+    width = 0.2
+    for n, (name, label) in enumerate(shown.items()):
+        places = [i + (n - 1.5) * width for i in range(len(rows))]
+        bars = axes.bar(places, _columns(rows, name, "median_us"), width, label=label, color=COLOURS[n])
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    names = [f"{row['op']}\n{row['tokens']} tokens\n{row['fraction']:.0%} hidden" for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8.5)
+    axes.set_ylim(0, 1.2 * axes.get_ylim()[1])  # room for the legend
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.legend(fontsize=8, ncols=4, loc="upper center")
+
+
+def draw_low_latency(results: dict[str, Any], path: Path) -> None:
+    """One column for each number of GPUs: single exchanges, pairs, and a GEMM between send and recv."""
+    rows, overlap = results["rows"], results["overlap"]
+    settings, hardware = results["settings"], results["hardware"]
+    worlds = sorted({row["ranks"] for row in rows})
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    colours = dict(zip(ops, plt.get_cmap("tab10").colors, strict=False))
+    panels = [group for pair in (False, True) if (group := [op for op in ops if op.startswith("pair") == pair])]
+    height = len(panels) + bool(overlap)
+    figure, grid = plt.subplots(
+        height, len(worlds), figsize=(9 * len(worlds), 5 * height + 0.8), squeeze=False, layout="constrained"
+    )
+    for column, ranks in enumerate(worlds):
+        of_world = [row for row in rows if row["ranks"] == ranks]
+        for axes, group in zip(grid[:, column], panels, strict=False):
+            _latencies(axes, of_world, group, colours)
+            axes.set_title(f"{ranks} GPUs")
+        if overlap:
+            _overlap(grid[-1, column], [row for row in overlap if row["ranks"] == ranks])
+            grid[-1, column].set_title(f"{ranks} GPUs, a GEMM between send and recv")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("us, median of the slowest rank")
+    figure.suptitle(
+        f"Low latency in CUDA graphs, hidden {settings['hidden']}, top-{settings['topk']} of {settings['experts']} "
+        f"experts\n{len(hardware['gpus'])} x {hardware['gpus'][0]}, driver {hardware['driver']}, "
+        f"torch {results['torch']}, CUDA {hardware['cuda']}, NCCL {hardware['nccl']}",
+        fontsize=10.5,
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -40,7 +40,7 @@ SIDES = ("ours", "theirs", "nccl")
 
 
 class Stopwatch:
-    """Times a call on the device: L2 flushed, ranks aligned on the device, the host ahead of it. Collective."""
+    """Times a call on the device: ranks aligned on the device, the host ahead of it. Collective."""
 
     def __init__(self, device: torch.device) -> None:
         self.l2 = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
@@ -48,9 +48,15 @@ class Stopwatch:
         self.meeting = symm_mem.rendezvous(self.signals, dist.group.WORLD.group_name)
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, call: Callable[[], Any]) -> float:
-        """Microseconds on this rank. Results are freed after the clock has stopped."""
-        self.l2.zero_()
+    def __call__(self, call: Callable[[], Any], flush: bool = True) -> float:
+        """Microseconds on this rank, with nothing left in L2, or right after an untimed call of the same.
+
+        Results are freed after the clock has stopped.
+        """
+        if flush:
+            self.l2.zero_()
+        else:
+            call()
         torch.cuda._sleep(HEAD_START_CYCLES)
         self.meeting.barrier()
         self.start.record()
@@ -175,11 +181,11 @@ class Op(NamedTuple):
     in_graph: bool = False
 
 
-def _bf16_bytes(hidden: int) -> int:
+def bf16_bytes(hidden: int) -> int:
     return 2 * hidden
 
 
-def _fp8_bytes(hidden: int) -> int:
+def fp8_bytes(hidden: int) -> int:
     return hidden + hidden // SCALE_BLOCK * 4
 
 
@@ -188,21 +194,21 @@ def _no_bytes(hidden: int) -> int:
 
 
 OPS = {
-    "dispatch": Op("bf16, rank_major, plan included", partial(_dispatch, layout="rank_major"), _bf16_bytes),
-    "dispatch-cached": Op("bf16, rank_major, plan from before", _dispatch_cached, _bf16_bytes),
-    "dispatch-fp8": Op("fp8 and scales, rank_major, plan included", _dispatch_fp8, _fp8_bytes),
-    "dispatch-expert": Op("bf16, expert_major, plan included", partial(_dispatch, layout="expert_major"), _bf16_bytes),
-    "combine": Op("bf16, rank_major", partial(_combine, layout="rank_major", weighted=False), _bf16_bytes),
-    "combine-expert": Op("bf16, expert_major", partial(_combine, layout="expert_major", weighted=False), _bf16_bytes),
+    "dispatch": Op("bf16, rank_major, plan included", partial(_dispatch, layout="rank_major"), bf16_bytes),
+    "dispatch-cached": Op("bf16, rank_major, plan from before", _dispatch_cached, bf16_bytes),
+    "dispatch-fp8": Op("fp8 and scales, rank_major, plan included", _dispatch_fp8, fp8_bytes),
+    "dispatch-expert": Op("bf16, expert_major, plan included", partial(_dispatch, layout="expert_major"), bf16_bytes),
+    "combine": Op("bf16, rank_major", partial(_combine, layout="rank_major", weighted=False), bf16_bytes),
+    "combine-expert": Op("bf16, expert_major", partial(_combine, layout="expert_major", weighted=False), bf16_bytes),
     "combine-weighted": Op(
-        "bf16, expert_major, row_weights", partial(_combine, layout="expert_major", weighted=True), _bf16_bytes
+        "bf16, expert_major, row_weights", partial(_combine, layout="expert_major", weighted=True), bf16_bytes
     ),
     "plan": Op("exact, rank_major", partial(_plan, capacity=False), _no_bytes),
     "plan-capacity": Op("capacity, rank_major", partial(_plan, capacity=True), _no_bytes),
     "graph": Op(
         f"plan with capacity, dispatch and combine in a CUDA graph, to {MOST_GRAPH_TOKENS} tokens",
         _graph,
-        _bf16_bytes,
+        bf16_bytes,
         exchanges=2,
         in_graph=True,
     ),
@@ -238,16 +244,32 @@ def floor_us(wire_bytes: int, link_gbs: float) -> float:
     return wire_bytes / link_gbs / 1e3
 
 
-def equal_splits(wire_bytes: int, op: Op, ranks: int, device: torch.device) -> Callable[[], Any]:
-    """What NCCL can do at best: `all_to_all_single` of as many bytes, no permutation, no counts, no allocation."""
-    chunk = math.ceil(wire_bytes / op.exchanges / (ranks - 1) / 16) * 16
-    sent, received = (torch.empty(ranks * chunk, dtype=torch.uint8, device=device) for _ in range(2))
+def equal_splits(wire_bytes: Sequence[int], ranks: int, device: torch.device) -> Callable[[], Any]:
+    """What NCCL can do at best: an `all_to_all_single` for each number of bytes, no permutation, counts, allocation."""
+    chunks = [math.ceil(exchanged / (ranks - 1) / 16) * 16 for exchanged in wire_bytes]
+    sent, received = (torch.empty(ranks * max(chunks), dtype=torch.uint8, device=device) for _ in range(2))
 
     def call() -> None:
-        for _ in range(op.exchanges):
-            dist.all_to_all_single(received, sent)
+        for chunk in chunks:
+            dist.all_to_all_single(received[: ranks * chunk], sent[: ranks * chunk])
 
-    return captured(call) if op.in_graph else call
+    return call
+
+
+def alternate(timers: dict[str, Callable[[], float]], iterations: int, bar: tqdm) -> dict[str, dict[str, Any]]:
+    """The summary of the times that each returns, by turns, so that what disturbs the machine disturbs all."""
+    for _ in range(WARM_UP):
+        for timer in timers.values():
+            timer()
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    gc.collect()
+    gc.disable()
+    for _ in range(iterations):
+        for name, timer in timers.items():
+            times[name].append(timer())
+        bar.update()
+    gc.enable()
+    return {name: summary(t) for name, t in times.items()}
 
 
 def row(
@@ -282,20 +304,10 @@ def measure(name: str, case: Case, stopwatch: Stopwatch, ranks: int, args: argpa
     logical, wire = (int(over_ranks(rows)) * bytes_per_row for rows in counts)
     calls: dict[str, Callable[[], Any]] = op.prepare(case)._asdict()
     if wire:
-        calls["nccl"] = equal_splits(wire, op, ranks, device)
-    for _ in range(WARM_UP):
-        for call in calls.values():
-            stopwatch(call)
-    times: dict[str, list[float]] = {side: [] for side in calls}
-    gc.collect()
-    gc.disable()
-    for _ in range(args.iterations):
-        for side, call in calls.items():  # interleaved, so that what disturbs the machine disturbs all
-            times[side].append(stopwatch(call))
-        bar.update()
-    gc.enable()
-    summaries = {side: summary(t) for side, t in times.items()}
-    return row(name, ranks, len(case.inputs.x), logical, wire, args.link_gbs, summaries)
+        splits = equal_splits([wire // op.exchanges] * op.exchanges, ranks, device)
+        calls["nccl"] = captured(splits) if op.in_graph else splits
+    times = alternate({side: partial(stopwatch, call) for side, call in calls.items()}, args.iterations, bar)
+    return row(name, ranks, len(case.inputs.x), logical, wire, args.link_gbs, times)
 
 
 def join_group(rank: int, ranks: int, port: int, timeout: timedelta = TIMEOUT) -> torch.device:

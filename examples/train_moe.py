@@ -25,6 +25,7 @@ import sys
 import sysconfig
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 import torch_ep
 
 VOCABULARY = 256  # bytes
+OUT = Path("runs/moe")
 CHECKPOINT, FIGURES, CURVES, SAMPLE = "checkpoint.pt", "figures.json", "curves.png", "sample.txt"
 CHECKPOINT_FORMAT = 1
 PEER_TIMEOUT = timedelta(minutes=10)  # ranks do not compile equally fast
@@ -143,17 +145,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
+#: Turns queries, keys and values, each [batch, heads, length, head_dim] with positions in them, into such results.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.head_dim = config.heads, config.dim // config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend_causally) -> Tensor:
         batch, length, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.out(y.transpose(1, 2).reshape(batch, length, dim))
 
 
@@ -173,8 +183,10 @@ class Block(nn.Module):
             capacity=capacity,
         )
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, torch_ep.nn.RouterStats]:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend_causally
+    ) -> tuple[Tensor, torch_ep.nn.RouterStats]:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         y, stats = self.moe(self.moe_norm(x))
         return x + y, stats
 
@@ -339,14 +351,17 @@ def save_checkpoint(
         os.replace(partial, path)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything on the CPU. `ModelConfig(**checkpoint["config"])` and `checkpoint["model"]` are all a server needs."""
+def read_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
+    """Everything on the CPU. `ModelConfig(**checkpoint["config"])` and `checkpoint["model"]` are all a server needs.
+
+    `option` is the one that named the path, for what is said if it cannot be read.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise SystemExit(f"--resume: no checkpoint at {path}") from None
+        raise SystemExit(f"{option}: no checkpoint at {path}") from None
     if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise SystemExit(f"--resume: {path}: expected format {CHECKPOINT_FORMAT}, got {checkpoint.get('format')}")
+        raise SystemExit(f"{option}: {path}: expected format {CHECKPOINT_FORMAT}, got {checkpoint.get('format')}")
     return checkpoint
 
 
@@ -464,7 +479,8 @@ class Trainer:
                 history.num_dropped += int(dropped)
                 since_log.clear()
             self.seconds.append(time.perf_counter() - started)
-            progress.update(history.train_loss[-1] if history.train_loss else None, self.tokens_per_second())
+            loss_so_far = f", loss {history.train_loss[-1]:.3f}" if history.train_loss else ""
+            progress.update(f"{self.tokens_per_second():,.0f} tokens/s{loss_so_far}")
             if validate:
                 history.validation_step.append(self.step)
                 history.validation_loss.append(self.validate())
@@ -501,14 +517,14 @@ class Trainer:
 class Progress:
     """A bar on a terminal and lines anywhere; silent on all ranks but the first."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, ranks: Ranks, steps: int, done: int = 0) -> None:
         from tqdm import tqdm
 
         tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which a process that is killed leaves behind
-        self.speaks = trainer.ranks.rank == 0
+        self.speaks = ranks.rank == 0
         self.bar = tqdm(
-            total=trainer.args.steps,
-            initial=trainer.step,
+            total=steps,
+            initial=done,
             unit="step",
             dynamic_ncols=True,
             smoothing=0.1,
@@ -520,8 +536,8 @@ class Progress:
             self.bar.write(line)
             sys.stdout.flush()
 
-    def update(self, loss: float | None, tokens_per_second: float) -> None:
-        self.bar.set_postfix_str(f"{tokens_per_second:,.0f} tokens/s" + (f", loss {loss:.3f}" if loss else ""))
+    def update(self, figures: str) -> None:
+        self.bar.set_postfix_str(figures)
         self.bar.update()
 
     def close(self) -> None:
@@ -573,23 +589,33 @@ def summary(trainer: Trainer, communicator: torch_ep.Communicator, seconds: floa
     }
 
 
-def plot(figures: dict[str, Any], path: Path) -> None:
-    """The loss curves above, the load of every expert over time below, a panel for each layer."""
+MUTED, GRID = "#59636e", "#e4e7eb"
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, without a display, in the style of these figures."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(
+        {"font.size": 10, "text.color": "#1f2328", "axes.labelcolor": MUTED, "axes.edgecolor": "#c3c9d0"}
+    )
+    plt.rcParams.update(
+        {"xtick.color": MUTED, "ytick.color": MUTED, "axes.titlesize": 11, "axes.titlelocation": "left"}
+    )
+    return plt
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """The loss curves above, the load of every expert over time below, a panel for each layer."""
+    plt = pyplot()
     history, losses = figures["history"], figures["validation_nats_per_byte"]
     loads = torch.tensor(history["load"], dtype=torch.float64)  # [time, layers, experts]
     relative = loads / loads.mean(2, keepdim=True)
     _, layers, experts = loads.shape
 
-    text, muted, grid = "#1f2328", "#59636e", "#e4e7eb"
-    plt.rcParams.update({"font.size": 10, "text.color": text, "axes.labelcolor": muted, "axes.edgecolor": "#c3c9d0"})
-    plt.rcParams.update(
-        {"xtick.color": muted, "ytick.color": muted, "axes.titlesize": 11, "axes.titlelocation": "left"}
-    )
     figure = plt.figure(figsize=(11, 8), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
     rows = figure.add_gridspec(2, 1, height_ratios=[1.5, 1])
@@ -633,7 +659,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         f"{layers} layers of {experts} experts over {figures['world_size']} rank{'s' * (figures['world_size'] > 1)}, "
         f"{figures['tokens_seen'] / 1e6:.1f} M bytes seen"
     )
-    ax.grid(color=grid, lw=0.8)
+    ax.grid(color=GRID, lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, loc="lower left")
@@ -680,17 +706,51 @@ def report(figures: dict[str, Any]) -> str:
 NOT_SAVED = {"out", "resume", "ranks", "threads", "device", "eager", "sample_bytes"}
 
 
+def add_placement(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--ranks", type=int, help="processes; the GPUs, or else up to 4 of the cores, if not given")
+    group.add_argument("--threads", type=int, help="threads of a rank; its share of the cores if not given")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: each rank one GPU")
+    group.add_argument("--eager", action="store_true", help="do not compile")
+
+
+def place(p: argparse.ArgumentParser, args: argparse.Namespace, fits: Callable[[int], bool]) -> None:
+    """Settles the device, the ranks and their threads, where not given by what is there; `fits(1)` holds."""
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if "WORLD_SIZE" in os.environ:  # torchrun
+        args.ranks = int(os.environ["WORLD_SIZE"])
+    elif args.ranks is None:
+        most = torch.cuda.device_count() if args.device == "cuda" else max(2, min(4, cores))
+        args.ranks = next(n for n in range(most, 0, -1) if fits(n))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks))
+    if args.threads is None:
+        args.threads = max(1, cores // max(1, local_ranks))
+    check_positive(p, args, "ranks", "threads")
+    if args.device == "cuda" and local_ranks > torch.cuda.device_count():
+        p.error(f"--ranks: expected at most one for each of the {torch.cuda.device_count()} GPUs, got {local_ranks}")
+
+
+def check_positive(p: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) <= 0:
+            p.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+
+
+def check_installed(p: argparse.ArgumentParser) -> None:
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        p.error(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
 def parser() -> argparse.ArgumentParser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(description="Trains a byte-level MoE language model.", formatter_class=formatter)
     default = ModelConfig()
     run = p.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("runs/moe"), help="folder for the results")
+    run.add_argument("--out", type=Path, default=OUT, help="folder for the results")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its settings")
-    run.add_argument("--ranks", type=int, help="processes; the GPUs, or else up to 4 of the cores, if not given")
-    run.add_argument("--threads", type=int, help="threads of a rank; its share of the cores if not given")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: each rank one GPU")
-    run.add_argument("--eager", action="store_true", help="do not compile")
+    add_placement(run)
     run.add_argument("--seed", type=int, default=0, help="of the parameters, the batches and the sample")
     run.add_argument("--sample-bytes", type=int, default=400, help="length of the text generated at the end")
 
@@ -744,22 +804,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                 p.error(
                     f"--resume: the checkpoint has --{f.name} {getattr(config, f.name)}, got {getattr(args, f.name)}"
                 )
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if "WORLD_SIZE" in os.environ:  # torchrun
-        args.ranks = int(os.environ["WORLD_SIZE"])
-    elif args.ranks is None:
-        most = torch.cuda.device_count() if args.device == "cuda" else max(2, min(4, cores))
-        args.ranks = next(n for n in range(most, 0, -1) if args.experts % n == 0 and args.batch % n == 0)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", args.ranks))
-    if args.threads is None:
-        args.threads = max(1, cores // max(1, local_ranks))
-
-    positive = ("ranks", "threads", "steps", "batch", "validations", "validation_batches", "sample_bytes")
-    for name in (*positive, "layers", "dim", "heads", "experts", "topk", "intermediate", "context"):
-        if getattr(args, name) <= 0:
-            p.error(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+    positive = ("steps", "batch", "validations", "validation_batches", "sample_bytes")
+    check_positive(p, args, *positive, "layers", "dim", "heads", "experts", "topk", "intermediate", "context")
+    place(p, args, lambda ranks: args.experts % ranks == 0 and args.batch % ranks == 0)
     if args.capacity is not None and args.capacity <= 0:
         p.error(f"--capacity: expected a positive factor, got {args.capacity}")
     if args.experts % args.ranks or args.batch % args.ranks:
@@ -770,11 +817,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         p.error(f"--topk: expected at most --experts, {args.experts}, got {args.topk}")
     if args.dim % (2 * args.heads):
         p.error(f"--dim: expected an even multiple of --heads, {args.heads}, got {args.dim}")
-    if args.device == "cuda" and local_ranks > torch.cuda.device_count():
-        p.error(f"--ranks: expected at most one for each of the {torch.cuda.device_count()} GPUs, got {local_ranks}")
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        p.error(f"this needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    check_installed(p)
     return args
 
 
@@ -792,10 +835,10 @@ def limits(args: argparse.Namespace) -> dict[str, int]:
     }
 
 
-def init_exchanges(args: argparse.Namespace) -> torch_ep.Communicator:
+def init_exchanges(device: str, limits: dict[str, int]) -> torch_ep.Communicator:
     """With its limits known, torch_ep takes NVLink by itself where the GPUs have it. Collective."""
-    transport = "auto" if args.device == "cuda" else "c10d"
-    return torch_ep.init(timeout=PEER_TIMEOUT, transport=transport, **limits(args))
+    transport = "auto" if device == "cuda" else "c10d"
+    return torch_ep.init(timeout=PEER_TIMEOUT, transport=transport, **limits)
 
 
 def describe_exchanges(args: argparse.Namespace, communicator: torch_ep.Communicator) -> str:
@@ -807,12 +850,12 @@ def describe_exchanges(args: argparse.Namespace, communicator: torch_ep.Communic
     return what
 
 
-def train(args: argparse.Namespace, ranks: Ranks, communicator: torch_ep.Communicator) -> None:
+def train(args: argparse.Namespace, ranks: Ranks) -> None:
     """What every rank does, from the first step to the results."""
     started = time.perf_counter()
-    torch.set_num_threads(args.threads)
+    communicator = init_exchanges(args.device, limits(args))
     trainer = Trainer(args, ranks)
-    progress = Progress(trainer)
+    progress = Progress(ranks, args.steps, trainer.step)
     text, base = trainer.text, trainer.baselines
     progress.say(
         f"{num_parameters(trainer.model):,} parameters; {args.ranks} rank{'s' * (args.ranks > 1)} on {args.device}, "
@@ -839,28 +882,33 @@ def train(args: argparse.Namespace, ranks: Ranks, communicator: torch_ep.Communi
         print(f"\n{CHECKPOINT}, {FIGURES}, {CURVES} and {SAMPLE} are in {args.out}", flush=True)
 
 
-def in_group(args: argparse.Namespace, local_rank: int, **rendezvous: Any) -> None:
-    """Joins the process group, trains, and leaves it."""
+#: What every rank does, once there is a process group if there are several.
+RankMain = Callable[[argparse.Namespace, Ranks], None]
+
+
+def in_group(run: RankMain, args: argparse.Namespace, local_rank: int, **rendezvous: Any) -> None:
+    """Joins the process group, runs, and leaves it."""
     device = torch.device("cpu")
     if args.device == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    torch.set_num_threads(args.threads)
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=PEER_TIMEOUT, **rendezvous)
-    train(args, Ranks(dist.get_rank(), args.ranks, device), init_exchanges(args))
+    run(args, Ranks(dist.get_rank(), args.ranks, device))
     torch_ep.destroy()
     dist.destroy_process_group()
 
 
-def worker(rank: int, port: int, args: argparse.Namespace) -> None:
+def worker(rank: int, run: RankMain, port: int, args: argparse.Namespace) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent reports an interrupt, once
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    in_group(args, rank, store=store, rank=rank, world_size=args.ranks)
+    in_group(run, args, rank, store=store, rank=rank, world_size=args.ranks)
 
 
-def launch(args: argparse.Namespace) -> None:
+def launch(run: RankMain, args: argparse.Namespace) -> None:
     """Runs the ranks on this machine; none of them outlives this call."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.spawn(worker, (store.port, args), nprocs=args.ranks, join=False)
+    context = mp.spawn(worker, (run, store.port, args), nprocs=args.ranks, join=False)
     try:
         while not context.join():
             pass
@@ -871,28 +919,35 @@ def launch(args: argparse.Namespace) -> None:
             process.join()
 
 
+def on_every_rank(run: RankMain, args: argparse.Namespace) -> int:
+    """Runs `run` here, in the rank of torchrun that this is, or in processes of its own; the exit status."""
+    try:
+        if "WORLD_SIZE" in os.environ:
+            in_group(run, args, int(os.environ["LOCAL_RANK"]))
+        elif args.ranks == 1:
+            torch.set_num_threads(args.threads)
+            run(args, Ranks(device=torch.device(args.device)))
+            torch_ep.destroy()
+        else:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+            launch(run, args)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        print(f"a rank failed, the others were ended: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.time()
     try:
-        if "WORLD_SIZE" in os.environ:
-            in_group(args, int(os.environ["LOCAL_RANK"]))
-        elif args.ranks == 1:
-            train(args, Ranks(device=torch.device(args.device)), init_exchanges(args))
-            torch_ep.destroy()
-        else:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-            launch(args)
-    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-        print(f"a rank failed, the others were ended: {error}", file=sys.stderr)
-        return 1
+        return on_every_rank(train, args)
     except KeyboardInterrupt:
         checkpoint = args.out / CHECKPOINT
         kept = checkpoint.exists() and checkpoint.stat().st_mtime > started
         print("\ninterrupted" + (f"; --resume goes on from {checkpoint}" if kept else ""), file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

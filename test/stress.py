@@ -3,10 +3,12 @@
     python test/stress.py --exchanges 20000 --virtual 4    # ranks on one GPU
     python test/stress.py --exchanges 20000 --gpus 4       # a GPU a rank, over nvlink
     python test/stress.py --exchanges 500 --gloo 2         # without a GPU, to see that this program is right
+    python test/stress.py --low-latency --gpus 4           # the low-latency pair: whole, in halves, two in flight
 
 Every result is checked on the device against a computation of its own. A row says in its digits which token of which
-rank it is, all values are small whole numbers and all weights powers of two, so sums are exact in every type. Ends with
-a line of what was done; exits with 1 if a bit was wrong, or if memory grew.
+rank it is, all values are small whole numbers and all weights powers of two, so sums are exact in every type; those of
+the low-latency pair need not be, for the order of its sums is known. Ends with a line of what was done; exits with 1 if
+a bit was wrong, or if memory grew.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ import time
 from typing import Any, NamedTuple
 
 import expected
+import low_latency_cases
 import torch
 from harness import same_bits
 from torch import Tensor
 from tqdm import tqdm
-from virtual import Ranks, open_world
+from virtual import HostedRanks, Ranks, open_world
 
 import torch_ep
+from torch_ep import reference
+from torch_ep.low_latency import Quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 HIDDEN = (8, 24, 5, 64, 515, 1000, 2880, 7168)
+LOW_LATENCY_HIDDEN = (16, 48, 128, 272, 640, 1008, 2880, 4096, 7168)  # rows of 16 bytes, also where they are quantised
 MIB = 2**20
 # What may come and go outside of torch's allocator, in the driver and in other contexts.
 SLACK_BYTES = 64 * MIB
@@ -96,7 +102,7 @@ def draw(seed: int, number: int, world_size: int) -> Round:
     )
 
 
-def choose_experts(a: Round, rank: int) -> Tensor:
+def choose_experts(a: Round | LowLatencyRound, rank: int) -> Tensor:
     """[tokens, num_topk] int64: from a token's first expert on in equal steps, so that all are different; some -1."""
     t = torch.arange(a.tokens[rank], device=DEVICE)[:, None]
     k = torch.arange(a.num_topk, device=DEVICE)
@@ -243,16 +249,158 @@ def run_round(rank: int, group: str | None, a: Round, r: random.Random, problems
     return exchanges, int(want.recv_counts.sum())
 
 
+class LowLatencyRound(NamedTuple):
+    """One or two dispatches and combines, the same on every rank."""
+
+    seed: int
+    tokens: list[int]
+    max_tokens: int
+    num_topk: int
+    num_experts: int
+    hidden: int
+    dtype: torch.dtype
+    quantize: Quantize | None
+    weighted: bool
+    in_flight: int  # 0: whole operators
+
+    @property
+    def world_size(self) -> int:
+        return len(self.tokens)
+
+
+def draw_low_latency(seed: int, number: int, world_size: int) -> LowLatencyRound:
+    r = random.Random(f"{seed} {number}, low latency")
+    hidden, quantize = r.choice(LOW_LATENCY_HIDDEN), r.choice(low_latency_cases.QUANTIZE)
+    dtype = r.choice((torch.bfloat16, torch.float16, torch.float32))
+    if not low_latency_cases.fits(hidden, dtype):
+        dtype = torch.bfloat16
+    most = r.choice((1, 8, 32, 128) if hidden < 1024 else (1, 8, 32))
+    num_local = min(r.choice((1, 2, 8, 32)), max(1, 2**21 // (world_size * most * hidden)))
+    return LowLatencyRound(
+        seed=r.randrange(2**31),
+        tokens=[r.choice((0, most, r.randint(0, most))) for _ in range(world_size)],
+        max_tokens=most,
+        num_topk=r.choice((1, 2, 8, 9, 16)),
+        num_experts=num_local * world_size,
+        hidden=hidden,
+        dtype=dtype,
+        quantize=quantize,
+        weighted=r.random() < 0.7,
+        in_flight=r.choice((0, 0, 1, 2)),
+    )
+
+
+class LowLatencyChecked:
+    """What one dispatch and its combine must give on this rank; counts what differs."""
+
+    def __init__(self, a: LowLatencyRound, rank: int, group: str | None, problems: list[str]) -> None:
+        self.a, self.rank, self.group, self.problems = a, rank, group, problems
+        self.topk_idx = choose_experts(a, rank)
+        experts = [choose_experts(a, r) for r in range(a.world_size)]
+        self.routing = low_latency_cases.route(
+            low_latency_cases.pad(experts, a.max_tokens, -1), a.num_experts, a.world_size
+        )
+        token = torch.arange(a.world_size * a.max_tokens, device=DEVICE)
+        source, token = token // a.max_tokens, token % a.max_tokens
+        # Groups of channels, and tokens, of very different sizes.
+        scale = torch.exp2((token[:, None] % 16 - 8 + torch.arange(a.hidden, device=DEVICE) // 128 % 5).float())
+        x = (row_of(source, token, a.hidden) * scale).to(a.dtype)
+        self.weights = None
+        if a.weighted:
+            self.weights = (token[:, None] * 7 + source[:, None] + torch.arange(a.num_topk, device=DEVICE)) % 11 / 8
+        self.own = slice(rank * a.max_tokens, rank * a.max_tokens + a.tokens[rank])
+        self.x = x[self.own].clone()
+        self.rows, self.scales = (x, None) if a.quantize is None else reference.quantize(x, a.quantize)
+        row = torch.arange(a.num_experts // a.world_size * len(token), device=DEVICE)[:, None]
+        number = row * 31 + torch.arange(a.hidden, device=DEVICE) * 7
+        shape = (-1, len(token), a.hidden)
+        self.y = [((number + r * 977) % 1021 / 64 - 8).to(a.dtype).view(shape) for r in range(a.world_size)]
+        self.flight: Any = None
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        weights = None if self.weights is None else self.weights[self.own].contiguous()
+        given = (self.x, self.topk_idx, self.a.num_experts, self.a.max_tokens, self.group)
+        return given, {"topk_weights": weights, "quantize": self.a.quantize}
+
+    def send(self) -> None:
+        given, options = self.arguments()
+        self.flight = torch_ep.low_latency_dispatch_send(*given, **options)
+
+    def receive(self) -> int:
+        """All of the dispatch, if it was not sent. Returns the rows that this rank received."""
+        if self.flight is None:
+            given, options = self.arguments()
+            result, plan = torch_ep.low_latency_dispatch(*given, **options)
+        else:
+            result, plan = torch_ep.low_latency_dispatch_recv(self.flight)
+        self.flight, self.plan = None, plan
+        want = low_latency_cases.plan(self.routing, self.rank, self.weights)
+        filled = want["recv_slot"] >= 0
+        moved = {"rows": (result, self.rows)} if self.scales is None else {}
+        if self.scales is not None:
+            moved = {"rows": (result[0], self.rows), "scales": (result[1], self.scales)}
+        for name, (got, values) in moved.items():
+            self.expect(name, got, low_latency_cases.dispatch(self.routing, self.rank, values), filled)
+        for name, t in want.items():
+            self.expect(name, getattr(plan, name), t, filled if name == "row_weights" else None)
+        return int(want["tokens_per_expert"].sum())
+
+    def send_sums(self) -> None:
+        self.flight = torch_ep.low_latency_combine_send(self.y[self.rank], self.plan)
+
+    def receive_sums(self) -> None:
+        """All of the combine, if it was not sent."""
+        if self.flight is None:
+            got = torch_ep.low_latency_combine(self.y[self.rank], self.plan)
+        else:
+            got = torch_ep.low_latency_combine_recv(self.flight)
+        want = low_latency_cases.combine(self.routing, self.rank, self.y, self.weights)
+        self.expect("sums", got, want[: len(self.x)], None)
+
+    def expect(self, name: str, got: Tensor, want: Tensor, filled: Tensor | None) -> None:
+        """Only where `filled`, of the first dimensions."""
+        if got.shape == want.shape and got.dtype == want.dtype and filled is not None:
+            got = got.contiguous().unsqueeze(-1).view(torch.uint8)
+            want = want.contiguous().unsqueeze(-1).view(torch.uint8)
+            got = torch.where(filled.reshape(*filled.shape, *[1] * (got.dim() - filled.dim())), got, want)
+        if not same_bits(got.contiguous(), want):
+            wrong = int((got.float() != want.float()).sum()) if got.shape == want.shape else -1
+            self.problems.append(f"rank {self.rank}: {name}: {wrong} of {want.numel()} elements differ in {self.a}")
+
+
+def run_low_latency_round(
+    rank: int, group: str | None, a: LowLatencyRound, r: random.Random, problems: list[str]
+) -> tuple[int, int]:
+    """Returns the exchanges and the rows that this rank received."""
+    runs = [LowLatencyChecked(a._replace(seed=a.seed + i), rank, group, problems) for i in range(max(1, a.in_flight))]
+    rows = 0
+    for run in runs[: a.in_flight]:
+        delay(r)
+        run.send()
+    for run in runs:
+        delay(r)
+        rows += run.receive()
+        delay(r)
+        if a.in_flight:
+            run.send_sums()
+    for run in runs:
+        delay(r)
+        run.receive_sums()
+    return 2 * len(runs), rows
+
+
 def run_chunk(
-    rank: int, world_size: int, group: str | None, seed: int, first: int, exchanges: int
+    rank: int, world_size: int, group: str | None, seed: int, first: int, exchanges: int, low_latency: bool
 ) -> tuple[int, int, int, list[str]]:
     """Rounds from `first` on, until `exchanges` are done: (next round, exchanges, rows, problems)."""
     r = random.Random(f"{seed} {first} of rank {rank}")
     done, rows, number = 0, 0, first
     problems: list[str] = []
     while done < exchanges:
-        a = draw(seed, number, world_size)
-        now, received = run_round(rank, group, a, r, problems)
+        if low_latency:
+            now, received = run_low_latency_round(rank, group, draw_low_latency(seed, number, world_size), r, problems)
+        else:
+            now, received = run_round(rank, group, draw(seed, number, world_size), r, problems)
         done, rows, number = done + now, rows + received, number + 1
     return number, done, rows, problems[:5]
 
@@ -266,8 +414,21 @@ def measure_memory(rank: int, world_size: int, group: str | None) -> Memory:
     return Memory(torch.cuda.memory_allocated(), total - free)
 
 
-def run(ranks: Ranks, exchanges: int, seed: int, progress: bool = True) -> Summary:
-    """At least `exchanges` of them, over the ranks; stops at the first chunk with something wrong."""
+def run(
+    ranks: Ranks,
+    exchanges: int,
+    seed: int,
+    progress: bool = True,
+    limit_s: float = 300,
+    low_latency: bool = False,
+) -> Summary:
+    """At least `exchanges` of them, over the ranks; stops at the first chunk with something wrong.
+
+    `limit_s`: of each chunk.
+    """
+    if low_latency and isinstance(ranks, HostedRanks):
+        # Each kind of kernel has to have run alone: see Note [Kernels that wait for other kernels] in virtual.py.
+        open_world("virtual-1").run(run_chunk, seed, 0, 100, True, limit_s=limit_s)
     begun = time.monotonic()
     number = done = rows = grown = 0
     problems: list[str] = []
@@ -276,7 +437,7 @@ def run(ranks: Ranks, exchanges: int, seed: int, progress: bool = True) -> Summa
     with contextlib.closing(bar):
         while done < exchanges and not problems:
             chunk = min(EXCHANGES_PER_CHUNK, max(1, exchanges // 4), exchanges - done)
-            answers = ranks.run(run_chunk, seed, number, chunk, limit_s=300)
+            answers = ranks.run(run_chunk, seed, number, chunk, low_latency, limit_s=limit_s)
             number, now, _, _ = answers[0]
             done += now
             rows += sum(answer[2] for answer in answers)
@@ -297,6 +458,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Random exchanges, every bit checked; see the top of this file.")
     parser.add_argument("--exchanges", type=int, default=20_000, help="plans, dispatches and combines (default 20000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other exchanges (default 0)")
+    parser.add_argument("--low-latency", action="store_true", help="the low-latency pair instead of the other")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--virtual", type=int, metavar="N", help="N ranks on one GPU (default: 4)")
     where.add_argument("--gpus", type=int, metavar="N", help="N ranks on a GPU each")
@@ -309,7 +471,7 @@ def main() -> int:
     name = next((f"{kind}-{n}" for kind in ("virtual", "gpus", "gloo") if (n := getattr(args, kind))), "virtual-4")
     if not name.startswith("gloo") and not torch.cuda.is_available():
         parser.error("no CUDA device: pass --gloo N")
-    summary = run(open_world(name), args.exchanges, args.seed)
+    summary = run(open_world(name), args.exchanges, args.seed, low_latency=args.low_latency)
     for problem in summary.problems:
         print(problem, file=sys.stderr)
     print(

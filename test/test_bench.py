@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -33,14 +34,18 @@ def module(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "bench.py"), *arguments],
+        [sys.executable, str(BENCHMARKS / name), *arguments],
         capture_output=True,
         text=True,
         timeout=120,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_script("bench.py", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -386,6 +391,272 @@ def test_layer_by_hand_has_the_same_output_and_gradients(factor: float, want: st
         assert got.startswith(want)
 
 
+def _low_latency_args(arguments: str = "") -> Namespace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        return module("low_latency").parse(arguments.split())
+
+
+def test_low_latency_takes_all_gpus_that_share_out_the_experts() -> None:
+    assert _low_latency_args().ranks == [4]
+    assert _low_latency_args("--experts 9").ranks == [3]
+    assert _low_latency_args("--overlap-tokens").overlap_tokens == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--ranks 5", "--ranks: expected 2 to the number of GPUs, 4, got 5"),
+        ("--ranks 3", "--experts: expected a multiple of the 3 ranks, got 256"),
+        ("--experts 251", "expected at least 2 GPUs that share out 251 experts evenly, got 4"),
+        ("--topk 257", "--topk: expected at most the 256 experts, got 257"),
+        ("--hidden 100", "--hidden: expected a multiple of 128"),
+        ("--tokens 8 --max-tokens-per-rank 16", "--max-tokens-per-rank: expected at least the 512 tokens"),
+        ("--repetitions 0", "expected a positive number, got 0"),
+    ],
+    ids=["ranks", "experts", "uneven", "topk", "hidden", "room", "repetitions"],
+)
+def test_low_latency_refuses_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _low_latency_args(arguments)
+    assert message in capsys.readouterr().err
+
+
+class HostEvent:
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class HostGraphs:
+    """Stands for `low_latency.Graphs` where there is no GPU."""
+
+    event = HostEvent
+
+    def capture(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        return call
+
+    def cold_us(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+    warm_us = cold_us
+
+    def pause(self) -> None:
+        time.sleep(1e-3)
+
+    def nothing(self) -> None:
+        pass
+
+
+def _measure_low_latency(rank: int, world_size: int, arguments: str) -> list[tuple[str, dict[str, Any]]]:
+    args, found = _low_latency_args(arguments), []
+
+    def report(table: str, row: dict[str, Any]) -> None:
+        found.append((table, row))
+
+    low_latency = module("low_latency")
+    with pytest.MonkeyPatch.context() as patch:  # to be done sooner
+        patch.setattr(module("gpu"), "WARM_UP", 1)
+        patch.setattr(low_latency, "WIDEST", 512)
+        low_latency.measure_all(rank, world_size, args, torch.device("cpu"), HostGraphs(), report)
+    return found
+
+
+@pytest.mark.parametrize("options", ["", " --gemm 3 5 7 --max-tokens-per-rank 6"], ids=["own", "given"])
+def test_low_latency_measures_every_case_the_same_on_all_ranks(options: str) -> None:
+    low_latency = module("low_latency")
+    shape = "--tokens 1 5 --hidden 128 --topk 3 --experts 8 --overlap-tokens 5 --repetitions 2 --iterations 2"
+    first, *others = world(RANKS).run(_measure_low_latency, shape + options)
+    assert all(other == first for other in others)
+    cases = [("rows", tokens, op) for tokens in (1, 5) for op in low_latency.OPS]
+    cases += [("overlap", 5, op) for op in low_latency.OVERLAPPED_OPS]
+    assert [(table, row["tokens"], row["op"]) for table, row in first] == cases
+    for table, row in first:
+        assert row["iterations"] == 2
+        if table == "rows":
+            assert ("send" in row) == ("recv" in row) == ("split" in row) == (not row["op"].startswith("pair"))
+            assert 0 < row["wire_bytes"] < row["logical_bytes"]
+        else:
+            m, n, k = row["shape"]
+            assert [m, n, k] == [3, 5, 7] if options else (m, n % 128, k) == (5, 0, 128)
+
+
+def _check_wrong_low_latency(rank: int, world_size: int, wrong: str) -> str:
+    low_latency = module("low_latency")
+    args = _low_latency_args("--hidden 128 --topk 3 --experts 8 --repetitions 2")
+    case = low_latency.Case(rank, world_size, 6, args, torch.device("cpu"))
+    right, right_pair = case.dispatch, case.pair
+
+    def dispatch(i: int, quantize: Any = None) -> Any:
+        result, plan = right(i, quantize)
+        rows, scales = (result, None) if quantize is None else result
+        of = {"rows": None if quantize else rows, "fp8": rows if quantize else None, "scales": scales}
+        touched = plan.row_weights if wrong == "weights" else of.get(wrong)
+        if touched is not None and i == 1:
+            last = (plan.recv_slot >= 0).nonzero()[-1]
+            touched[last[0], last[1]] = 3 * touched[last[0], last[1]].float() + 1
+        return result, plan
+
+    case.dispatch = dispatch
+    case.pair = lambda i: right_pair(i) + (wrong == "sums")
+    try:
+        low_latency.check(case)
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ("nothing", "no error"),
+        ("rows", "low_latency_dispatch, quantize=None: other rows"),
+        ("weights", "low_latency_dispatch, quantize=None: other weights"),
+        ("fp8", "low_latency_dispatch, quantize=fp8: other rows"),
+        ("scales", "low_latency_dispatch, quantize=fp8: other scales"),
+        ("sums", "low_latency_combine:"),
+    ],
+    ids=["nothing", "rows", "weights", "fp8", "scales", "sums"],
+)
+def test_low_latency_results_that_are_wrong_are_not_timed(wrong: str, error: str) -> None:
+    for got in world(RANKS).run(_check_wrong_low_latency, wrong):
+        assert got.startswith(error)
+
+
+@pytest.mark.parametrize("part", ["nothing", "undefined", "rows", "scales", "weights", "counts", "sums"])
+def test_low_latency_replays_may_differ_only_in_what_is_undefined(part: str) -> None:
+    import torch_ep
+
+    x, idx = torch.randn(3, 128, generator=seeded(0)), random_topk(3, 2, 4, seeded(1))
+    (rows, scales), plan = torch_ep.low_latency_dispatch(x, idx, 4, 5, topk_weights=torch.rand(3, 2), quantize="fp8")
+    bits = rows.view(torch.uint8)
+    touched = {"rows": bits[idx[0, 0], 0], "undefined": bits[:, 4], "scales": scales[idx[0, 0], 0], "sums": x[2:]}
+    touched |= {"weights": plan.row_weights[idx[0, 0], :1], "counts": plan.tokens_per_expert}
+    result = x if part == "sums" else ((rows, scales), plan)
+    before = copy.deepcopy(result)
+    if part in touched:
+        touched[part][-1] += 1
+    if part in ("nothing", "undefined"):
+        module("low_latency").expect_same("replay", result, before)
+    else:
+        with pytest.raises(RuntimeError, match="replay returned something else than the eager call"):
+            module("low_latency").expect_same("replay", result, before)
+
+
+@pytest.mark.parametrize("fixed, each", [(0.0, 0.01), (5.0, 0.002), (30.0, 0.001)], ids=["even", "steep", "too-slow"])
+def test_width_of_a_gemm_is_fitted_to_the_time_of_the_exchange(fixed: float, each: float) -> None:
+    low_latency = module("low_latency")
+    width = low_latency.fit_width(lambda n: fixed + each * n, 20.0)
+    assert width % low_latency.WIDTH_STEP == 0
+    if fixed < 20:
+        assert fixed + each * width == pytest.approx(20.0, abs=each * low_latency.WIDTH_STEP)
+    else:
+        assert width < low_latency.FIRST_WIDTH / 4
+
+
+def _times(us: float) -> dict[str, Any]:
+    return module("ranks").statistics_of([us - 0.5, us, us + 1])
+
+
+def _low_latency_results() -> dict[str, Any]:
+    """Made up, as a run on 2 and on 4 GPUs would write them."""
+    low_latency, gpu = module("low_latency"), module("gpu")
+    args = _low_latency_args()
+    rows, overlap = [], []
+    for ranks in (2, 4):
+        for tokens in args.tokens:
+            for n, (name, op) in enumerate(low_latency.OPS.items()):
+                logical, *wire = (
+                    round(tokens * 2.71 * row_bytes(7168)) for row_bytes in (gpu.bf16_bytes, *op.row_bytes)
+                )
+                base = len(wire) * 5 + sum(wire) / 250e3 + n / 4
+                sides = {"ours": base, "cold": base + 6, "throughput": 3 * base, "nccl": base + 15}
+                if op.send:
+                    sides |= {"split": base + 1, "send": base / 2, "recv": base / 3}
+                times = {side: _times(us) for side, us in sides.items()}
+                rows.append(low_latency.row(name, ranks, tokens, logical * 4 // 3, wire, args, times))
+        for tokens in args.overlap_tokens:
+            for name in low_latency.OVERLAPPED_OPS:
+                us = {"exchange": tokens / 8, "gemm": tokens / 10, "sequential": tokens / 4.5, "overlapped": tokens / 6}
+                times = {key: _times(value) for key, value in us.items()}
+                overlap.append(low_latency.overlap_row(name, ranks, tokens, (tokens, 4096, 7168), times))
+    hardware = {"gpus": ["GPU"] * 4, "driver": "1.2", "cuda": "13.0", "nccl": "2.28.9", "cores": 8}
+    settings = {"hidden": 7168, "topk": 8, "experts": 256}
+    results = {"torch": "2.11.0", "hardware": hardware, "settings": settings, "rows": rows, "overlap": overlap}
+    return json.loads(json.dumps(results))
+
+
+def test_floor_of_low_latency_is_that_of_the_link_and_of_a_signal_each_way() -> None:
+    links = {"dispatch": 14.4, "dispatch-fp8": 7.4, "combine": 14.4, "pair": 28.8, "pair-fp8": 21.9}
+    for row in _low_latency_results()["rows"]:
+        if row["tokens"] == 128:
+            assert row["link_us"] == pytest.approx(links[row["op"]], abs=0.05)
+            assert row["floor_us"] == pytest.approx(row["link_us"] + (2 if "pair" in row["op"] else 1) * 2.35)
+        assert row["floor_ratio"] == pytest.approx(row["ours"]["median_us"] / row["floor_us"], rel=0.01)
+
+
+def test_goals_are_those_of_four_gpus_and_the_shape_they_are_for() -> None:
+    low_latency = module("low_latency")
+    found = {(r["op"], r["tokens"]): r for r in _low_latency_results()["rows"] if r["goal_us"] is not None}
+    assert {row["ranks"] for row in found.values()} == {4}
+    assert {key: row["goal_us"] for key, row in found.items()} == low_latency.GOALS
+    for row in found.values():
+        assert row["goal_ratio"] == pytest.approx(row["ours"]["median_us"] / row["goal_us"], abs=1e-3)
+    assert low_latency.goal_us("combine", 4, 128, _low_latency_args("--hidden 4096")) is None
+
+
+def test_overlap_is_the_share_of_the_shorter_that_is_hidden() -> None:
+    times = {"exchange": 20.0, "gemm": 30.0, "sequential": 51.0, "overlapped": 36.0}
+    row = module("low_latency").overlap_row("combine", 4, 8, (8, 4096, 7168), {k: _times(t) for k, t in times.items()})
+    assert row["fraction"] == 0.75
+
+
+def test_verdict_of_low_latency_counts_what_is_slower_and_the_goals() -> None:
+    low_latency, rows = module("low_latency"), _low_latency_results()["rows"]
+    reached = sum(row["goal_ratio"] <= 1 for row in rows if row["goal_ratio"])
+    assert 0 < reached < 5
+    want = f"100 rows: slower than plan with capacity in 0, than NCCL in 0; {reached} of 5 goals reached"
+    assert low_latency.verdict(rows) == want
+    rows[0]["nccl_ratio"] = rows[1]["throughput_ratio"] = rows[2]["throughput_ratio"] = 1.1
+    two = [row for row in rows if row["ranks"] == 2]
+    assert low_latency.verdict(two) == "50 rows: slower than plan with capacity in 2, than NCCL in 1"
+
+
+def _bars(text: str) -> list[int]:
+    return [i for i, c in enumerate(text) if c == "|"]
+
+
+def test_low_latency_tables_have_the_columns_of_their_heads() -> None:
+    low_latency, results = module("low_latency"), _low_latency_results()
+    tables = [
+        (low_latency.HEAD, low_latency.line, "rows"),
+        (low_latency.OVERLAP_HEAD, low_latency.overlap_line, "overlap"),
+    ]
+    for head, line, table in tables:
+        first, second = head.splitlines()
+        for row in results[table]:
+            assert _bars(line(row)) == _bars(second) == _bars(first)
+
+
+@pytest.mark.parametrize("without", [None, "overlap", "pairs"])
+def test_low_latency_figure_is_a_readable_png(tmp_path: Path, without: str | None) -> None:
+    import matplotlib.image
+
+    results = _low_latency_results()
+    if without == "overlap":
+        results["overlap"] = []
+    elif without == "pairs":
+        results["rows"] = [row for row in results["rows"] if not row["op"].startswith("pair")]
+    module("figure").draw_low_latency(results, tmp_path / "low_latency.png")
+    picture = matplotlib.image.imread(tmp_path / "low_latency.png")
+    assert min(picture.shape[:2]) > 600
+    assert picture[..., :3].std() > 0.01  # not blank
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_run_on_gpus_has_a_row_for_every_case(tmp_path: Path) -> None:
     sizes = ["--tokens", "1", "600", "--hidden", "512", "--experts", "16", "--iterations", "3"]
@@ -396,4 +667,17 @@ def test_run_on_gpus_has_a_row_for_every_case(tmp_path: Path) -> None:
     assert [(row["tokens"], row["op"]) for row in rows] == [
         (tokens, op) for tokens in (1, 600) for op in gpu.ops_for(tokens, list(gpu.OPS))
     ]
+    assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_low_latency_run_on_gpus_has_a_row_for_every_case(tmp_path: Path) -> None:
+    shape = ["--tokens", "1", "40", "--hidden", "512", "--experts", "16", "--overlap-tokens", "40", "--iterations", "3"]
+    done = run_script("low_latency.py", "--ranks", "2", *shape, "--output", str(tmp_path / "gpu"))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    low_latency = module("low_latency")
+    cases = [(tokens, op) for tokens in (1, 40) for op in low_latency.OPS]
+    assert [(row["tokens"], row["op"]) for row in results["rows"]] == cases
+    assert [row["op"] for row in results["overlap"]] == list(low_latency.OVERLAPPED_OPS)
     assert (tmp_path / "gpu.png").stat().st_size > 0

@@ -1,6 +1,6 @@
 """The nvlink kernels on a CPU, several ranks side by side: what they compute is right, bit by bit.
 
-Runs the program that compute-sanitizer runs on a GPU (sanitizer/virtual_ranks.cu), made C++ by emulator/translate.py.
+Runs the programs that compute-sanitizer runs on a GPU (test/sanitizer), made C++ by emulator/translate.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from emulator.translate import translate
@@ -18,13 +19,14 @@ from test_cuda_sources import cuda_include_folders, needs_nvcc
 # CUDA's headers come with nvcc, which itself is not needed here.
 pytestmark = needs_nvcc
 
-CASES = 120  # of random ones, besides twelve larger ones that are always run
+# Random ones of each program, besides twelve larger ones of virtual_ranks that are always run.
+CASES = {"virtual_ranks": 120, "low_latency": 100}
 
 
-def build(folder: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
-    """The program. `change(file name, text)`: what to compile instead."""
-    source = translate(folder, change)
-    program = folder / "virtual_ranks"
+def build(name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
+    """A program of test/sanitizer. `change(file name, text)`: what to compile instead."""
+    source = translate(name, folder, change)
+    program = folder / name
     flags = ["-x", "c++", "-std=c++20", "-O1", "-w", "-pthread", "-ffp-contract=off"]
     flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]  # as device code is compiled
     includes = [word for path in cuda_include_folders() for word in ("-isystem", path)]
@@ -42,32 +44,52 @@ def run(program: Path, cases: int, timeout_s: float = 400) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr)[-4000:]
 
 
-def test_random_cases_of_one_to_four_ranks(tmp_path: Path) -> None:
-    code, output = run(build(tmp_path), CASES)
+@pytest.mark.parametrize("program", CASES)
+def test_random_cases_of_one_to_four_ranks(program: str, tmp_path: Path) -> None:
+    code, output = run(build(program, tmp_path), CASES[program])
     assert code == 0, output
     assert output.endswith("ok\n")
 
 
-# File, what stands there, and what stands there instead.
+class Fault(NamedTuple):
+    program: str
+    file: str
+    right: str
+    wrong: str
+
+
 FAULTS = {
-    "plan: rows that come before": ("plan.cu", "before += b < block ? n : 0;", "before += b <= block ? n : 0;"),
-    "dispatch: rows in a flag": ("dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"),
-    "combine: order of a sum": ("combine.cu", "left == terms.all", "false"),
-    "an epoch left out": ("device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"),
+    "plan: rows that come before": Fault(
+        "virtual_ranks", "plan.cu", "before += b < block ? n : 0;", "before += b <= block ? n : 0;"
+    ),
+    "dispatch: rows in a flag": Fault(
+        "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"
+    ),
+    "combine: order of a sum": Fault("virtual_ranks", "device/sums.cuh", "left == terms.all", "false"),
+    "an epoch left out": Fault(
+        "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
+    ),
+    "low latency: rows of the ranks before": Fault(
+        "low_latency", "low_latency_dispatch.cu", "end += counts[s * num_local_ + e];", "end += 1;"
+    ),
+    "low latency: rounding of a scale": Fault("low_latency", "low_latency_dispatch.cu", "(bits + 0x7fffff)", "bits"),
+    "low latency: not counted as received": Fault(
+        "low_latency", "device/low_latency.cuh", "state_.received = number();", ""
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
-    file, right, wrong = FAULTS[fault]
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    fault = FAULTS[name]
     planted = []
 
-    def change(name: str, text: str) -> str:
-        if not name.endswith(f"csrc/cuda/{file}"):
+    def change(path: str, text: str) -> str:
+        if not path.endswith(f"csrc/cuda/{fault.file}"):
             return text
-        planted.append(right in text)
-        return text.replace(right, wrong)
+        planted.append(fault.right in text)
+        return text.replace(fault.right, fault.wrong)
 
-    code, output = run(build(tmp_path, change), CASES)
+    code, output = run(build(fault.program, tmp_path, change), CASES[fault.program])
     assert planted == [True]
     assert code != 0, output

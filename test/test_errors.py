@@ -7,6 +7,7 @@ test_symmetric.py.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from datetime import timedelta
@@ -95,6 +96,73 @@ def grouped_mm(message: str, *, error: type[Exception] = ValueError, fake: bool 
     if "g" in given:
         return Case(ops.grouped_mm.transpose, given, error, f"ep::grouped_mm: {message}", fake)
     return Case(ops.grouped_mm.default, {"b": torch.ones(2, 4, 3), **given}, error, f"ep::grouped_mm: {message}", fake)
+
+
+def low_latency_dispatch(
+    message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any
+) -> Case:
+    given = {
+        "x": torch.ones(3, 4),
+        "topk_idx": topk(),
+        "topk_weights": None,
+        "quantize": "",
+        "num_experts": 4,
+        "max_tokens_per_rank": 3,
+        "world_size": 1,
+        "group_name": "",
+        **changes,
+    }
+    op = ops.low_latency_dispatch_send if "in_flight_rows" in changes else ops.low_latency_dispatch
+    return Case(op.default, given, error, f"ep::low_latency_dispatch: {message}", fake)
+
+
+def low_latency_combine(
+    message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any
+) -> Case:
+    given = {
+        "y": torch.ones(4, 3, 4),
+        "topk_idx": topk(),
+        "row_weights": torch.ones(4, 3),
+        "recv_row": torch_ep.low_latency_dispatch(torch.ones(3, 4), topk(), 4, 3)[1].recv_row,
+        "num_experts": 4,
+        "world_size": 1,
+        "group_name": "",
+        **changes,
+    }
+    op = ops.low_latency_combine_send if "in_flight_rows" in changes else ops.low_latency_combine
+    return Case(op.default, given, error, f"ep::low_latency_combine: {message}", fake)
+
+
+def dispatch_recv(message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any) -> Case:
+    given = {
+        "ticket": torch.tensor([[3], [0]]),
+        "in_flight": torch.zeros(3, 48, dtype=torch.uint8),
+        "hidden": 4,
+        "dtype": torch.float32,
+        "num_topk": 2,
+        "quantize": "",
+        "num_experts": 4,
+        "max_tokens_per_rank": 3,
+        "world_size": 1,
+        "group_name": "",
+        **changes,
+    }
+    return Case(ops.low_latency_dispatch_recv.default, given, error, f"ep::low_latency_dispatch_recv: {message}", fake)
+
+
+def combine_recv(message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any) -> Case:
+    given = {
+        "ticket": torch.tensor([[3], [0]]),
+        "in_flight": torch.zeros(3, 16, dtype=torch.uint8),
+        "topk_idx": topk(),
+        "hidden": 4,
+        "dtype": torch.float32,
+        "num_experts": 4,
+        "world_size": 1,
+        "group_name": "",
+        **changes,
+    }
+    return Case(ops.low_latency_combine_recv.default, given, error, f"ep::low_latency_combine_recv: {message}", fake)
 
 
 FLOATS = "dtype Double, Float, BFloat16 or Half"
@@ -231,6 +299,178 @@ CASES = {
     "weighted-dtype": weighted(
         f"expected row_weights of {FLOATS}, got Int", error=TypeError, row_weights=torch.ones(5, dtype=torch.int32)
     ),
+    "low_latency-quantize": low_latency_dispatch(
+        "expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got 'int8'", quantize="int8"
+    ),
+    "low_latency-x": low_latency_dispatch("expected x of shape [-1, -1] (-1: any size), got [4]", x=torch.ones(4)),
+    "low_latency-dtype": low_latency_dispatch(
+        "expected x of dtype Float, BFloat16 or Half, got Double", error=TypeError, x=torch.ones(3, 4).double()
+    ),
+    "low_latency-hidden": low_latency_dispatch("expected a positive hidden, got 0", x=torch.ones(3, 0)),
+    "low_latency-strides": low_latency_dispatch("expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t()),
+    "low_latency-tokens": low_latency_dispatch(
+        "expected topk_idx of shape [2, -1] (-1: any size), got [3, 2]", x=torch.ones(2, 4)
+    ),
+    "low_latency-topk_idx": low_latency_dispatch(
+        "expected topk_idx of dtype Int or Long, got Short", error=TypeError, topk_idx=topk().to(torch.int16)
+    ),
+    "low_latency-no-slot": low_latency_dispatch(
+        "expected at least one expert a token, got 0", topk_idx=topk().new_empty(3, 0)
+    ),
+    "low_latency-weights": low_latency_dispatch(
+        "expected topk_weights of shape [3, 2] (-1: any size), got [3, 3]", topk_weights=torch.ones(3, 3)
+    ),
+    "low_latency-weights-dtype": low_latency_dispatch(
+        "expected topk_weights of dtype Float, got BFloat16", error=TypeError, topk_weights=torch.ones(3, 2).bfloat16()
+    ),
+    "low_latency-world_size": low_latency_dispatch("expected a positive world_size, got 0", world_size=0),
+    "low_latency-num_experts": low_latency_dispatch(
+        "expected num_experts to be a positive multiple of the world size 2, got 5", num_experts=5, world_size=2
+    ),
+    "low_latency-no-room": low_latency_dispatch(
+        "expected a positive max_tokens_per_rank, got 0", max_tokens_per_rank=0
+    ),
+    "low_latency-too-much-room": low_latency_dispatch(
+        "expected max_tokens_per_rank of at most 536870911 with world_size 1 and 4 slots a token or local experts, "
+        "got 536870912",
+        max_tokens_per_rank=2**29,
+    ),
+    "low_latency-max_tokens_per_rank": low_latency_dispatch(
+        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2
+    ),
+    "low_latency-group": low_latency_dispatch(
+        "expected an initialised group, got group 'nowhere': call torch_ep.init(group) on every rank first",
+        error=RuntimeError,
+        world_size=2,
+        group_name="nowhere",
+    ),
+    "low_latency-index-high": low_latency_dispatch(
+        "expected topk_idx in [-1, 3), got 3 at token 1, slot 0", num_experts=3, fake=False
+    ),
+    "low_latency-index-low": low_latency_dispatch(
+        "expected topk_idx in [-1, 4), got -2 at token 0, slot 1", topk_idx=topk() - topk().eq(2) * 4, fake=False
+    ),
+    "low_latency-duplicate": low_latency_dispatch(
+        "expected different experts in one token, got expert 1 at token 2, slots 0 and 1",
+        topk_idx=topk() + topk().eq(0).int(),
+        fake=False,
+    ),
+    "low_latency-send": low_latency_dispatch(
+        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=2
+    ),
+    "low_latency-in_flight_rows": low_latency_dispatch(
+        "expected in_flight_rows = 3 on transport c10d, got 0",
+        in_flight_rows=0,
+        fake=False,
+    ),
+    "low_latency-recv-quantize": dispatch_recv(
+        "expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got 'fp4'", quantize="fp4"
+    ),
+    "low_latency-recv-num_experts": dispatch_recv(
+        "expected num_experts to be a positive multiple of the world size 1, got 0", num_experts=0
+    ),
+    "low_latency-recv-dtype": dispatch_recv(
+        "expected rows of dtype Float, BFloat16 or Half, got Double", error=TypeError, dtype=torch.float64
+    ),
+    "low_latency-recv-hidden": dispatch_recv("expected a positive hidden, got 0", hidden=0),
+    "low_latency-recv-ticket": dispatch_recv(
+        "expected ticket of shape [2, 1] (-1: any size), got [2, 2]", ticket=torch.zeros(2, 2, dtype=torch.int64)
+    ),
+    "low_latency-recv-ticket-dtype": dispatch_recv(
+        "expected ticket of dtype Long, got Int", error=TypeError, ticket=torch.zeros(2, 1, dtype=torch.int32)
+    ),
+    "low_latency-recv-in_flight": dispatch_recv(
+        "expected in_flight of shape [-1, 64] (-1: any size), got [3, 48]", hidden=8
+    ),
+    "low_latency-recv-in_flight-dtype": dispatch_recv(
+        "expected in_flight of dtype Byte, got Char", error=TypeError, in_flight=torch.zeros(3, 48, dtype=torch.int8)
+    ),
+    "low_latency-recv-counts": dispatch_recv(
+        "expected ticket and in_flight of one send, got 4 rows by the ticket and 3 in flight",
+        ticket=torch.tensor([[4], [0]]),
+        fake=False,
+    ),
+    "low_latency-recv-tokens": dispatch_recv(
+        "expected tokens of in_flight in [0, 3), got 3",
+        in_flight=torch.full((3, 12), 3, dtype=torch.int32).view(torch.uint8),
+        fake=False,
+    ),
+    "low_latency-recv-experts": dispatch_recv(
+        "expected experts of in_flight in [-1, 4), got 4",
+        in_flight=torch.tensor([[0] * 5 + [4] + [0] * 6] * 3, dtype=torch.int32).view(torch.uint8),
+        fake=False,
+    ),
+    "low_latency-combine-num_experts": low_latency_combine(
+        "expected num_experts to be a positive multiple of the world size 2, got 5", num_experts=5, world_size=2
+    ),
+    "low_latency-combine-recv_row": low_latency_combine(
+        "expected recv_row of dtype Int, got Long", error=TypeError, recv_row=torch.zeros(3, 2, dtype=torch.int64)
+    ),
+    "low_latency-combine-room": low_latency_combine(
+        "expected recv_row to have the same number of rows for each of 2 ranks, got 3", world_size=2
+    ),
+    "low_latency-combine-y": low_latency_combine(
+        "expected y of shape [4, 3, -1] (-1: any size), got [4, 2, 4]", y=torch.ones(4, 2, 4)
+    ),
+    "low_latency-combine-dtype": low_latency_combine(
+        "expected y of dtype Float, BFloat16 or Half, got Float8_e4m3fn",
+        error=TypeError,
+        y=torch.ones(4, 3, 4).to(torch.float8_e4m3fn),
+    ),
+    "low_latency-combine-hidden": low_latency_combine("expected a positive hidden, got 0", y=torch.ones(4, 3, 0)),
+    "low_latency-combine-strides": low_latency_combine(
+        "expected contiguous y, got strides [0, 0, 0]", y=torch.ones(()).expand(4, 3, 4)
+    ),
+    "low_latency-combine-weights": low_latency_combine(
+        "expected row_weights of shape [4, 3] (-1: any size), got [12]", row_weights=torch.ones(12)
+    ),
+    "low_latency-combine-weights-dtype": low_latency_combine(
+        "expected row_weights of dtype Float, got Half", error=TypeError, row_weights=torch.ones(4, 3).half()
+    ),
+    "low_latency-combine-slots": low_latency_combine(
+        "expected topk_idx of shape [-1, 2] (-1: any size), got [3, 1]", topk_idx=topk()[:, :1].contiguous()
+    ),
+    "low_latency-combine-tokens": low_latency_combine(
+        "expected at most max_tokens_per_rank = 3 tokens, got 6", topk_idx=torch.cat([topk(), topk()])
+    ),
+    "low_latency-combine-index": low_latency_combine(
+        "expected topk_idx in [-1, 4), got 4 at token 1, slot 0", topk_idx=topk() + topk().eq(3).int(), fake=False
+    ),
+    "low_latency-combine-recv_row-values": low_latency_combine(
+        "expected recv_row in [-1, 12), got 12",
+        recv_row=torch.tensor([[0, 6], [9, -1], [12, 1]], dtype=torch.int32),
+        fake=False,
+    ),
+    "low_latency-combine-recv_row-negative": low_latency_combine(
+        "expected recv_row in [-1, 12), got -2",
+        recv_row=torch.tensor([[0, 6], [9, -2], [3, 1]], dtype=torch.int32),
+        fake=False,
+    ),
+    "low_latency-combine-other-plan": low_latency_combine(
+        "expected topk_idx and recv_row of one dispatch, got 3 tokens with experts and 2 with rows",
+        recv_row=torch.tensor([[0, 6], [-1, -1], [3, 1]], dtype=torch.int32),
+        fake=False,
+    ),
+    "low_latency-combine-in_flight_rows": low_latency_combine(
+        "expected in_flight_rows = 3 on transport c10d, got 4",
+        in_flight_rows=4,
+        fake=False,
+    ),
+    "low_latency-combine-recv-dtype": combine_recv(
+        "expected rows of dtype Float, BFloat16 or Half, got Byte", error=TypeError, dtype=torch.uint8
+    ),
+    "low_latency-combine-recv-in_flight": combine_recv(
+        "expected in_flight of shape [-1, 32] (-1: any size), got [3, 16]", hidden=8
+    ),
+    "low_latency-combine-recv-topk_idx": combine_recv(
+        "expected topk_idx of dtype Int or Long, got Short", error=TypeError, topk_idx=topk().to(torch.int16)
+    ),
+    "low_latency-combine-recv-tokens": combine_recv(
+        "expected the topk_idx of the send, by which as many rows come from each rank, got one by which 2 come "
+        "from rank 0, where 3 came",
+        topk_idx=topk()[:2].contiguous(),
+        fake=False,
+    ),
     "grouped_mm-shape": grouped_mm(
         "expected a of shape [m, k] and b of shape [groups, k, n], got [5, 4] and [2, 5, 3]", b=torch.ones(2, 5, 3)
     ),
@@ -294,6 +534,18 @@ def test_fake_says_the_same(case: Case) -> None:
     assert str(raised.value).splitlines()[0] == case.message
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("low_latency")])
+def test_operators_of_torch_say_the_same(name: str) -> None:
+    # The way of other devices than the CPU.
+    ops._force_aten(True)
+    try:
+        with pytest.raises(CASES[name].error) as raised:
+            CASES[name].op(**CASES[name].arguments)
+    finally:
+        ops._force_aten(False)
+    assert str(raised.value).splitlines()[0] == CASES[name].message
+
+
 def test_devices_differ() -> None:
     given = move_arguments("expert_major")
     with FakeTensorMode() as mode, pytest.raises(ValueError) as raised:
@@ -303,7 +555,8 @@ def test_devices_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_tokens_per_rank", 0), ("hidden", -1), ("num_topk", 0), ("num_experts", 0)]
+    ("name", "value"),
+    [("max_tokens_per_rank", 0), ("hidden", -1), ("num_topk", 0), ("num_experts", 0), ("low_latency_tokens", 0)],
 )
 def test_init_limits(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"torch_ep.init: expected a positive {name} or None, got {value}"):
@@ -320,10 +573,11 @@ def test_init_timeout() -> None:
     [
         ({"transport": "ib"}, "expected transport 'auto', 'c10d' or 'nvlink', got 'ib'"),
         ({"provider": "nccl"}, "expected provider 'torch' or 'nvshmem', got 'nccl'"),
+        ({"on_timeout": "wait"}, "expected on_timeout 'raise' or 'mask', got 'wait'"),
         ({"num_sms": 0}, r"expected num_sms from \d to 128, got 0"),
         ({"num_sms": 129}, r"expected num_sms from \d to 128, got 129"),
     ],
-    ids=["transport", "provider", "no-sms", "too-many-sms"],
+    ids=["transport", "provider", "on_timeout", "no-sms", "too-many-sms"],
 )
 def test_init_choices(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^torch_ep.init: {message}$"):
@@ -369,9 +623,10 @@ class GroupOnCpu:
     [
         (2, 5, "num_experts = 5 is no multiple of the 2 ranks"),
         (9, 9, "it takes at most 8 ranks, and there are 9"),
+        (4, 4880, "it takes at most 4876 experts on 4 ranks, and num_experts is 4880"),
         (2, 4, "the process group has no backend for CUDA"),
     ],
-    ids=["num_experts", "ranks", "backend"],
+    ids=["num_experts", "ranks", "experts", "backend"],
 )
 def test_why_ranks_cannot_use_nvlink(
     world_size: int, num_experts: int, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -384,12 +639,35 @@ def test_why_ranks_cannot_use_nvlink(
 @pytest.mark.skipif(ops._has_nvlink(), reason="torch_ep was built with CUDA")
 def test_nvlink_of_a_build_without_it() -> None:
     with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink transport"):
-        ops._init_nvlink("", 0, 1, [0], list(LIMITS.values()), 8, 1000, True)
+        ops._init_nvlink("", 0, 1, [0], [*LIMITS.values(), 0], 8, 1000, True, False)
 
 
 def test_only_nvlink_is_settled() -> None:
     with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink transport"):
         ops._settle_nvlink("nowhere")
+
+
+def test_only_nvlink_masks() -> None:
+    message = "torch_ep.mask_ranks: expected a group on transport nvlink, got group ''"
+    with pytest.raises(RuntimeError, match=message):
+        torch_ep.mask_ranks([1])
+    assert torch_ep.active_ranks() == [True]
+
+
+def test_who_can_be_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    communicator = torch_ep.Communicator("g", 1, 3, timedelta(seconds=1), transport="nvlink")
+    monkeypatch.setitem(torch_ep.comm.communicators, "g", communicator)
+    monkeypatch.setattr(torch_ep.comm, "resolve", lambda group: ("g", 3))
+    for ranks in ([1], [0, 3], [-1]):
+        with pytest.raises(ValueError) as raised:
+            torch_ep.mask_ranks(ranks, "g")
+        assert str(raised.value) == f"torch_ep.mask_ranks: expected some of the other ranks [0, 2], got {ranks}"
+    asked = []
+    monkeypatch.setattr(ops, "_mask_nvlink", lambda *arguments: asked.append(arguments))
+    torch_ep.mask_ranks([2, 0, 2], "g")
+    assert asked == [("g", 0b101)]
+    monkeypatch.setattr(ops, "_masked_nvlink", lambda name: 0b101)
+    assert torch_ep.active_ranks("g") == [False, True, False]
 
 
 def test_reset_of_one_rank_has_nothing_to_do() -> None:
@@ -484,6 +762,10 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
             torch_ep.init(provider="nvshmem" if rank else "torch")
         elif which == "num_sms differs":
             torch_ep.init(num_sms=7 + rank)
+        elif which == "low_latency_tokens differ":
+            torch_ep.init(low_latency_tokens=9 if rank else None)
+        elif which == "on_timeout differs":
+            torch_ep.init(on_timeout="mask" if rank else "raise")
         raise_what_the_device_found(world_size, device)
     except Exception as error:
         return type(error).__name__, str(error).splitlines()[0], works(rank, world_size, device)
@@ -584,6 +866,26 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
                 "torch_ep.init: expected the same num_sms on every rank, got 8 on rank 1 and 7 on rank 0",
             ),
         ),
+        (
+            "low_latency_tokens differ",
+            ("DistError", "DistError"),
+            (
+                "torch_ep.init: expected the same low_latency_tokens (0: None) on every rank, "
+                "got 0 on rank 0 and 9 on rank 1",
+                "torch_ep.init: expected the same low_latency_tokens (0: None) on every rank, "
+                "got 9 on rank 1 and 0 on rank 0",
+            ),
+        ),
+        (
+            "on_timeout differs",
+            ("DistError", "DistError"),
+            (
+                "torch_ep.init: expected the same on_timeout (0: raise, 1: mask) on every rank, "
+                "got 0 on rank 0 and 1 on rank 1",
+                "torch_ep.init: expected the same on_timeout (0: raise, 1: mask) on every rank, "
+                "got 1 on rank 1 and 0 on rank 0",
+            ),
+        ),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
@@ -601,6 +903,150 @@ def test_a_peers_bad_index_is_told_in_its_own_words(device: str) -> None:
     assert message.endswith(": ep::plan: expected topk_idx in [-1, 2), got 9 at token 0, slot 0")
 
 
+def low_latency_caught(rank: int, world_size: int, which: str) -> tuple[str, str, bool]:
+    idx = torch.tensor([[0], [1]])
+    x = torch.ones(2, 3)
+
+    def dispatch(x: torch.Tensor = x, idx: torch.Tensor = idx, experts: int = 2, room: int = 2, **options: Any) -> Any:
+        return torch_ep.low_latency_dispatch(x, idx, experts, room, **options)
+
+    rows, plan = dispatch()
+    other = dispatch(idx=torch.tensor([[0], [-1]]))[1]
+    calls: dict[str, Callable] = {
+        "index": lambda: dispatch(idx=idx + 9 * rank),
+        "tokens": lambda: dispatch(torch.ones(2 + rank, 3), torch.zeros(2 + rank, 1, dtype=torch.int64)),
+        "num_experts": lambda: dispatch(experts=2 + 2 * rank),
+        "num_topk": lambda: dispatch(idx=torch.tensor([[0, -1], [1, -1]]) if rank else idx),
+        "max_tokens_per_rank": lambda: dispatch(room=2 + rank),
+        "hidden": lambda: dispatch(torch.ones(2, 3 + rank)),
+        "dtype": lambda: dispatch(x.half() if rank else x),
+        "quantize": lambda: dispatch(quantize="fp8" if rank else None),
+        "world_size": lambda: ops.low_latency_dispatch(x, idx, None, "", 3, 2, 3, torch_ep.comm.resolve(None)[0]),
+        "operator": lambda: torch_ep.low_latency_combine(rows, plan) if rank else dispatch(),
+        "half": lambda: torch_ep.low_latency_combine_send(rows, plan) if rank else dispatch(),
+        "combine dtype": lambda: torch_ep.low_latency_combine(rows.half() if rank else rows, plan),
+        "plan": lambda: torch_ep.low_latency_combine(rows, other if rank else plan),
+        "recv_row": lambda: torch_ep.low_latency_combine(rows, plan._replace(recv_row=plan.recv_row + 7 * rank)),
+    }
+    try:
+        calls[which]()
+    except Exception as error:
+        return type(error).__name__, str(error).splitlines()[0], works(rank, world_size, "cpu")
+    return "", "no error", works(rank, world_size, "cpu")
+
+
+def _differs(op: str, name: str, first: str, second: str) -> tuple[str, str]:
+    told = f"ep::low_latency_{op}: expected the same {name} on every rank, got"
+    return f"{told} {first} on rank 0 and {second} on rank 1", f"{told} {second} on rank 1 and {first} on rank 0"
+
+
+LOW_LATENCY_RANKS = {
+    "index": (
+        ("DistError", "ValueError"),
+        (
+            "ep::low_latency_dispatch: rank 1 failed before exchange",
+            "ep::low_latency_dispatch: expected topk_idx in [-1, 2), got 9 at token 0, slot 0",
+        ),
+    ),
+    "tokens": (
+        ("DistError", "ValueError"),
+        (
+            "ep::low_latency_dispatch: rank 1 failed before exchange",
+            "ep::low_latency_dispatch: expected at most max_tokens_per_rank = 2 tokens, got 3",
+        ),
+    ),
+    "num_experts": (("DistError", "DistError"), _differs("dispatch", "num_experts", "2", "4")),
+    "num_topk": (("DistError", "DistError"), _differs("dispatch", "num_topk", "1", "2")),
+    "max_tokens_per_rank": (("DistError", "DistError"), _differs("dispatch", "max_tokens_per_rank", "2", "3")),
+    "hidden": (("DistError", "DistError"), _differs("dispatch", "hidden", "3", "4")),
+    "dtype": (("DistError", "DistError"), _differs("dispatch", "dtype", "Float", "Half")),
+    "quantize": (
+        ("DistError", "DistError"),
+        _differs("dispatch", "quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)", "0", "1"),
+    ),
+    "world_size": (
+        ("ValueError", "ValueError"),
+        ("ep::low_latency_dispatch: expected world_size 2 (the size of group '0'), got 3",) * 2,
+    ),
+    "operator": (
+        ("DistError", "DistError"),
+        (
+            "ep::low_latency_dispatch: ranks issued different sequences of operators on group '0': rank 0 is in "
+            "ep::low_latency_dispatch (exchange",
+            "ep::low_latency_combine: ranks issued different sequences of operators on group '0': rank 1 is in "
+            "ep::low_latency_combine (exchange",
+        ),
+    ),
+    "half": (
+        ("DistError", "DistError"),
+        ("ep::low_latency_dispatch: ranks issued different", "ep::low_latency_combine: ranks issued different"),
+    ),
+    "combine dtype": (("DistError", "DistError"), _differs("combine", "dtype", "Float", "Half")),
+    "plan": (
+        ("DistError", "DistError"),
+        (
+            "ep::low_latency_combine: expected the same plan on every rank, got one by which 1 rows go from rank 1 to "
+            "rank 0, where rank 1 sends 0",
+        )
+        * 2,
+    ),
+    "recv_row": (
+        ("DistError", "ValueError"),
+        (
+            "ep::low_latency_combine: rank 1 failed before exchange",
+            "ep::low_latency_combine: expected recv_row in [-1, 4), got 8",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", LOW_LATENCY_RANKS)
+def test_ranks_of_the_low_latency_pair(which: str) -> None:
+    errors, messages = LOW_LATENCY_RANKS[which]
+    for (kind, message, usable), error, expected in zip(
+        world(2).run(low_latency_caught, which), errors, messages, strict=True
+    ):
+        assert kind == error
+        assert message.startswith(expected)
+        assert usable
+
+
+def low_latency_beyond_limits(rank: int, world_size: int) -> list[tuple[str, str]]:
+    before = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]]
+    rows, plan = torch_ep.low_latency_dispatch(torch.ones(1, 9), torch.tensor([[0]]), 2, 1)
+    torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size)
+    calls: list[Callable] = [
+        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 9), torch.tensor([[0]]), 2, 1),
+        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 8), torch.tensor([[0, 1, 2]]), 4, 1),
+        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 8), torch.tensor([[0]]), 6, 1),
+        lambda: torch_ep.low_latency_combine(rows, plan),
+    ]
+    seen = []
+    for call in calls:
+        for mode in (contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+            try:
+                with mode:
+                    call()
+                seen.append(("", "no error"))
+            except Exception as error:
+                seen.append((type(error).__name__, str(error).splitlines()[0]))
+    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout")
+    torch_ep.init(**{name: getattr(before, name) for name in names})
+    return seen
+
+
+def test_limits_of_init_bind_the_low_latency_pair() -> None:
+    limit = "the limit given to torch_ep.init"
+    expected = [
+        ("ValueError", f"ep::low_latency_dispatch: expected at most hidden = 8, {limit}, got 9"),
+        ("ValueError", f"ep::low_latency_dispatch: expected at most num_topk = 2, {limit}, got 3"),
+        ("ValueError", f"ep::low_latency_dispatch: expected at most num_experts = 4, {limit}, got 6"),
+        ("ValueError", f"ep::low_latency_combine: expected at most hidden = 8, {limit}, got 9"),
+    ]
+    for seen in world(2).run(low_latency_beyond_limits):
+        assert seen == [entry for entry in expected for _ in ("kernel", "fake")]
+
+
 def uninitialised(rank: int, world_size: int) -> str:
     group = dist.new_group(list(range(world_size)))
     try:
@@ -608,6 +1054,7 @@ def uninitialised(rank: int, world_size: int) -> str:
     except RuntimeError as error:
         return str(error).replace(group.group_name, "NAME")
     finally:
+        dist.barrier(group)  # a rank that leaves at once fails those that still connect to it
         dist.destroy_process_group(group)
     return "no error"
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - graphs are as wide as they are
-"""The graphs of a MoE layer, in full: what a change of the operators, of the layer or of torch does to them.
+"""The graphs of a MoE layer and of a decoding step, in full: what a change of the operators, of the layer or of torch does to them.
 
 The same text on every supported torch. After a wanted change: `EXPECTTEST_ACCEPT=1 pytest test/test_golden.py`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -368,6 +369,225 @@ grouped_mm_7: "f32[u1, 8]" = torch.ops.ep.grouped_mm.default(silu_backward, tran
 grouped_mm_8: "f32[2, 8, 4]" = torch.ops.ep.grouped_mm.transpose(getitem_19, silu_backward, getitem_16)
 combine_2 = torch.ops.ep.combine.default(add_37, sum_5, None, getitem_12, getitem_13, getitem_14, getitem_15, 'expert_major', '')
 combine_3 = torch.ops.ep.combine.default(getitem_31, getitem_32, None, getitem_2, getitem_3, getitem_4, getitem_5, 'rank_major', '0')""",
+        )
+
+    def test_ranks_issue_the_same_operators(self) -> None:
+        self.assertEqual(*([graph.replace("[6,", "[5,") for graph in graphs] for graphs in self.ranks))
+
+
+def low_latency_step(x: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
+    rows, plan = torch_ep.low_latency_dispatch(x, topk_idx, num_experts, 6, topk_weights=weights)
+    return torch_ep.low_latency_combine(rows.relu(), plan)
+
+
+def low_latency_halves(
+    x: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> torch.Tensor:
+    """Another half runs inside of each pair; fp8, statistics."""
+    statistics = torch_ep.LowLatencyStatistics.zeros(num_experts)
+    sent = torch_ep.low_latency_dispatch_send(x, topk_idx, num_experts, 6, topk_weights=weights, quantize="fp8")
+    shared = x.relu()
+    (rows, scales), plan = torch_ep.low_latency_dispatch_recv(sent, statistics=statistics)
+    y = rows.to(x.dtype) * scales
+    back = torch_ep.low_latency_combine_send(y, plan, after=shared)
+    shared = shared * statistics.tokens_per_expert.sum()
+    return torch_ep.low_latency_combine_recv(back) + shared
+
+
+def low_latency_graphs(step: Callable, num_experts: int, count: int = 5) -> tuple[str, str]:
+    """Dynamo's and AOTAutograd's."""
+    torch._dynamo.reset()
+    backend = AotEagerAndRecordGraphs()
+    x, weights = torch.randn(count, HIDDEN), torch.rand(count, TOPK)
+    topk_idx = torch.tensor([[0, 1]] * count)
+    torch.compile(step, fullgraph=True, backend=backend)(x, topk_idx, weights, num_experts)
+    torch._dynamo.reset()
+    return text(backend.graphs[0]), text(backend.fw_graphs[0])
+
+
+def _low_latency_graphs_on_ranks(rank: int, world_size: int) -> list[str]:
+    steps = (low_latency_step, low_latency_halves)
+    return [only_operators(graph) for step in steps for graph in low_latency_graphs(step, EXPERTS, 5 + rank)]
+
+
+class TestLowLatency(TestCase):
+    maxDiff = None
+
+    def test_dynamo(self) -> None:
+        self.assertExpectedInline(
+            low_latency_graphs(low_latency_step, EXPERTS)[0],
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, L_x_: "f32[5, 8]", L_topk_idx_: "i64[5, 2]", L_weights_: "f32[5, 2]"):
+        l_x_ = L_x_
+        l_topk_idx_ = L_topk_idx_
+        l_weights_ = L_weights_
+
+        low_latency_dispatch = torch.ops.ep.low_latency_dispatch(l_x_, l_topk_idx_, l_weights_, '', 4, 6, 1, '', None)
+        rows: "f32[4, 6, 8]" = low_latency_dispatch[0]
+        recv_row: "i32[6, 2]" = low_latency_dispatch[5]
+        row_weights: "f32[4, 6]" = low_latency_dispatch[6]
+
+        relu: "f32[4, 6, 8]" = rows.relu()
+
+        low_latency_combine = torch.ops.ep.low_latency_combine(relu, l_topk_idx_, row_weights, recv_row, 4, 1, '', None)
+        out: "f32[5, 8]" = low_latency_combine[0]
+        return (out,)
+""",
+        )
+
+    def test_aot(self) -> None:
+        self.assertExpectedInline(
+            low_latency_graphs(low_latency_step, EXPERTS)[1],
+            """\
+class <lambda>(torch.nn.Module):
+    def forward(self, arg0_1: "f32[5, 8]", arg1_1: "i64[5, 2]", arg2_1: "f32[5, 2]"):
+        low_latency_dispatch = torch.ops.ep.low_latency_dispatch.default(arg0_1, arg1_1, arg2_1, '', 4, 6, 1, '')
+        getitem: "f32[4, 6, 8]" = low_latency_dispatch[0]
+        getitem_5: "i32[6, 2]" = low_latency_dispatch[5]
+        getitem_6: "f32[4, 6]" = low_latency_dispatch[6]
+
+        relu: "f32[4, 6, 8]" = torch.ops.aten.relu.default(getitem)
+
+        low_latency_combine = torch.ops.ep.low_latency_combine.default(relu, arg1_1, getitem_6, getitem_5, 4, 1, '')
+        getitem_8: "f32[5, 8]" = low_latency_combine[0]
+        return (getitem_8,)
+""",
+        )
+
+    def test_dynamo_of_halves(self) -> None:
+        self.assertExpectedInline(
+            low_latency_graphs(low_latency_halves, EXPERTS)[0],
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, L_x_: "f32[5, 8]", L_topk_idx_: "i64[5, 2]", L_weights_: "f32[5, 2]"):
+        l_x_ = L_x_
+        l_topk_idx_ = L_topk_idx_
+        l_weights_ = L_weights_
+
+        zeros: "i64[4]" = torch.zeros(4, dtype = torch.int64, device = None)
+
+        zeros_1: "i64[1]" = torch.zeros(1, dtype = torch.int64, device = None)
+
+        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 1, '', 6, None)
+        ticket: "i64[2, 1]" = low_latency_dispatch_send[0]
+        data: "u8[6, 64]" = low_latency_dispatch_send[1]
+
+        shared: "f32[5, 8]" = l_x_.relu()
+
+        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(ticket, data, 8, torch.float32, 2, 'fp8', 4, 6, 1, '')
+        rows: "f8e4m3fn[4, 6, 8]" = low_latency_dispatch_recv[0]
+        scales: "f32[4, 6, 1]" = low_latency_dispatch_recv[1]
+        tokens_per_expert: "i32[4]" = low_latency_dispatch_recv[2]
+        recv_row: "i32[6, 2]" = low_latency_dispatch_recv[5]
+        row_weights: "f32[4, 6]" = low_latency_dispatch_recv[6]
+        wait_ns: "i64[1]" = low_latency_dispatch_recv[7]
+
+        add_: "i64[4]" = zeros.add_(tokens_per_expert)
+
+        add__1: "i64[1]" = zeros_1.add_(wait_ns)
+
+        to: "f32[4, 6, 8]" = rows.to(torch.float32)
+        y: "f32[4, 6, 8]" = to * scales
+
+        low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 1, '', 6, shared)
+        ticket_1: "i64[2, 1]" = low_latency_combine_send[0]
+        data_1: "u8[6, 32]" = low_latency_combine_send[1]
+
+        sum_1: "i64[]" = zeros.sum()
+        shared_1: "f32[5, 8]" = shared * sum_1
+
+        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(ticket_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '')
+        out: "f32[5, 8]" = low_latency_combine_recv[0]
+
+        add: "f32[5, 8]" = out + shared_1
+        return (add,)
+""",
+        )
+
+    def test_aot_of_halves(self) -> None:
+        self.assertExpectedInline(
+            low_latency_graphs(low_latency_halves, EXPERTS)[1],
+            """\
+class <lambda>(torch.nn.Module):
+    def forward(self, arg0_1: "f32[5, 8]", arg1_1: "i64[5, 2]", arg2_1: "f32[5, 2]"):
+        zeros: "i64[4]" = torch.ops.aten.zeros.default([4], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
+
+        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 1, '', 6)
+        getitem: "i64[2, 1]" = low_latency_dispatch_send[0]
+        getitem_1: "u8[6, 64]" = low_latency_dispatch_send[1]
+
+        relu: "f32[5, 8]" = torch.ops.aten.relu.default(arg0_1)
+
+        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv.default(getitem, getitem_1, 8, torch.float32, 2, 'fp8', 4, 6, 1, '')
+        getitem_2: "f8e4m3fn[4, 6, 8]" = low_latency_dispatch_recv[0]
+        getitem_3: "f32[4, 6, 1]" = low_latency_dispatch_recv[1]
+        getitem_4: "i32[4]" = low_latency_dispatch_recv[2]
+        getitem_7: "i32[6, 2]" = low_latency_dispatch_recv[5]
+        getitem_8: "f32[4, 6]" = low_latency_dispatch_recv[6]
+
+        add: "i64[4]" = torch.ops.aten.add.Tensor(zeros, getitem_4)
+
+        _to_copy: "f32[4, 6, 8]" = torch.ops.aten._to_copy.default(getitem_2, dtype = torch.float32)
+        mul: "f32[4, 6, 8]" = torch.ops.aten.mul.Tensor(_to_copy, getitem_3)
+
+        low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 1, '', 6, relu)
+        getitem_10: "i64[2, 1]" = low_latency_combine_send[0]
+        getitem_11: "u8[6, 32]" = low_latency_combine_send[1]
+
+        sum_1: "i64[]" = torch.ops.aten.sum.default(add)
+        mul_1: "f32[5, 8]" = torch.ops.aten.mul.Tensor(relu, sum_1)
+
+        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv.default(getitem_10, getitem_11, arg1_1, 8, torch.float32, 4, 1, '')
+        getitem_12: "f32[5, 8]" = low_latency_combine_recv[0]
+
+        add_2: "f32[5, 8]" = torch.ops.aten.add.Tensor(getitem_12, mul_1)
+        return (add_2,)
+""",
+        )
+
+
+class TestLowLatencyTwoRanks(TestCase):
+    maxDiff = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.ranks = world(2).run(_low_latency_graphs_on_ranks)
+
+    def test_dynamo(self) -> None:
+        self.assertExpectedInline(
+            self.ranks[0][0],
+            """\
+low_latency_dispatch = torch.ops.ep.low_latency_dispatch(l_x_, l_topk_idx_, l_weights_, '', 4, 6, 2, '0', None)
+low_latency_combine = torch.ops.ep.low_latency_combine(relu, l_topk_idx_, row_weights, recv_row, 4, 2, '0', None)""",
+        )
+
+    def test_aot(self) -> None:
+        self.assertExpectedInline(
+            self.ranks[0][1],
+            """\
+low_latency_dispatch = torch.ops.ep.low_latency_dispatch.default(arg0_1, arg1_1, arg2_1, '', 4, 6, 2, '0')
+low_latency_combine = torch.ops.ep.low_latency_combine.default(relu, arg1_1, getitem_6, getitem_5, 4, 2, '0')""",
+        )
+
+    def test_dynamo_of_halves(self) -> None:
+        self.assertExpectedInline(
+            self.ranks[0][2],
+            """\
+low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 2, '0', 12, None)
+low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(ticket, data, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
+low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 2, '0', 12, shared)
+low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(ticket_1, data_1, l_topk_idx_, 8, torch.float32, 4, 2, '0')""",
+        )
+
+    def test_aot_of_halves(self) -> None:
+        self.assertExpectedInline(
+            self.ranks[0][3],
+            """\
+low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 2, '0', 12)
+low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv.default(getitem, getitem_1, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
+low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 2, '0', 12, relu)
+low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv.default(getitem_10, getitem_11, arg1_1, 8, torch.float32, 4, 2, '0')""",
         )
 
     def test_ranks_issue_the_same_operators(self) -> None:

@@ -34,7 +34,7 @@ from nvlink_cases import (
     works,
 )
 from torch import Tensor
-from virtual import GPUS, TIMEOUT, VIRTUAL, limits, open_world
+from virtual import GPUS, LIMIT_S, TIMEOUT, VIRTUAL, limits, meet, open_world
 
 import torch_ep
 
@@ -46,7 +46,7 @@ several_ranks = pytest.mark.parametrize("name", [*VIRTUAL[1:], *GPUS])
 few_worlds = pytest.mark.parametrize("name", ["virtual-1", "virtual-3", "gpus-2", "gpus-4"])
 
 
-def no_differences(name: str, fn: Callable, *args: Any, limit_s: float = 240) -> None:
+def no_differences(name: str, fn: Callable, *args: Any, limit_s: float = LIMIT_S) -> None:
     for rank, differences in enumerate(open_world(name).run(fn, *args, limit_s=limit_s)):
         assert not differences, f"rank {rank}: " + "\n".join(differences)
 
@@ -290,6 +290,23 @@ def repeated(rank: int, world_size: int, group: str | None) -> list[str]:
 @few_worlds
 def test_same_bits_on_every_run_whoever_is_late(name: str) -> None:
     no_differences(name, repeated)
+
+
+def waits_long(rank: int, world_size: int, group: str | None) -> list[str]:
+    """The host waits for long in an exact plan, each time for another rank; what it calls next works."""
+    for late in range(world_size):
+        meet(group)
+        if rank == late:
+            time.sleep(0.1)  # ten times as long as the host waits before it asks whether the kernel still runs
+        plan = torch_ep.plan(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), world_size, group)
+        torch.ones(8, device=DEVICE)
+        torch_ep.dispatch(torch.ones(1, 8, device=DEVICE), plan)
+    return works(rank, world_size, group)
+
+
+@pytest.mark.parametrize("name", ["virtual-2", "virtual-3", "gpus-2"])
+def test_an_exact_plan_that_waits_for_long_leaves_nothing_behind(name: str) -> None:
+    no_differences(name, waits_long)
 
 
 def inner_products(rank: int, world_size: int, group: str | None, case: Case) -> tuple[float, float, int]:
@@ -593,4 +610,4 @@ def test_transport_by_name_and_by_itself(name: str) -> None:
 @pytest.mark.parametrize("name", ["virtual-2", "virtual-5", *GPUS])
 def test_stress(name: str) -> None:
     ranks = open_world(name)
-    assert not stress.run(ranks, exchanges=200, seed=1, progress=False).problems
+    assert not stress.run(ranks, exchanges=200, seed=1, progress=False, limit_s=LIMIT_S).problems

@@ -5,6 +5,7 @@ As a script, `python test_nvlink_failures.py RANK WORLD_SIZE PORT`, it is a rank
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -18,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from harness import World, free_port
+from harness import free_port
 from nvlink_cases import works
-from virtual import EXPERTS_PER_RANK, NCCL, limits
+from virtual import EXPERTS_PER_RANK, NCCL, START_S, Watched, gpu_world, limits, meet
 
 import torch_ep
 
@@ -29,19 +30,44 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 TIMEOUT = timedelta(seconds=5)
 # Beyond the time-out: to read what the others know, and for a busy host. This only bounds a hang.
 SLACK_S = 10.0
+# Of whatever ranks do here: a time-out or two, and what they say about it.
+LIMIT_S = 45.0
+# Of processes that start, and end by themselves.
+EXIT_LIMIT_S = 120.0
 KILL_AFTER_S = 0.5  # of exchanges
 WORLD_SIZES = (2, 3, 4)
 
+_worlds: dict[int, Watched] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def close_worlds() -> Iterator[None]:
+    yield
+    for own in _worlds.values():
+        own.close()
+    _worlds.clear()
+
 
 @pytest.fixture(params=WORLD_SIZES, ids=[f"gpus-{n}" for n in WORLD_SIZES])
-def ranks(request: pytest.FixtureRequest) -> Iterator[World]:
-    """Of its own for every test: its group does not survive."""
+def ranks(request: pytest.FixtureRequest) -> Iterator[Watched]:
+    """Those of the test before, unless one died or something was raised: most of a test would be their start."""
     count = torch.cuda.device_count()
     if count < request.param:
         pytest.skip(f"expected {request.param} GPUs, got {count}")
-    own = World(request.param, TIMEOUT, backend=NCCL, transport="nvlink", **limits(request.param))
+    own = _worlds.get(request.param)
+    if own is None:
+        own = gpu_world(request.param, TIMEOUT)
+        if not all(own.run(has_begun, limit_s=START_S)):
+            own.close()
+            pytest.fail("a rank could not start: its error is in the captured output")
+        _worlds[request.param] = own
     yield own
-    own.close()
+    if own.failed or not all(process.is_alive() for process in own.processes):
+        _worlds.pop(request.param).close()
+
+
+def has_begun(rank: int, world_size: int) -> bool:
+    return True
 
 
 def exchange(num_tokens: int, hidden: int, capacity: int | None, group: Any = None) -> None:
@@ -56,12 +82,12 @@ def exchange(num_tokens: int, hidden: int, capacity: int | None, group: Any = No
 
 def until_it_fails(capacity: int | None) -> tuple[str, str, float]:
     """The error's type and message, and the seconds until it came."""
-    begun = time.monotonic()
+    begin = time.monotonic()
     while True:
         try:
             exchange(512, 4096, capacity)
         except Exception as error:
-            return type(error).__name__, str(error).splitlines()[0], time.monotonic() - begun
+            return type(error).__name__, str(error).splitlines()[0], time.monotonic() - begin
 
 
 def attempt(rank: int, world_size: int, culprit: int, what: str, capacity: int | None) -> Any:
@@ -77,36 +103,40 @@ def attempt(rank: int, world_size: int, culprit: int, what: str, capacity: int |
         time.sleep(TIMEOUT.total_seconds() * 1.6)
         return None
     kind, message, seconds = until_it_fails(capacity)
-    begun = time.monotonic()
+    begin = time.monotonic()
     try:
         exchange(8, 8, capacity)
         again = "no error"
     except dist.DistError as error:
         again = str(error).splitlines()[0]
-    again_s = time.monotonic() - begun
-    begun = time.monotonic()
+    again_s = time.monotonic() - begin
+    begin = time.monotonic()
     if what != "stalls":
         torch_ep.destroy()
-    return kind, message, seconds, again, again_s, time.monotonic() - begun
+    return kind, message, seconds, again, again_s, time.monotonic() - begin
 
 
 @pytest.mark.parametrize(
     ("which", "what", "capacity"),
     [
-        ("last", "is killed between exchanges", None),
-        ("last", "is killed amid exchanges", 4096),
         ("last", "stalls", None),
         ("last", "stalls", 4096),
         ("first", "stalls", None),
+        ("last", "is killed between exchanges", None),
+        ("last", "is killed amid exchanges", 4096),
         ("first", "is killed between exchanges", None),
     ],
     ids=lambda value: str(value).replace(" ", "-"),
 )
-def test_a_rank_that(ranks: World, which: str, what: str, capacity: int | None) -> None:
+def test_a_rank_that(ranks: Watched, which: str, what: str, capacity: int | None) -> None:
+    """An error names it, in time. Where all are alive, a reset makes their group work again, however often."""
     culprit = 0 if which == "first" else ranks.world_size - 1
     if which == "first" and what != "stalls" and ranks.world_size > 2:
         pytest.skip("the death of the rank that keeps the group's store is tried with two ranks")
-    answers = ranks.run(attempt, culprit, what, capacity, limit_s=90)
+    answers = ranks.run(attempt, culprit, what, capacity, limit_s=LIMIT_S)
+    if what == "stalls":
+        for differences in ranks.run(after_reset, limit_s=LIMIT_S):
+            assert not differences
     for rank, answer in enumerate(answers):
         if rank == culprit:
             assert answer is None
@@ -128,13 +158,6 @@ def after_reset(rank: int, world_size: int) -> list[str]:
     return works(rank, world_size, None)
 
 
-def test_reset_makes_it_work_again_in_the_same_processes(ranks: World) -> None:
-    for _ in range(2):
-        ranks.run(attempt, ranks.world_size - 1, "stalls", None, limit_s=90)
-        for differences in ranks.run(after_reset, limit_s=90):
-            assert not differences
-
-
 def resets(rank: int, world_size: int) -> list[str]:
     differences = []
     for _ in range(3):
@@ -143,8 +166,8 @@ def resets(rank: int, world_size: int) -> list[str]:
     return differences
 
 
-def test_reset_without_need(ranks: World) -> None:
-    for differences in ranks.run(resets):
+def test_reset_without_need(ranks: Watched) -> None:
+    for differences in ranks.run(resets, limit_s=LIMIT_S):
         assert not differences
 
 
@@ -153,13 +176,13 @@ def killed_while_others_destroy(rank: int, world_size: int) -> float | None:
     if rank == world_size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1)
-    begun = time.monotonic()
+    begin = time.monotonic()
     torch_ep.destroy()
-    return time.monotonic() - begun
+    return time.monotonic() - begin
 
 
-def test_destroy_does_not_wait_for_a_peer_that_is_gone(ranks: World) -> None:
-    for seconds in ranks.run(killed_while_others_destroy, limit_s=60)[:-1]:
+def test_destroy_does_not_wait_for_a_peer_that_is_gone(ranks: Watched) -> None:
+    for seconds in ranks.run(killed_while_others_destroy, limit_s=LIMIT_S)[:-1]:
         assert seconds is not None and seconds < SLACK_S / 2
 
 
@@ -175,12 +198,13 @@ def destroyed(rank: int, world_size: int) -> str:
     return message if not works(rank, world_size, None) else "does not work after init"
 
 
-def test_destroyed_then_initialised_again(ranks: World) -> None:
-    for message in ranks.run(destroyed):
+def test_destroyed_then_initialised_again(ranks: Watched) -> None:
+    for message in ranks.run(destroyed, limit_s=LIMIT_S):
         assert "expected an initialised group" in message
 
 
 def exit_without_destroy(rank: int, world_size: int, port: int) -> None:
+    faulthandler.dump_traceback_later(EXIT_LIMIT_S - 10)
     torch.cuda.set_device(rank)
     dist.init_process_group(
         NCCL,
@@ -192,7 +216,7 @@ def exit_without_destroy(rank: int, world_size: int, port: int) -> None:
     torch_ep.init(timeout=timedelta(seconds=20), transport="nvlink", **limits(world_size))
     for capacity in (None, 1024):
         exchange(128, 64, capacity)
-    dist.barrier()  # the rank that keeps the group's store may leave only now
+    meet(None)  # the rank that keeps the group's store may leave only now
     print(f"rank {rank} leaves", flush=True)
 
 
@@ -211,8 +235,13 @@ def test_exit_without_destroy(world_size: int) -> None:
         for rank in range(world_size)
     ]
     try:
+        deadline = time.monotonic() + EXIT_LIMIT_S
         for rank, process in enumerate(processes):
-            output, _ = process.communicate(timeout=120)
+            try:
+                output, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                pytest.fail(f"rank {rank} has not ended within {EXIT_LIMIT_S:g} s:\n{process.communicate()[0]}")
             assert process.returncode == 0, output
             assert f"rank {rank} leaves" in output
             assert "terminate called" not in output and "CUDA error" not in output, output
@@ -235,9 +264,9 @@ def larger(rank: int, world_size: int) -> tuple[list[str], list[int], list[str]]
     return messages, symmetric, works(rank, world_size, None)
 
 
-def test_init_again_with_larger_limits(ranks: World) -> None:
+def test_init_again_with_larger_limits(ranks: Watched) -> None:
     # Topk is the world size here, so with two ranks the tokens are what is too many, and else the experts a token.
-    for messages, (few, many), differences in ranks.run(larger):
+    for messages, (few, many), differences in ranks.run(larger, limit_s=LIMIT_S):
         assert "expected at most" in messages[0]
         assert messages[1] == "no error"
         assert few < many
@@ -251,14 +280,14 @@ def used_bytes(rank: int, world_size: int, times: int) -> int:
         exchange(64, 64, None)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    dist.barrier()  # a buffer is free once no peer maps it
+    meet(None)  # a buffer is free once no peer maps it
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
-def test_init_again_frees_what_was_there(ranks: World) -> None:
-    before = ranks.run(used_bytes, 2)
-    after = ranks.run(used_bytes, 6)
+def test_init_again_frees_what_was_there(ranks: Watched) -> None:
+    before = ranks.run(used_bytes, 2, limit_s=LIMIT_S)
+    after = ranks.run(used_bytes, 6, limit_s=LIMIT_S)
     limit = limits(ranks.world_size)
     one_buffer = 2 * ranks.world_size * limit["max_tokens_per_rank"] * limit["hidden"] * 2
     for was, now in zip(before, after, strict=True):
@@ -276,10 +305,10 @@ def reference_workload(rank: int, world_size: int) -> tuple[int, list[str]]:
     return found, works(rank, world_size, None)
 
 
-def test_symmetric_memory_of_the_reference_workload(ranks: World) -> None:
+def test_symmetric_memory_of_the_reference_workload(ranks: Watched) -> None:
     if 256 % ranks.world_size:
         pytest.skip("256 experts over two or four ranks")
-    for found, differences in ranks.run(reference_workload):
+    for found, differences in ranks.run(reference_workload, limit_s=LIMIT_S):
         # One receive buffer of bfloat16 rows for dispatch, one for combine.
         assert 0 < found <= 2 * ranks.world_size * 4096 * 7168 * 2
         assert not differences
@@ -297,8 +326,8 @@ def several(rank: int, world_size: int) -> list[str]:
     return differences + works(rank, world_size, None)
 
 
-def test_two_groups_of_the_same_ranks(ranks: World) -> None:
-    for differences in ranks.run(several):
+def test_two_groups_of_the_same_ranks(ranks: Watched) -> None:
+    for differences in ranks.run(several, limit_s=LIMIT_S):
         assert not differences
 
 

@@ -18,7 +18,7 @@ from harness import random_topk, seeded
 from nvlink_cases import BF16, DEVICE, F32, F64, Comparison, random_numbers, works
 from torch import Tensor
 from torch._dynamo.utils import counters
-from virtual import meet, open_world
+from virtual import LIMIT_S, meet, open_world, reserve
 
 import torch_ep
 
@@ -32,7 +32,7 @@ COMPILE_WORLDS = ["virtual-1", "gpus-2", "gpus-4"]
 TOKENS, NUM_TOPK, HIDDEN = 13, 3, 40
 
 
-def no_differences(name: str, fn: Callable, *args: Any, limit_s: float = 240) -> None:
+def no_differences(name: str, fn: Callable, *args: Any, limit_s: float = LIMIT_S) -> None:
     for rank, differences in enumerate(open_world(name).run(fn, *args, limit_s=limit_s)):
         assert not differences, f"rank {rank}: " + "\n".join(differences)
 
@@ -124,6 +124,8 @@ def capture(fn: Callable[[], Any], group: str | None) -> tuple[torch.cuda.CUDAGr
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             result = fn()
+    meet(group)
+    reserve(group)  # a capture empties the allocator's cache
     meet(group)
     return graph, result
 
@@ -284,6 +286,8 @@ def exact_plan_in_capture(rank: int, world_size: int, group: str | None) -> tupl
         capture(lambda: torch_ep.plan(topk_idx, world_size, group), group)
     except Exception as error:
         message = str(error).splitlines()[0]
+        meet(group)
+        reserve(group)
         meet(group)
     return message, works(rank, world_size, group)
 

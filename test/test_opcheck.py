@@ -28,11 +28,17 @@ OPS = (
     ep.dispatch.default,
     ep.combine.default,
     ep.combine.weighted,
+    ep.low_latency_dispatch.default,
+    ep.low_latency_dispatch_send.default,
+    ep.low_latency_dispatch_recv.default,
+    ep.low_latency_combine.default,
+    ep.low_latency_combine_send.default,
+    ep.low_latency_combine_recv.default,
     ep.zero_after.default,
     ep.grouped_mm.default,
     ep.grouped_mm.transpose,
 )
-NUM_EXPERTS, NUM_TOPK, HIDDEN, CAPACITY = 6, 3, 5, 16
+NUM_EXPERTS, NUM_TOPK, HIDDEN, CAPACITY, MAX_TOKENS = 6, 3, 5, 16, 7
 
 
 class Call(NamedTuple):
@@ -60,8 +66,40 @@ MOVES = [
     for after in ("", ", after")
 ]
 FP8 = [f"dispatch, {layout}, exact, weights, scales, fp8" for layout in ("rank_major", "expert_major")]
+LOW_LATENCY = [
+    f"low_latency_dispatch{half}{options}"
+    for half in ("", "_send", "_recv")
+    for options in ("", ", weights, after", ", fp8", ", weights, fp8_ue8m0")
+] + [f"low_latency_combine{half}{after}" for half in ("", "_send", "_recv") for after in ("", ", after")]
 LOCAL = ["zero_after", "grouped_mm", "grouped_mm.transpose"]
-CALLS = PLANS + MOVES + FP8 + LOCAL
+EXCHANGES = PLANS + MOVES + FP8 + LOW_LATENCY
+CALLS = EXCHANGES + LOCAL
+
+
+def make_low_latency_call(
+    op: str, words: list[str], x: Tensor, topk_idx: Tensor, after: Tensor | None, world_size: int, group_name: str
+) -> Call:
+    quantize = next((word for word in words if word.startswith("fp8")), "")
+    weights = torch.rand(topk_idx.shape).to(x.device) if "weights" in words else None
+    ranks = (world_size, group_name)
+    in_flight_rows = world_size * MAX_TOKENS if x.device.type == "cpu" else 0
+    dispatch = (x, topk_idx, weights, quantize, NUM_EXPERTS, MAX_TOKENS, *ranks)
+    if op == "low_latency_dispatch":
+        return Call(ep.low_latency_dispatch.default, (*dispatch, after))
+    if op == "low_latency_dispatch_send":
+        return Call(ep.low_latency_dispatch_send.default, (*dispatch, in_flight_rows, after))
+    if op == "low_latency_dispatch_recv":
+        sent = ep.low_latency_dispatch_send(*dispatch, in_flight_rows)
+        sizes = (x.shape[1], x.dtype, topk_idx.shape[1], quantize, NUM_EXPERTS, MAX_TOKENS, *ranks)
+        return Call(ep.low_latency_dispatch_recv.default, (*sent, *sizes))
+    rows, _, _, _, _, recv_row, row_weights, _ = ep.low_latency_dispatch(*dispatch)
+    combine = (rows, topk_idx, row_weights, recv_row, NUM_EXPERTS, *ranks)
+    if op == "low_latency_combine":
+        return Call(ep.low_latency_combine.default, (*combine, after))
+    if op == "low_latency_combine_send":
+        return Call(ep.low_latency_combine_send.default, (*combine, in_flight_rows, after))
+    sent = ep.low_latency_combine_send(*combine, in_flight_rows)
+    return Call(ep.low_latency_combine_recv.default, (*sent, topk_idx, x.shape[1], x.dtype, NUM_EXPERTS, *ranks))
 
 
 def make_call(name: str, rank: int, world_size: int, device: str, tokens: int, grad: bool) -> Call:
@@ -83,9 +121,12 @@ def make_call(name: str, rank: int, world_size: int, device: str, tokens: int, g
         offsets = torch.tensor([tokens // 2, tokens // 2, tokens], dtype=torch.int32, device=device)
         return Call(ep.grouped_mm.transpose, (numbers(tokens + 2, 4), numbers(tokens + 2, 5), offsets))
 
-    layout = words[0]
     after = numbers(2) if "after" in words else None
     topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator).to(device)
+    if op.startswith("low_latency"):  # for inference only
+        x, after = numbers(tokens, HIDDEN).detach(), None if after is None else after.detach()
+        return make_low_latency_call(op, words, x, topk_idx, after, world_size, group_name)
+    layout = words[0]
     group = (world_size, group_name, None)
     exact = (topk_idx, NUM_EXPERTS, layout, 1, *group)
     with_capacity = (topk_idx, NUM_EXPERTS, layout, 1, CAPACITY, *group)
@@ -110,11 +151,18 @@ def make_call(name: str, rank: int, world_size: int, device: str, tokens: int, g
     return Call(getattr(ep, op).default, (x, weights, scales, *plan_args))
 
 
+def utils_of(name: str, world_size: int) -> tuple[str, ...]:
+    if name in FP8:  # two of the tests compute with the arguments themselves, which torch cannot do in fp8
+        return ("test_autograd_registration", "test_faketensor")
+    if name in LOW_LATENCY and "_recv" not in name and world_size > 1:
+        # Compares the results of two calls, and no two calls wait for the same time.
+        return tuple(test for test in DEFAULT_TEST_UTILS if test != "test_aot_dispatch_dynamic")
+    return DEFAULT_TEST_UTILS
+
+
 def _opcheck(rank: int, world_size: int, device: str, name: str, tokens: int) -> dict[str, str]:
     call = make_call(name, rank, world_size, device, tokens, grad=True)
-    # Two of the tests compute with the arguments themselves, which torch cannot do in fp8.
-    tests = ("test_autograd_registration", "test_faketensor") if "fp8" in name else DEFAULT_TEST_UTILS
-    result = torch.library.opcheck(call.op, call.args, test_utils=tests, raise_exception=False)
+    result = torch.library.opcheck(call.op, call.args, test_utils=utils_of(name, world_size), raise_exception=False)
     # As text: exceptions that hold symbols cannot be sent to another process.
     return {test: answer if isinstance(answer, str) else repr(answer) for test, answer in result.items()}
 
@@ -127,7 +175,7 @@ def _assert_success(results: list[dict[str, str]], name: str) -> None:
         if answer != "SUCCESS"
     ]
     assert not failed, "\n".join(failed)
-    assert all(len(result) == (2 if "fp8" in name else 4) for result in results)
+    assert all(len(result) == len(utils_of(name, len(results))) for result in results)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -139,7 +187,7 @@ def _opcheck_uneven(rank: int, world_size: int, device: str, name: str) -> dict[
     return _opcheck(rank, world_size, device, name, 5 + 2 * rank)
 
 
-@pytest.mark.parametrize("name", PLANS + MOVES + FP8)
+@pytest.mark.parametrize("name", EXCHANGES)
 def test_opcheck_over_two_ranks(device: str, name: str) -> None:
     # opcheck calls the operator several times; all ranks do so in lockstep, and say only afterwards how it went.
     _assert_success(Ranks(device, 2).run(_opcheck_uneven, device, name), name)
@@ -175,7 +223,7 @@ every_size = pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_results_share_no_memory(device: str, world_size: int, tokens: int) -> None:
     # Not with an argument, nor with each other, nor with what an earlier call returned.
     ranks = None if world_size == 1 else Ranks(device, 2)
-    for name in CALLS if ranks is None else PLANS + MOVES + FP8:
+    for name in CALLS if ranks is None else EXCHANGES:
         found = [_alias(0, 1, device, name, tokens)] if ranks is None else ranks.run(_alias, device, name, tokens)
         assert not any(found), f"{name}: {found}"
 
@@ -216,7 +264,7 @@ def test_fakes_equal_kernels(device: str, name: str, tokens: int) -> None:
 @every_size
 def test_fakes_equal_kernels_on_two_ranks(device: str, tokens: int) -> None:
     ranks = Ranks(device, 2)
-    for name in PLANS + MOVES + FP8:
+    for name in EXCHANGES:
         found = ranks.run(_fake_differs, device, name, tokens)
         assert not any(found), f"{name}: {found}"
 

@@ -1,4 +1,4 @@
-"""The nvlink kernels under compute-sanitizer, several ranks in each launch: see sanitizer/virtual_ranks.cu."""
+"""The nvlink kernels under compute-sanitizer, several ranks in each launch: the programs of test/sanitizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-SOURCE = Path(__file__).parent / "sanitizer" / "virtual_ranks.cu"
+SOURCES = Path(__file__).parent / "sanitizer"
 _TOOLKIT = Path(cpp_extension.CUDA_HOME or "/usr/local/cuda")
 
 
@@ -39,14 +39,14 @@ def last_lines(command: list[str], limit_s: float) -> tuple[int, str]:
     return done.returncode, "\n".join(done.stdout.splitlines()[-60:])
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("sanitizer") / "virtual_ranks"
+@pytest.fixture(scope="module", params=["virtual_ranks", "low_latency"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("sanitizer") / request.param
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-lineinfo"]
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
     # The host's sums without contraction, as the kernels'.
     flags = [*target, *host_compiler, "-Xcompiler", "-ffp-contract=off"]
-    status, output = last_lines([str(NVCC), *flags, str(SOURCE), "-o", str(path)], limit_s=200)
+    status, output = last_lines([str(NVCC), *flags, str(SOURCES / f"{request.param}.cu"), "-o", str(path)], limit_s=200)
     assert status == 0, output
     return str(path)
 

@@ -5,11 +5,13 @@ Without a GPU, what ranks tell each other; with several, the memory itself.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -260,7 +262,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[World]:
     if backend not in _worlds:
         _worlds[backend] = World(min(torch.cuda.device_count(), 8), backend=backend)
     yield _worlds[backend]
-    if _worlds[backend].failed:
+    if _worlds[backend].failed or not all(process.is_alive() for process in _worlds[backend].processes):
         _worlds.pop(backend).close()
 
 
@@ -445,11 +447,13 @@ def test_ranks_on_one_gpu() -> None:
 
 # --- exit ---
 
+EXIT_LIMIT_S = 120.0
 kept: list[symmetric.Buffer] = []
 
 
 def allocate_and_exit(rank: int, world_size: int, port: int, provider: symmetric.Provider, killed: bool) -> None:
     """Ends as a program does that releases nothing; rank 1 without even that."""
+    faulthandler.dump_traceback_later(EXIT_LIMIT_S - 10)
     torch.cuda.set_device(rank)
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -470,8 +474,9 @@ def exit_codes(count: int, target: Callable[..., None], *args: Any) -> list[int 
     processes = [context.Process(target=target, args=(rank, count, *args), daemon=True) for rank in range(count)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + EXIT_LIMIT_S
     for process in processes:
-        process.join(120)
+        process.join(max(0.0, deadline - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -6,8 +6,20 @@ import torch.compiler.config
 
 # Importing them is what registers the operators.
 from . import _C, meta, nn, ops, reference  # type: ignore[attr-defined] # noqa: F401
-from .comm import Communicator, destroy, init, reset
+from .comm import Communicator, active_ranks, destroy, init, mask_ranks, reset
 from .dynamic import mark_tokens
+from .low_latency import (
+    InFlightCombine,
+    InFlightDispatch,
+    LowLatencyPlan,
+    LowLatencyStatistics,
+    low_latency_combine,
+    low_latency_combine_recv,
+    low_latency_combine_send,
+    low_latency_dispatch,
+    low_latency_dispatch_recv,
+    low_latency_dispatch_send,
+)
 from .ops import combine, dispatch, plan
 from .plan import Layout, Plan
 from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
@@ -29,14 +41,26 @@ if hasattr(torch._inductor.config, "cudagraph_unsafe_unbacked_ops"):
 __all__ = [
     "EXCHANGES",
     "Communicator",
+    "InFlightCombine",
+    "InFlightDispatch",
     "Layout",
+    "LowLatencyPlan",
+    "LowLatencyStatistics",
     "Plan",
+    "active_ranks",
     "checkpoint_contexts",
     "combine",
     "destroy",
     "dispatch",
     "init",
+    "low_latency_combine",
+    "low_latency_combine_recv",
+    "low_latency_combine_send",
+    "low_latency_dispatch",
+    "low_latency_dispatch_recv",
+    "low_latency_dispatch_send",
     "mark_tokens",
+    "mask_ranks",
     "nn",
     "plan",
     "reference",

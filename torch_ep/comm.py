@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Literal, NamedTuple, Union
 
@@ -12,19 +12,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import symmetric
 
-__all__ = ["Communicator", "Group", "destroy", "init", "reset"]
+__all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
 Group = Union[dist.ProcessGroup, DeviceMesh, str, None]  # noqa: UP007 - evaluated, also on Python 3.10
 TransportChoice = Literal["auto", "c10d", "nvlink"]
+OnTimeout = Literal["raise", "mask"]
 
 _TRANSPORTS = ("auto", "c10d", "nvlink")
 _PROVIDERS = ("torch", "nvshmem")
+_ON_TIMEOUT = ("raise", "mask")
 _NO_LIMIT = -1
 # Of the nvlink kernels (csrc/cuda/layout.h, csrc/cuda/launch.h).
 _MAX_RANKS = 8
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
 _MAX_SMS = 128
+# Making buffers takes longer than an exchange may.
+_LEAST_INIT_TIMEOUT = timedelta(minutes=1)
 
 
 class Communicator(NamedTuple):
@@ -38,6 +42,7 @@ class Communicator(NamedTuple):
     hidden: int | None = None
     num_topk: int | None = None
     num_experts: int | None = None
+    low_latency_tokens: int | None = None
     #: How rows of CUDA tensors travel: "c10d" or "nvlink". Those of other tensors always travel by c10d.
     transport: str = "c10d"
     #: Why that one.
@@ -46,6 +51,8 @@ class Communicator(NamedTuple):
     symmetric_bytes: int = 0
     #: Blocks of each nvlink kernel: one occupies a streaming multiprocessor.
     num_sms: int = 0
+    #: What a time-out of the low-latency pair does on nvlink.
+    on_timeout: OnTimeout = "raise"
 
 
 # By group name. The kernels have a table of their own; this one is for what is decided while tracing.
@@ -53,8 +60,9 @@ communicators: dict[str, Communicator] = {}
 # What the kernels of a communicator write into, by group name, for as long as they may run.
 _buffers: dict[str, symmetric.Buffer] = {}
 _still_running: list[symmetric.Buffer] = []
-# Names of communicators whose ranks all live in this process.
+# Names of communicators without a process group: of ranks that all live in this process, and of one rank alone.
 _virtual: set[str] = set()
+_local: set[str] = set()
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -77,7 +85,7 @@ def resolve(group: Group) -> tuple[str, int]:
     elif isinstance(group, str):
         if group == "":
             return "", 1
-        if group in communicators and (torch.compiler.is_compiling() or group in _virtual):
+        if group in communicators and (torch.compiler.is_compiling() or group in _virtual or group in _local):
             return group, communicators[group].world_size  # Dynamo cannot trace the look-up below
         group = process_group(group)
     if not isinstance(group, dist.ProcessGroup):
@@ -96,10 +104,12 @@ def init(
     hidden: int | None = None,
     num_topk: int | None = None,
     num_experts: int | None = None,
+    low_latency_tokens: int | None = None,
     timeout: timedelta = timedelta(minutes=5),
     transport: TransportChoice = "auto",
     num_sms: int = 24,
     provider: symmetric.Provider = "torch",
+    on_timeout: OnTimeout = "raise",
 ) -> Communicator:
     """Prepares a process group for the operators. Collective: every rank of the group calls it with the same arguments.
 
@@ -114,12 +124,17 @@ def init(
         hidden: most elements of a row. None: no limit.
         num_topk: most experts of a token. None: no limit.
         num_experts: most experts. None: no limit.
+        low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which transport nvlink
+            sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes. None: there, none at all;
+            elsewhere no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         transport: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
             four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
         provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py).
+        on_timeout: what the low-latency pair does on transport nvlink when a rank does not come in time: "raise", or
+            "mask" it and go on without it; see `mask_ranks`. All other operators raise.
 
     Returns:
         What was agreed on, with the transport chosen and the bytes of symmetric memory that it took.
@@ -135,7 +150,7 @@ def init(
         "num_topk": num_topk,
         "num_experts": num_experts,
     }
-    for name, limit in limits.items():
+    for name, limit in {**limits, "low_latency_tokens": low_latency_tokens}.items():
         if limit is not None and limit <= 0:
             raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
     if timeout <= timedelta():
@@ -144,6 +159,8 @@ def init(
         raise ValueError(f"torch_ep.init: expected transport 'auto', 'c10d' or 'nvlink', got {transport!r}")
     if provider not in _PROVIDERS:
         raise ValueError(f"torch_ep.init: expected provider 'torch' or 'nvshmem', got {provider!r}")
+    if on_timeout not in _ON_TIMEOUT:
+        raise ValueError(f"torch_ep.init: expected on_timeout 'raise' or 'mask', got {on_timeout!r}")
     if not _MIN_SMS <= num_sms <= _MAX_SMS:
         raise ValueError(f"torch_ep.init: expected num_sms from {_MIN_SMS} to {_MAX_SMS}, got {num_sms}")
     group_name, world_size = resolve(group)
@@ -156,16 +173,23 @@ def init(
             group_name,
             _milliseconds(timeout),
             [_NO_LIMIT if limit is None else limit for limit in limits.values()],
-            [_TRANSPORTS.index(transport), _PROVIDERS.index(provider), num_sms],
+            [
+                _TRANSPORTS.index(transport),
+                _PROVIDERS.index(provider),
+                num_sms,
+                low_latency_tokens or 0,
+                _ON_TIMEOUT.index(on_timeout),
+            ],
         )
     communicator = Communicator(
-        group_name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts
-    )
+        group_name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
+        on_timeout=on_timeout,
+    )  # fmt: skip
     if transport == "c10d":
         communicator = communicator._replace(reason="asked for")
         _forget(group_name)
     else:
-        why_not = _why_not_nvlink(process, world_size, limits)
+        why_not = _why_not_nvlink(process, world_size, limits, _init_timeout(timeout))
         if why_not is None:
             communicator = _init_nvlink(communicator, process, num_sms, provider)
         elif transport == "nvlink":
@@ -180,11 +204,20 @@ def init(
     return communicator
 
 
+def _init_timeout(timeout: timedelta) -> timedelta:
+    return max(timeout, _LEAST_INIT_TIMEOUT)
+
+
 def _milliseconds(timeout: timedelta) -> int:
     return max(1, int(timeout.total_seconds() * 1000))
 
 
-def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: Mapping[str, int | None]) -> str | None:
+def _why_not_nvlink(
+    process: dist.ProcessGroup | None,
+    world_size: int,
+    limits: Mapping[str, int | None],
+    timeout: timedelta = _LEAST_INIT_TIMEOUT,
+) -> str | None:
     """Collective if there is a process group: the same answer on every rank."""
     if not torch.ops.ep._has_nvlink():
         return "torch_ep was built without CUDA"
@@ -196,6 +229,9 @@ def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: 
         return f"it takes at most {_MAX_TOPK} experts a token, and num_topk is {num_topk}"
     if num_experts % world_size:
         return f"num_experts = {num_experts} is no multiple of the {world_size} ranks"
+    most_experts = torch.ops.ep._nvlink_most_experts(world_size)
+    if num_experts > most_experts:
+        return f"it takes at most {most_experts} experts on {world_size} ranks, and num_experts is {num_experts}"
     if process is None:
         if not torch.cuda.is_available():
             return "there is no CUDA device"
@@ -204,7 +240,7 @@ def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: 
         return f"it takes at most {_MAX_RANKS} ranks, and there are {world_size}"
     if torch.device("cuda") not in process._device_types:
         return "the process group has no backend for CUDA"
-    return symmetric.peer_access(process, _device())
+    return symmetric.peer_access(process, _device(), timeout=timeout)
 
 
 def _device() -> torch.device:
@@ -212,13 +248,15 @@ def _device() -> torch.device:
 
 
 def _limits(communicator: Communicator) -> list[int]:
+    """Of a communicator that has all of them, but for the low-latency pair: 0 if there is to be none."""
     limits = (
         communicator.max_tokens_per_rank,
         communicator.hidden,
         communicator.num_topk,
         communicator.num_experts,
+        communicator.low_latency_tokens,
     )
-    return [limit for limit in limits if limit is not None]
+    return [limit or 0 for limit in limits]
 
 
 def _init_nvlink(
@@ -229,11 +267,44 @@ def _init_nvlink(
     if process is None:
         buffer, reason = _local_buffers(1, nbytes)[0], "one CUDA device, no peers"
     else:
-        buffer = symmetric.allocate(process, nbytes, _device(), provider)
+        buffer = symmetric.allocate(process, nbytes, _device(), provider, timeout=_init_timeout(communicator.timeout))
         reason = "every GPU of the group can write into every other"
     communicator = communicator._replace(transport="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
     _start_nvlink(communicator, buffer, groupless=process is None)
+    if process is not None:
+        _start_local(communicator)
     return communicator
+
+
+def _local_name(group_name: str) -> str:
+    return f"{group_name}, this rank alone"
+
+
+def _start_local(communicator: Communicator) -> None:
+    """A communicator of this rank alone, for the rows that it receives from that group: `local_group`."""
+    name, world_size = _local_name(communicator.group_name), communicator.world_size
+    alone = communicator._replace(
+        group_name=name,
+        rank=0,
+        world_size=1,
+        max_tokens_per_rank=world_size * (communicator.max_tokens_per_rank or 0),
+        num_experts=(communicator.num_experts or 0) // world_size,
+        low_latency_tokens=None,
+    )
+    buffer = _local_buffers(1, torch.ops.ep._nvlink_bytes(1, _limits(alone), alone.num_sms))[0]
+    _start_nvlink(alone, buffer, groupless=True)
+    communicators[name] = alone
+    _local.add(name)
+
+
+def local_group(group_name: str, num_tokens: int | None) -> str:
+    """The group of this rank alone for `num_tokens` rows that came by that one, None: for as many as can come.
+
+    Where that one is on nvlink this one is too, so that nothing waits for the device. Else "", as for too many rows.
+    """
+    alone = communicators.get(_local_name(group_name))
+    fits = alone is not None and (num_tokens is None or num_tokens <= (alone.max_tokens_per_rank or 0))
+    return alone.group_name if alone is not None and fits else ""
 
 
 def _local_buffers(count: int, nbytes: int) -> list[symmetric.Buffer]:
@@ -254,6 +325,7 @@ def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, group
         communicator.num_sms,
         _milliseconds(communicator.timeout),
         groupless,
+        communicator.on_timeout == "mask",
     )
     if name in _buffers and not was_idle:
         _still_running.append(_buffers[name])
@@ -262,9 +334,13 @@ def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, group
 
 def _forget(group_name: str) -> None:
     """Ends the nvlink transport of a group, if it has one. Its memory stays while a kernel still runs."""
-    buffer = _buffers.pop(group_name, None)
-    if buffer is not None and not torch.ops.ep._destroy_nvlink(group_name):
-        _still_running.append(buffer)
+    alone = _local_name(group_name)
+    communicators.pop(alone, None)
+    _local.discard(alone)
+    for name in (group_name, alone):
+        buffer = _buffers.pop(name, None)
+        if buffer is not None and not torch.ops.ep._destroy_nvlink(name):
+            _still_running.append(buffer)
 
 
 def init_virtual(
@@ -274,8 +350,10 @@ def init_virtual(
     hidden: int,
     num_topk: int,
     num_experts: int,
+    low_latency_tokens: int | None = None,
     timeout: timedelta = timedelta(seconds=30),
     num_sms: int = 8,
+    on_timeout: OnTimeout = "raise",
 ) -> list[str]:
     """Several ranks of the nvlink transport on the current CUDA device, in this process: for tests on one GPU.
 
@@ -286,12 +364,13 @@ def init_virtual(
         raise ValueError(f"torch_ep: virtual ranks: expected num_sms of at least {_MIN_SMS}, got {num_sms}")
     first = len(_virtual)
     names = [f"virtual {first}, rank {rank}" for rank in range(world_size)]
-    nbytes = torch.ops.ep._nvlink_bytes(world_size, [max_tokens_per_rank, hidden, num_topk, num_experts], num_sms)
+    first_rank = Communicator(
+        names[0], 0, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
+        transport="nvlink", reason="virtual ranks", num_sms=num_sms, on_timeout=on_timeout,
+    )  # fmt: skip
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(first_rank), num_sms)
     for rank, (name, buffer) in enumerate(zip(names, _local_buffers(world_size, nbytes), strict=True)):
-        communicator = Communicator(
-            name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts,
-            transport="nvlink", reason="virtual ranks", symmetric_bytes=nbytes, num_sms=num_sms,
-        )  # fmt: skip
+        communicator = first_rank._replace(group_name=name, rank=rank, symmetric_bytes=nbytes)
         _start_nvlink(communicator, buffer, groupless=True)
         communicators[name] = communicator
         _virtual.add(name)
@@ -331,7 +410,10 @@ def reset(group: Group = None) -> None:
 
 
 def _arguments(communicator: Communicator) -> dict:
-    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout", "transport")
+    names = (
+        "max_tokens_per_rank", "hidden", "num_topk", "num_experts", "low_latency_tokens", "timeout", "transport",
+        "on_timeout",
+    )  # fmt: skip
     return {name: getattr(communicator, name) for name in names}
 
 
@@ -352,6 +434,39 @@ def _latest(communicator: Communicator, epoch: int) -> int:
         late = [rank for rank, key in enumerate(keys) if not store.check([key])]
         raise dist.DistError(f"torch_ep.reset: group '{name}': no answer from ranks {late}: {error}") from None
     return max(int(store.get(key)) for key in keys)
+
+
+def active_ranks(group: Group = None) -> list[bool]:
+    """Of each rank, whether this rank's low-latency pair takes it into account. Local; waits for no kernel.
+
+    All of them, but for those that `mask_ranks` or, after `init(on_timeout="mask")`, a time-out has masked.
+    """
+    group_name, world_size = resolve(group)
+    communicator = communicators.get(group_name)
+    masked = 0
+    if communicator is not None and communicator.transport == "nvlink":
+        masked = torch.ops.ep._masked_nvlink(group_name)
+    return [not masked >> rank & 1 for rank in range(world_size)]
+
+
+def mask_ranks(ranks: Sequence[int], group: Group = None) -> None:
+    """Leaves ranks out of this rank's low-latency pair on transport nvlink, from its next exchange on. Local.
+
+    A masked rank is neither written nor awaited: it counts as one without tokens, and what its experts would return
+    counts as absent. Every rank masks for itself. `reset`, on all ranks, takes them in again.
+
+    Raises:
+        ValueError: no such ranks, or this rank is among them.
+        RuntimeError: the group does not use transport nvlink, where a rank that is gone takes the others with it.
+    """
+    group_name, world_size = resolve(group)
+    communicator = communicators.get(group_name)
+    if communicator is None or communicator.transport != "nvlink":
+        raise RuntimeError(f"torch_ep.mask_ranks: expected a group on transport nvlink, got group '{group_name}'")
+    others = [rank for rank in range(world_size) if rank != communicator.rank]
+    if not set(ranks) <= set(others):
+        raise ValueError(f"torch_ep.mask_ranks: expected some of the other ranks {others}, got {list(ranks)}")
+    torch.ops.ep._mask_nvlink(group_name, sum(1 << rank for rank in set(ranks)))
 
 
 def destroy(group: Group = None) -> None:

@@ -14,6 +14,7 @@ from torch import SymInt, Tensor
 from .comm import communicators
 
 _SUM_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LOW_LATENCY_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As the kernels print them.
 _TYPE_NAMES = {
     torch.float64: "Double",
@@ -33,8 +34,12 @@ _TYPE_NAMES = {
 Size = int | SymInt
 
 
+def _name_of_type(dtype: torch.dtype) -> str:
+    return _TYPE_NAMES.get(dtype, str(dtype))
+
+
 def _type_name(t: Tensor) -> str:
-    return _TYPE_NAMES.get(t.dtype, str(t.dtype))
+    return _name_of_type(t.dtype)
 
 
 def _check_tensor(op: str, name: str, t: Tensor, shape: Sequence[Size], device_of: Tensor) -> None:
@@ -54,10 +59,14 @@ def _check_tensor(op: str, name: str, t: Tensor, shape: Sequence[Size], device_o
 
 
 def _check_type(op: str, name: str, t: Tensor, allowed: Sequence[torch.dtype]) -> None:
-    if t.dtype not in allowed:
+    _check_dtype(op, name, t.dtype, allowed)
+
+
+def _check_dtype(op: str, name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
+    if dtype not in allowed:
         names = [_TYPE_NAMES[dtype] for dtype in allowed]
         listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
-        raise TypeError(f"{op}: expected {name} of dtype {listed}, got {_type_name(t)}")
+        raise TypeError(f"{op}: expected {name} of dtype {listed}, got {_name_of_type(dtype)}")
 
 
 def _check_layout(op: str, layout: str) -> bool:
@@ -88,6 +97,21 @@ def _check_limit(op: str, group_name: str, name: str, got: Size) -> None:
         raise ValueError(f"{op}: expected at most {name} = {limit}, the limit given to torch_ep.init, got {got}")
 
 
+def _check_experts(op: str, num_experts: int, world_size: int) -> None:
+    if world_size <= 0:
+        raise ValueError(f"{op}: expected a positive world_size, got {world_size}")
+    if num_experts <= 0 or num_experts % world_size:
+        raise ValueError(
+            f"{op}: expected num_experts to be a positive multiple of the world size {world_size}, got {num_experts}"
+        )
+
+
+def _check_tokens(op: str, num_tokens: Size, max_tokens_per_rank: int) -> None:
+    # A symbolic number is left to the kernel, which tells the other ranks; a guard would fail here alone and they wait.
+    if isinstance(num_tokens, int) and num_tokens > max_tokens_per_rank:
+        raise ValueError(f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {num_tokens}")
+
+
 def _check_plan_arguments(
     topk_idx: Tensor,
     num_experts: int,
@@ -104,12 +128,7 @@ def _check_plan_arguments(
     _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
     if topk_idx.shape[1] == 0:
         raise ValueError(f"{op}: expected at least one expert a token, got topk_idx of shape {list(topk_idx.shape)}")
-    if world_size <= 0:
-        raise ValueError(f"{op}: expected a positive world_size, got {world_size}")
-    if num_experts <= 0 or num_experts % world_size:
-        raise ValueError(
-            f"{op}: expected num_experts to be a positive multiple of the world size {world_size}, got {num_experts}"
-        )
+    _check_experts(op, num_experts, world_size)
     if alignment <= 0:
         raise ValueError(f"{op}: expected a positive alignment, got {alignment}")
     if not expert_major and alignment != 1:
@@ -122,10 +141,8 @@ def _check_plan_arguments(
     _check_group(op, group_name, world_size)
     _check_limit(op, group_name, "num_topk", topk_idx.shape[1])
     _check_limit(op, group_name, "num_experts", num_experts)
-    # A symbolic number is left to the kernel, which tells the other ranks; a guard would fail here alone and they wait.
-    num_tokens = topk_idx.shape[0]
-    if max_tokens_per_rank is not None and isinstance(num_tokens, int) and num_tokens > max_tokens_per_rank:
-        raise ValueError(f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {num_tokens}")
+    if max_tokens_per_rank is not None:
+        _check_tokens(op, topk_idx.shape[0], max_tokens_per_rank)
     return expert_major
 
 
@@ -307,6 +324,294 @@ def _combine_weighted(
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", y.shape[1])
     return y.new_empty(send_slot.shape[0], y.shape[1])
+
+
+_QUANTIZE = ("", "fp8", "fp8_pow2", "fp8_ue8m0")
+_GROUP = 128  # channels that share a scale
+_SCALE_ROWS = 4  # an expert's rows are padded to a multiple of this in the layout of scales
+
+
+def _ceil_div(n: Size, by: int) -> Size:
+    return (n + by - 1) // by
+
+
+def _check_quantize(op: str, quantize: str) -> None:
+    if quantize not in _QUANTIZE:
+        raise ValueError(f"{op}: expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got '{quantize}'")
+
+
+def _check_slots(op: str, num_topk: int) -> None:
+    if num_topk <= 0:
+        raise ValueError(f"{op}: expected at least one expert a token, got {num_topk}")
+
+
+def _check_hidden(op: str, hidden: Size) -> None:
+    if isinstance(hidden, int) and hidden <= 0:
+        raise ValueError(f"{op}: expected a positive hidden, got {hidden}")
+
+
+def _check_low_latency_sizes(
+    op: str, num_experts: int, num_topk: int, max_tokens_per_rank: int, world_size: int
+) -> None:
+    _check_slots(op, num_topk)
+    _check_experts(op, num_experts, world_size)
+    if max_tokens_per_rank <= 0:
+        raise ValueError(f"{op}: expected a positive max_tokens_per_rank, got {max_tokens_per_rank}")
+    factor = max(num_topk, num_experts // world_size)
+    most = (2**31 - 1) // (world_size * factor)
+    if max_tokens_per_rank > most:
+        raise ValueError(
+            f"{op}: expected max_tokens_per_rank of at most {most} with world_size {world_size} and {factor} "
+            f"slots a token or local experts, got {max_tokens_per_rank}"
+        )
+
+
+def _num_scales(hidden: Size, quantize: str) -> Size:
+    groups = _ceil_div(hidden, _GROUP)
+    return 0 if quantize == "" else _ceil_div(groups, 4) if quantize == "fp8_ue8m0" else groups
+
+
+def _record_bytes(hidden: Size, dtype: torch.dtype, quantize: str, num_topk: int) -> Size:
+    """`Record` of csrc/low_latency.cpp."""
+    parts = (
+        hidden * (dtype.itemsize if quantize == "" else 1),
+        4 * _num_scales(hidden, quantize),
+        4 * (1 + num_topk),
+        4 * num_topk,
+    )
+    return sum(_ceil_div(part, 16) * 16 for part in parts)
+
+
+def _check_low_latency_group(
+    op: str, group_name: str, world_size: int, hidden: Size, num_topk: int, num_experts: int
+) -> None:
+    _check_group(op, group_name, world_size)
+    _check_limit(op, group_name, "hidden", hidden)
+    _check_limit(op, group_name, "num_topk", num_topk)
+    _check_limit(op, group_name, "num_experts", num_experts)
+
+
+def _check_low_latency_tokens(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    world_size: int,
+    group_name: str,
+) -> None:
+    op = "ep::low_latency_dispatch"
+    _check_quantize(op, quantize)
+    _check_tensor(op, "x", x, (-1, -1), x)
+    _check_type(op, "x", x, _LOW_LATENCY_TYPES)
+    _check_hidden(op, x.shape[1])
+    _check_tensor(op, "topk_idx", topk_idx, (x.shape[0], -1), x)
+    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
+    if topk_weights is not None:
+        _check_tensor(op, "topk_weights", topk_weights, topk_idx.shape, x)
+        _check_type(op, "topk_weights", topk_weights, (torch.float32,))
+    num_topk = topk_idx.shape[1]
+    _check_low_latency_sizes(op, num_experts, num_topk, max_tokens_per_rank, world_size)
+    _check_low_latency_group(op, group_name, world_size, x.shape[1], num_topk, num_experts)
+    _check_tokens(op, x.shape[0], max_tokens_per_rank)
+
+
+def _low_latency_rows(
+    like: Tensor,
+    hidden: Size,
+    dtype: torch.dtype,
+    num_topk: int,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    world_size: int,
+) -> tuple:
+    experts, room = num_experts // world_size, world_size * max_tokens_per_rank
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": like.device}
+    scales = None
+    if quantize:
+        dtype = torch.float8_e4m3fn
+        count, padded = _num_scales(hidden, quantize), _ceil_div(room, _SCALE_ROWS) * _SCALE_ROWS
+        scales = torch.empty_strided(
+            (experts, room, count),
+            (count * padded, 1, padded),
+            dtype=torch.int32 if quantize == "fp8_ue8m0" else torch.float32,
+            device=like.device,
+        )
+    return (
+        like.new_empty((experts, room, hidden), dtype=dtype),
+        scales,
+        torch.empty(experts, **ints),
+        torch.empty((experts, world_size), **ints),
+        torch.empty((experts, room), **ints),
+        torch.empty((room, num_topk), **ints),
+        like.new_empty((experts, room), dtype=torch.float32),
+        like.new_empty(world_size, dtype=torch.int64),
+    )
+
+
+def _in_flight(like: Tensor, world_size: int, rows: int, record_bytes: Size) -> tuple[Tensor, Tensor]:
+    return (
+        like.new_empty((2, world_size), dtype=torch.int64),
+        like.new_empty((rows, record_bytes), dtype=torch.uint8),
+    )
+
+
+def _check_in_flight(op: str, ticket: Tensor, in_flight: Tensor, record_bytes: Size, world_size: int) -> None:
+    _check_tensor(op, "ticket", ticket, (2, world_size), ticket)
+    _check_type(op, "ticket", ticket, (torch.int64,))
+    _check_tensor(op, "in_flight", in_flight, (-1, record_bytes), ticket)
+    _check_type(op, "in_flight", in_flight, (torch.uint8,))
+
+
+@torch.library.register_fake("ep::low_latency_dispatch")
+def _low_latency_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    world_size: int,
+    group_name: str,
+    after: Tensor | None = None,
+) -> tuple:
+    _check_low_latency_tokens(
+        x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, group_name
+    )
+    return _low_latency_rows(
+        x, x.shape[1], x.dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size
+    )
+
+
+@torch.library.register_fake("ep::low_latency_dispatch_send")
+def _low_latency_dispatch_send(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    world_size: int,
+    group_name: str,
+    in_flight_rows: int,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_low_latency_tokens(
+        x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, group_name
+    )
+    return _in_flight(x, world_size, in_flight_rows, _record_bytes(x.shape[1], x.dtype, quantize, topk_idx.shape[1]))
+
+
+@torch.library.register_fake("ep::low_latency_dispatch_recv")
+def _low_latency_dispatch_recv(
+    ticket: Tensor,
+    in_flight: Tensor,
+    hidden: Size,
+    dtype: torch.dtype,
+    num_topk: int,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    world_size: int,
+    group_name: str,
+) -> tuple:
+    op = "ep::low_latency_dispatch_recv"
+    _check_quantize(op, quantize)
+    _check_low_latency_sizes(op, num_experts, num_topk, max_tokens_per_rank, world_size)
+    _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
+    _check_hidden(op, hidden)
+    _check_in_flight(op, ticket, in_flight, _record_bytes(hidden, dtype, quantize, num_topk), world_size)
+    return _low_latency_rows(in_flight, hidden, dtype, num_topk, quantize, num_experts, max_tokens_per_rank, world_size)
+
+
+def _check_low_latency_results(
+    y: Tensor,
+    topk_idx: Tensor,
+    row_weights: Tensor,
+    recv_row: Tensor,
+    num_experts: int,
+    world_size: int,
+    group_name: str,
+) -> None:
+    op = "ep::low_latency_combine"
+    _check_tensor(op, "recv_row", recv_row, (-1, -1), recv_row)
+    _check_type(op, "recv_row", recv_row, (torch.int32,))
+    room, num_topk = recv_row.shape
+    _check_slots(op, num_topk)
+    _check_experts(op, num_experts, world_size)
+    if room % world_size:
+        raise ValueError(
+            f"{op}: expected recv_row to have the same number of rows for each of {world_size} ranks, got {room}"
+        )
+    _check_low_latency_sizes(op, num_experts, num_topk, room // world_size, world_size)
+    experts = num_experts // world_size
+    _check_tensor(op, "y", y, (experts, room, -1), recv_row)
+    _check_type(op, "y", y, _LOW_LATENCY_TYPES)
+    _check_hidden(op, y.shape[2])
+    _check_tensor(op, "row_weights", row_weights, (experts, room), recv_row)
+    _check_type(op, "row_weights", row_weights, (torch.float32,))
+    _check_tensor(op, "topk_idx", topk_idx, (-1, num_topk), recv_row)
+    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
+    _check_low_latency_group(op, group_name, world_size, y.shape[2], num_topk, num_experts)
+    _check_tokens(op, topk_idx.shape[0], room // world_size)
+
+
+@torch.library.register_fake("ep::low_latency_combine")
+def _low_latency_combine(
+    y: Tensor,
+    topk_idx: Tensor,
+    row_weights: Tensor,
+    recv_row: Tensor,
+    num_experts: int,
+    world_size: int,
+    group_name: str,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_low_latency_results(y, topk_idx, row_weights, recv_row, num_experts, world_size, group_name)
+    return y.new_empty((topk_idx.shape[0], y.shape[2])), y.new_empty(world_size, dtype=torch.int64)
+
+
+@torch.library.register_fake("ep::low_latency_combine_send")
+def _low_latency_combine_send(
+    y: Tensor,
+    topk_idx: Tensor,
+    row_weights: Tensor,
+    recv_row: Tensor,
+    num_experts: int,
+    world_size: int,
+    group_name: str,
+    in_flight_rows: int,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check_low_latency_results(y, topk_idx, row_weights, recv_row, num_experts, world_size, group_name)
+    return _in_flight(y, world_size, in_flight_rows, y.shape[2] * y.dtype.itemsize)
+
+
+@torch.library.register_fake("ep::low_latency_combine_recv")
+def _low_latency_combine_recv(
+    ticket: Tensor,
+    in_flight: Tensor,
+    topk_idx: Tensor,
+    hidden: Size,
+    dtype: torch.dtype,
+    num_experts: int,
+    world_size: int,
+    group_name: str,
+) -> tuple[Tensor, Tensor]:
+    op = "ep::low_latency_combine_recv"
+    _check_tensor(op, "topk_idx", topk_idx, (-1, -1), ticket)
+    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
+    _check_slots(op, topk_idx.shape[1])
+    _check_experts(op, num_experts, world_size)
+    _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
+    _check_hidden(op, hidden)
+    _check_in_flight(op, ticket, in_flight, hidden * dtype.itemsize, world_size)
+    return (
+        in_flight.new_empty((topk_idx.shape[0], hidden), dtype=dtype),
+        in_flight.new_empty(world_size, dtype=torch.int64),
+    )
 
 
 @torch.library.register_fake("ep::zero_after")

@@ -10,11 +10,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .comm import Group, process_group, resolve
+from .comm import Group, local_group, process_group, resolve
+from .low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from .ops import combine, dispatch, plan
 from .plan import Layout, _recv_map
 
 __all__ = ["MoE", "RouterStats", "full_state_dict", "gather_experts", "grouped_mm", "shard_experts"]
+
+
+_GROUP_CHANNELS = 128  # that share a scale, in quantised rows
 
 
 class RouterStats(NamedTuple):
@@ -59,6 +63,18 @@ def shard_experts(t: Tensor, group: Group = None) -> Tensor:
     if t.shape[0] % world_size:
         raise ValueError(f"torch_ep.nn.shard_experts: expected a multiple of {world_size} experts, got {t.shape[0]}")
     return t.chunk(world_size)[process_group(group_name).rank()]
+
+
+def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """[L, C, H] of `dtype` from what a quantised `low_latency_dispatch` returns, whichever kind of scales it has."""
+    if scales.dtype == torch.int32:  # four exponents in a word: a float32's bits, but for their place
+        shift = torch.arange(0, 32, 8, dtype=torch.int32, device=scales.device)
+        exponents = ((scales[..., None] >> shift) & 0xFF).flatten(-2)
+        scales = (exponents << 23).view(torch.float32)
+    hidden, groups = rows.shape[-1], scales.shape[-1]
+    # Whole groups: with fewer channels, Inductor's loops for CPU leave out the last, incomplete one (torch 2.13).
+    wide = F.pad(rows.float(), (0, groups * _GROUP_CHANNELS - hidden)).unflatten(-1, (groups, _GROUP_CHANNELS))
+    return (wide * scales[..., None]).flatten(-2)[..., :hidden].to(dtype)
 
 
 class MoE(nn.Module):
@@ -154,8 +170,8 @@ class MoE(nn.Module):
                 if expert // self.num_local_experts == rank:
                     weight[expert % self.num_local_experts] = draw
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """topk_idx, topk_weights [num_tokens, num_topk], aux_loss [], tokens_per_expert [num_experts] of this rank."""
+    def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """topk_idx, topk_weights [num_tokens, num_topk]; the scores [num_tokens, num_experts] behind them."""
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.router.to(wide))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
@@ -164,8 +180,12 @@ class MoE(nn.Module):
         weights = scores.gather(1, topk_idx)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-        weights = weights * self.route_scale
+        return topk_idx, weights * self.route_scale, scores
 
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """topk_idx, topk_weights [num_tokens, num_topk], aux_loss [], tokens_per_expert [num_experts] of this rank."""
+        topk_idx, weights, scores = self._choose(x)
+        wide = scores.dtype
         flat = topk_idx.flatten()
         load = torch.zeros(self.num_experts, dtype=torch.int64, device=x.device).scatter_add(
             0, flat, torch.ones_like(flat)
@@ -205,16 +225,73 @@ class MoE(nn.Module):
         if by_rank:
             # A row for each rank that a token visits; its experts here are one more dispatch, among this rank alone.
             local = plan(
-                _recv_map(p), self.num_local_experts, "", capacity=self._local_capacity(), alignment=self.alignment
+                _recv_map(p),
+                self.num_local_experts,
+                local_group(self.group_name, self.capacity),
+                capacity=self._local_capacity(),
+                alignment=self.alignment,
             )
             expanded, expanded_weights = dispatch(rows, local, topk_weights=row_weights)
             done = combine(self.experts(expanded, local.offsets), local, row_weights=expanded_weights)
             y = combine(done, p)
         else:
             y = combine(self.experts(rows, p.offsets), p, row_weights=row_weights)
-        if self.shared:
-            y = y + self.shared["down"](F.silu(self.shared["gate"](tokens)) * self.shared["up"](tokens))
-        return y.view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
+        return self._with_shared(y, tokens).view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
+
+    def _with_shared(self, y: Tensor, tokens: Tensor) -> Tensor:
+        if not self.shared:
+            return y
+        return y + self.shared["down"](F.silu(self.shared["gate"](tokens)) * self.shared["up"](tokens))
+
+    def decode(
+        self,
+        x: Tensor,
+        max_tokens_per_rank: int,
+        *,
+        active: Tensor | None = None,
+        statistics: LowLatencyStatistics | None = None,
+        quantize: Quantize | None = None,
+    ) -> Tensor:
+        """What `forward` says of a few tokens, by the low-latency exchanges. Collective; inference only.
+
+        Shapes are static and nothing waits for the host, so that a step of a server is one graph. Every expert
+        multiplies all rows that it has room for: many more than arrive, if `max_tokens_per_rank` is large. `layout`,
+        `capacity` and `alignment` have no part in it, and nothing is dropped.
+
+        Args:
+            x: [..., hidden], contiguous; float32, bfloat16 or float16. Ranks may hold different numbers of tokens.
+            max_tokens_per_rank: most tokens of a rank, the same on every rank.
+            active: x's shape without hidden, bool: the other tokens visit no expert but the shared one. A server's idle
+                slots; a rank that has nothing to do needs them in compiled code, since Inductor leaves out whatever has
+                results of no elements, and the exchanges of no tokens are among that.
+            statistics: counts the rows of each expert and the waits for each peer.
+            quantize: how rows travel, as in `torch_ep.low_latency_dispatch`; they are widened again for the experts.
+
+        Returns:
+            y of x's shape.
+
+        Raises:
+            RuntimeError: gradients are wanted: call it under `torch.no_grad()`.
+            ValueError, TypeError, torch.distributed.DistError: as `torch_ep.low_latency_dispatch`.
+        """
+        tokens = x.reshape(-1, self.hidden)
+        topk_idx, weights, _ = self._choose(tokens)
+        if active is not None:
+            topk_idx = torch.where(active.reshape(-1, 1), topk_idx, -1)
+        received, p = low_latency_dispatch(
+            tokens,
+            topk_idx,
+            self.num_experts,
+            max_tokens_per_rank,
+            self.group_name,
+            topk_weights=weights,
+            quantize=quantize,
+            statistics=statistics,
+        )
+        rows = received if quantize is None else _dequantize(*received, dtype=x.dtype)
+        inner = F.silu(torch.bmm(rows, self.gate)) * torch.bmm(rows, self.up)
+        y = low_latency_combine(torch.bmm(inner, self.down), p, statistics=statistics)
+        return self._with_shared(y, tokens).view(x.shape)
 
     @torch.no_grad()
     def update_selection_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:

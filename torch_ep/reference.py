@@ -1,4 +1,4 @@
-"""The specification: plan, dispatch and combine of all ranks at once, in plain torch, one row at a time.
+"""The specification: the operators on all ranks at once, in plain torch, one row at a time.
 
 Every argument and result is a list with one entry a rank. Copied rows, indices and orders of the operators equal these
 bit by bit; so do their sums, since the order and the width of the accumulation are part of the specification.
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .low_latency import LowLatencyPlan, Quantize
 from .plan import Layout, Plan
 
-__all__ = ["combine", "dispatch", "plan"]
+__all__ = ["combine", "dispatch", "low_latency_combine", "low_latency_dispatch", "plan", "quantize"]
 
 
 def plan(
@@ -188,4 +189,118 @@ def combine(
             if total is not None:
                 sums[t] = total.to(dtype)
         results.append((sums, None if home_weights is None else home_weights[rank]))
+    return results
+
+
+def quantize(x: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
+    """The rows [T, H] in float8_e4m3fn and their scales [T, S], as `torch_ep.low_latency_dispatch` sends them."""
+    rows, scales = [], []
+    for group in x.to(torch.float32).split(128, dim=1):
+        amax = group.abs().amax(1, keepdim=True).clamp(min=1e-4)
+        most = torch.full_like(amax, 448)  # a tensor: torch multiplies by the reciprocal of a number
+        if how == "fp8":
+            scale, factor = amax / most, most / amax
+        else:
+            bits = (amax / most).view(torch.int32)
+            exponent = (bits >> 23) + (bits & 0x7FFFFF).ne(0)  # of the least power of 2 that is not below
+            exponent = exponent.clamp(max=255)  # of NaN, too
+            scale = (exponent << 23).view(torch.float32)
+            factor = 1 / scale
+        scales.append(exponent if how == "fp8_ue8m0" else scale)
+        rows.append((group * factor).clamp(-448, 448).to(torch.float8_e4m3fn))
+    if how == "fp8_ue8m0":
+        scales += [torch.zeros_like(scales[0])] * (-len(scales) % 4)
+        return torch.cat(rows, 1), torch.cat(scales, 1).to(torch.uint8).view(torch.int32)
+    return torch.cat(rows, 1), torch.cat(scales, 1)
+
+
+def _as_sent(x: Tensor, how: Quantize | None) -> tuple[Tensor, Tensor | None]:
+    return (x, None) if how is None else quantize(x, how)
+
+
+def low_latency_dispatch(
+    x: Sequence[Tensor],
+    topk_idx: Sequence[Tensor],
+    num_experts: int,
+    max_tokens_per_rank: int,
+    *,
+    topk_weights: Sequence[Tensor] | None = None,
+    quantize: Quantize | None = None,
+) -> list[tuple[Tensor, Tensor | None, LowLatencyPlan]]:
+    """As `torch_ep.low_latency_dispatch`, for every rank: (rows, scales or None, plan). What is undefined is zero."""
+    world_size, num_topk = len(x), topk_idx[0].shape[1]
+    num_local, room = num_experts // world_size, world_size * max_tokens_per_rank
+    sent = [_as_sent(t, quantize) for t in x]
+    rows_of, scales_of = [rows for rows, _ in sent], [scales for _, scales in sent if scales is not None]
+    ints: dict[str, Any] = {"dtype": torch.int32}
+    results: list[tuple[Tensor, Tensor | None, LowLatencyPlan]] = []
+    for rank in range(world_size):
+        rows = torch.zeros((num_local, room, x[0].shape[1]), dtype=rows_of[0].dtype)
+        scales = None
+        if scales_of:
+            # Column-major, with columns of a multiple of 4 rows.
+            shape = (num_local, scales_of[0].shape[1], room + -room % 4)
+            scales = torch.zeros(shape, dtype=scales_of[0].dtype).transpose(1, 2)[:, :room]
+        counts = [0] * num_local
+        source_offsets = torch.zeros(num_local, world_size, **ints)
+        recv_slot = torch.full((num_local, room), -1, **ints)
+        recv_row = torch.full((room, num_topk), -1, **ints)
+        row_weights = torch.zeros(num_local, room)
+        for source in range(world_size):
+            for t, experts in enumerate(topk_idx[source].tolist()):
+                for k, expert in enumerate(experts):
+                    if expert < 0 or expert // num_local != rank:
+                        continue
+                    e, token = expert % num_local, source * max_tokens_per_rank + t
+                    row = counts[e]
+                    counts[e] += 1
+                    rows[e, row] = rows_of[source][t]
+                    if scales is not None:
+                        scales[e, row] = scales_of[source][t]
+                    recv_slot[e, row] = token * num_topk + k
+                    recv_row[token, k] = e * room + row
+                    row_weights[e, row] = 1 if topk_weights is None else topk_weights[source][t, k]
+            source_offsets[:, source] = torch.tensor(counts)
+        plan_ = LowLatencyPlan(
+            topk_idx=topk_idx[rank],
+            tokens_per_expert=torch.tensor(counts, **ints),
+            source_offsets=source_offsets,
+            recv_slot=recv_slot,
+            recv_row=recv_row,
+            row_weights=row_weights,
+            num_experts=num_experts,
+            group_name="",
+        )
+        results.append((rows, scales, plan_))
+    return results
+
+
+def low_latency_combine(y: Sequence[Tensor], plans: Sequence[LowLatencyPlan]) -> list[Tensor]:
+    """As `torch_ep.low_latency_combine`, for every rank."""
+    world_size, dtype, hidden = len(y), y[0].dtype, y[0].shape[2]
+    num_local = plans[0].num_experts // world_size
+    # partial[rank][token of all ranks]: the weighted sum of that token's rows there.
+    partial: list[dict[int, Tensor]] = [{} for _ in plans]
+    for rank, plan_ in enumerate(plans):
+        flat, weights = y[rank].flatten(0, 1), plan_.row_weights.flatten()
+        for token, slots in enumerate(plan_.recv_row.tolist()):
+            total: Tensor | None = None
+            for row in slots:
+                if row >= 0:
+                    term = weights[row] * flat[row].to(torch.float32)
+                    total = term if total is None else total + term
+            if total is not None:
+                partial[rank][token] = total.to(dtype)
+    results = []
+    for rank, plan_ in enumerate(plans):
+        first = rank * plan_.recv_row.shape[0] // world_size
+        sums = torch.zeros(plan_.topk_idx.shape[0], hidden, dtype=dtype)
+        for t, experts in enumerate(plan_.topk_idx.tolist()):
+            total = None
+            for there in dict.fromkeys(expert // num_local for expert in experts if expert >= 0):
+                term = partial[there][first + t].to(torch.float32)
+                total = term if total is None else total + term
+            if total is not None:
+                sums[t] = total.to(dtype)
+        results.append(sums)
     return results

@@ -305,6 +305,11 @@ template <class T, class U>
 T atomicOr(T* p, U value) {
   return std::atomic_ref<T>(*p).fetch_or(static_cast<T>(value));
 }
+template <class T>
+T atomicCAS(T* p, T expected, T value) {
+  std::atomic_ref<T>(*p).compare_exchange_strong(expected, value);
+  return expected;
+}
 template <class T, class U>
 T atomicMin(T* p, U value) {
   std::atomic_ref<T> word(*p);
@@ -328,6 +333,15 @@ inline float __fadd_rn(float a, float b) {
 }
 inline double __dadd_rn(double a, double b) {
   return a + b;
+}
+inline float __fdiv_rn(float a, float b) {
+  return a / b;
+}
+inline uint32_t __float_as_uint(float v) {
+  return emulator::unpack<uint32_t>(emulator::pack(v));
+}
+inline float __uint_as_float(uint32_t v) {
+  return emulator::unpack<float>(v);
 }
 inline float __fmul_rn(float a, float b) {
   return a * b;

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = Path("torch_ep/csrc/cuda")
-PROGRAM = Path("test/sanitizer/virtual_ranks.cu")
+PROGRAMS = Path("test/sanitizer")
 
 # What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
 CHANGES = [
@@ -22,10 +22,11 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def translate(destination: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
-    """The program's translated source, below `destination`. `change(file name, text)`: what to take instead."""
-    sources = [p.relative_to(ROOT) for p in (ROOT / KERNELS).rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
-    for path in [PROGRAM, *sources]:
+def translate(program: str, destination: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
+    """The source of a program, translated below `destination`. `change(file name, text)`: what to take instead."""
+    folders = (ROOT / KERNELS, ROOT / PROGRAMS)
+    sources = [p.relative_to(ROOT) for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    for path in sources:
         text = change(path.as_posix(), (ROOT / path).read_text())
         for pattern, replacement in CHANGES:
             text = re.sub(pattern, replacement, text)
@@ -35,4 +36,4 @@ def translate(destination: Path, change: Callable[[str, str], str] = lambda name
     here = Path(__file__).parent
     shutil.copy(here / "memory.cuh", destination / KERNELS / "device" / "memory.cuh")
     shutil.copy(here / "emulator.h", destination / "emulator.h")
-    return destination / PROGRAM
+    return destination / PROGRAMS / f"{program}.cu"

@@ -8,21 +8,7 @@
 // that work them out on the host as torch_ep/reference.py does. Results are not initialised before, for initcheck. That
 // of compute-sanitizer before 2025.4 does not see what bulk copies write (release notes): --fill initialises that, no
 // more.
-#include "../../torch_ep/csrc/cuda/device/rows.cuh"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <random>
-#include <string>
-#include <utility>
-#include <vector>
+#include "common.cuh"
 
 // The kernels' bodies, which know of blockIdx.x and gridDim.x alone: here blockIdx.y is the rank. A namespace for each
 // file, since some of their names are the same.
@@ -45,7 +31,8 @@ cudaError_t launch_virtual(const std::vector<PlanArgs>& ranks, const PlanArgs* o
   if (error != cudaSuccess) {
     return error;
   }
-  virtual_plan<<<dim3(args.comm.layout.num_blocks, args.comm.layout.world_size), kThreads, shared>>>(on_device);
+  const dim3 grid(args.comm.layout.num_blocks, static_cast<unsigned>(ranks.size()));
+  virtual_plan<<<grid, kThreads, shared>>>(on_device);
   return cudaGetLastError();
 }
 
@@ -71,7 +58,7 @@ cudaError_t launch_virtual(const std::vector<DispatchArgs>& ranks, const Dispatc
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 grid(args.comm.layout.num_blocks, args.comm.layout.world_size);
+  const dim3 grid(args.comm.layout.num_blocks, static_cast<unsigned>(ranks.size()));
   virtual_dispatch<<<grid, shape.warps * kWarp, shared>>>(on_device, shape);
   return cudaGetLastError();
 }
@@ -99,7 +86,7 @@ cudaError_t launch_virtual(const std::vector<CombineArgs>& ranks, const CombineA
   if (error != cudaSuccess) {
     return error;
   }
-  const dim3 grid(args.comm.layout.num_blocks, args.comm.layout.world_size);
+  const dim3 grid(args.comm.layout.num_blocks, static_cast<unsigned>(ranks.size()));
   kernel<<<grid, kMaxWarps * kWarp, shared>>>(on_device, send_blocks_of(args));
   return cudaGetLastError();
 }
@@ -109,115 +96,13 @@ cudaError_t launch_virtual(const std::vector<CombineArgs>& ranks, const CombineA
 
 namespace {
 
-using namespace ep::cuda;
-using std::vector;
-
-// --- the program's own errors ---
-
-std::string now_running = "virtual_ranks";
-bool has_differences = false;
-bool fills_bulk_results = false;
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("%s: %s\n", now_running.c_str(), what.c_str());
-  std::exit(1);
-}
-
-void check(cudaError_t error) {
-  if (error != cudaSuccess) {
-    fail(cudaGetErrorString(error));
-  }
-}
-
-template <class T>
-void expect(const std::string& name, int rank, const vector<T>& got, const vector<T>& want) {
-  if (got.size() != want.size()) {
-    fail(name + ": expected " + std::to_string(want.size()) + " numbers, got " + std::to_string(got.size()));
-  }
-  for (size_t i = 0; i < want.size(); ++i) {
-    if (std::memcmp(&got[i], &want[i], sizeof(T)) != 0) {
-      std::printf(
-          "%s: %s of rank %d: element %zu of %zu: expected %g, got %g\n",
-          now_running.c_str(),
-          name.c_str(),
-          rank,
-          i,
-          want.size(),
-          static_cast<double>(want[i]),
-          static_cast<double>(got[i]));
-      has_differences = true;
-      return;
-    }
-  }
-}
-
-// --- device memory ---
-
-// Freed with its owner. Nothing is allocated beyond what is asked for, so that memcheck sees the first byte too many.
-class Memory {
- public:
-  Memory() = default;
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() {
-    for (void* block : blocks_) {
-      check(cudaFree(block));
-    }
-  }
-
-  // Not initialised.
-  template <class T>
-  T* make(size_t n) {
-    void* block = nullptr;
-    check(cudaMalloc(&block, std::max<size_t>(n * sizeof(T), 1)));
-    blocks_.push_back(block);
-    return static_cast<T*>(block);
-  }
-
-  // Not initialised, unless initcheck could not know that it was.
-  char* make_for_bulk(size_t bytes) {
-    char* result = make<char>(bytes);
-    if (fills_bulk_results) {
-      check(cudaMemset(result, 0x7f, bytes));
-    }
-    return result;
-  }
-
-  template <class T>
-  T* zeros(size_t n) {
-    T* result = make<T>(n);
-    check(cudaMemset(result, 0, n * sizeof(T)));
-    return result;
-  }
-
-  template <class T>
-  T* copy(const vector<T>& values) {
-    T* result = make<T>(values.size());
-    if (!values.empty()) {
-      check(cudaMemcpy(result, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
-    }
-    return result;
-  }
-
- private:
-  vector<void*> blocks_;
-};
-
-template <class T>
-vector<T> fetch(const T* on_device, size_t n) {
-  vector<T> result(n);
-  if (n != 0) {
-    check(cudaMemcpy(result.data(), on_device, n * sizeof(T), cudaMemcpyDeviceToHost));
-  }
-  return result;
-}
-
 // --- ranks ---
 
 constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
 constexpr int kMostLocalExperts = 9;
 constexpr int64_t kSlotBytes = 10240;
-constexpr int64_t kTimeoutNs = 120'000'000'000;  // kernels are slow under a sanitizer
+constexpr int64_t kTimeoutNs = 120'000'000'000;     // kernels are slow under a sanitizer
+constexpr int64_t kShortTimeoutNs = 2'000'000'000;  // of an exchange that is to time out
 
 class World {
  public:
@@ -322,31 +207,6 @@ std::string describe(const Case& c, int num_blocks) {
          kElements[static_cast<int>(c.element)] + " from " + std::to_string(c.first_bytes) + ", weights " +
          std::to_string(c.weight_bytes) + " B, scales " + std::to_string(c.scale_bytes) + " B";
 }
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  int below(int n) { return static_cast<int>(engine_() % static_cast<uint64_t>(n)); }
-  template <class T>
-  T pick(std::initializer_list<T> choices) {
-    return choices.begin()[below(static_cast<int>(choices.size()))];
-  }
-  vector<char> bytes(size_t n) {
-    vector<char> result(n);
-    for (char& b : result) {
-      b = static_cast<char>(engine_());
-    }
-    return result;
-  }
-  // Between -8 and 8, with zeros of either sign among them.
-  double number() {
-    const double sign = below(2) != 0 ? -1 : 1;
-    return below(16) == 0 ? sign * 0.0 : sign * below(1 << 20) / (1 << 17);
-  }
-
- private:
-  std::mt19937_64 engine_;
-};
 
 Case draw(Random& r, int world_size) {
   Case c;
@@ -527,33 +387,6 @@ void each_copy(const Case& c, const Wanted& w, F f) {
   }
 }
 
-double to_wide(double v) {
-  return v;
-}
-float to_wide(float v) {
-  return v;
-}
-float to_wide(__nv_bfloat16 v) {
-  return __bfloat162float(v);
-}
-float to_wide(__half v) {
-  return __half2float(v);
-}
-
-template <class T, class Wide>
-T rounded(Wide v) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(static_cast<float>(v));
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(static_cast<float>(v));
-  } else {
-    return static_cast<T>(v);
-  }
-}
-
-template <class T>
-using WideOf = decltype(to_wide(T{}));
-
 // The i-th received wire row of `y`, as it goes home. `weights`: of y's rows, or empty.
 template <class T>
 vector<T>
@@ -632,20 +465,33 @@ class Run {
     auto counts = fetch(plans_[1].recv_counts, world_size());
     ++counts[0];
     plans_[1].recv_counts = memory_.copy(counts);
-    vector<DispatchArgs> ranks;
-    for (int r = 0; r < world_size(); ++r) {
-      DispatchArgs a{};
-      a.comm = world_.comm(r);
-      a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, 0, 0};
-      a.x = memory_.copy(random_.bytes(size_t{1} * c_.tokens[r] * c_.row_bytes));
-      a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
-      ranks.push_back(a);
-    }
-    launch(ranks, dispatch_file::ep::cuda::launch_virtual);
+    launch(dispatch_of_all(), dispatch_file::ep::cuda::launch_virtual);
     settle_mismatch();
     combine(draw_rows(), {}, false);
     settle_mismatch();
+  }
+
+  // The last rank does not come: all others name it, whoever noticed first, and no later exchange waits again.
+  void lose() {
+    plan();
+    auto ranks = dispatch_of_all();
+    ranks.pop_back();
+    for (DispatchArgs& a : ranks) {
+      a.comm.timeout_ns = kShortTimeoutNs;
+    }
+    for (int i = 0; i < 2; ++i) {
+      launch(ranks, dispatch_file::ep::cuda::launch_virtual);
+      for (const DispatchArgs& a : ranks) {
+        const Mailbox& m = *a.comm.mailbox;
+        const auto kind = static_cast<Failure>(m.kind);
+        const int64_t missing = kind == Failure::left ? m.detail : kind == Failure::timeout ? m.peer : -1;
+        if (missing != world_size() - 1 || m.stopped == 0) {
+          fail(
+              "rank " + std::to_string(a.comm.rank) + " recorded failure " + std::to_string(m.kind) + " for rank " +
+              std::to_string(missing));
+        }
+      }
+    }
   }
 
   void run() {
@@ -662,6 +508,21 @@ class Run {
 
  private:
   int world_size() const { return c_.world_size(); }
+
+  // Rows alone.
+  vector<DispatchArgs> dispatch_of_all() {
+    vector<DispatchArgs> ranks;
+    for (int r = 0; r < world_size(); ++r) {
+      DispatchArgs a{};
+      a.comm = world_.comm(r);
+      a.plan = plans_[r];
+      a.record = {c_.row_bytes, c_.row_bytes, 0, 0};
+      a.x = memory_.copy(random_.bytes(size_t{1} * c_.tokens[r] * c_.row_bytes));
+      a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
+      ranks.push_back(a);
+    }
+    return ranks;
+  }
 
   void settle_mismatch() {
     check(cudaDeviceSynchronize());
@@ -1029,16 +890,6 @@ Case many_tokens(int world_size, bool expert_major) {
   return c;
 }
 
-int number_after(const char* name, const std::string& value) {
-  char* end = nullptr;
-  const long number = std::strtol(value.c_str(), &end, 10);
-  if (value.empty() || *end != '\0' || number < 0) {
-    std::fprintf(stderr, "%s: expected a number, got '%s'\n", name, value.c_str());
-    std::exit(2);
-  }
-  return static_cast<int>(number);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -1074,6 +925,11 @@ int main(int argc, char** argv) {
       one_row.first_bytes = one_row.row_bytes;
       now_running = "a mismatch, " + describe(one_row, world.num_blocks());
       Run<float>(world, one_row, fixed).disagree();
+      if (w < kWorldSizes) {
+        World without_one(world_size, world.num_blocks());
+        now_running = "a rank is lost, " + describe(one_row, world.num_blocks());
+        Run<float>(without_one, one_row, fixed).lose();
+      }
     }
     for (int i = w; i < cases; i += kWorlds) {
       Random random(static_cast<uint64_t>(seed) << 32 | static_cast<uint64_t>(i));

@@ -64,6 +64,17 @@ inline void check_plan(const char* op, const PlanTensors& plan) {
   }
 }
 
+// What the low-latency operators carry.
+inline void check_low_latency_type(const char* op, const char* name, at::ScalarType type) {
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+      op,
+      ": expected ",
+      name,
+      " of dtype Float, BFloat16 or Half, got ",
+      type);
+}
+
 inline bool is_sum_type(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
 }

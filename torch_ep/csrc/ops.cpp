@@ -31,8 +31,9 @@ bool init_nvlink(
     at::IntArrayRef limits,
     int64_t num_sms,
     int64_t timeout_ms,
-    bool groupless) {
-  return ep::init_nvlink({group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless});
+    bool groupless,
+    bool masks) {
+  return ep::init_nvlink({group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, masks});
 }
 
 int64_t settle_nvlink(std::string group_name) {
@@ -41,6 +42,14 @@ int64_t settle_nvlink(std::string group_name) {
 
 void restart_nvlink(std::string group_name, int64_t epoch) {
   ep::restart_nvlink(group_name, epoch);
+}
+
+int64_t masked_nvlink(std::string group_name) {
+  return ep::masked_nvlink(group_name);
+}
+
+void mask_nvlink(std::string group_name, int64_t ranks) {
+  ep::mask_nvlink(group_name, ranks);
 }
 
 void force_aten(bool on) {
@@ -80,6 +89,38 @@ TORCH_LIBRARY(ep, m) {
       "Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 
+  // For decoding: no plan, static shapes, inference only. `quantize`: '' for none. The halves are joined by `ticket`
+  // ([2, world_size]: rows from each rank, wait_ns) and `in_flight` (on c10d: the data, in_flight_rows records).
+  m.def(
+      "low_latency_dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, str quantize, int num_experts, "
+      "int max_tokens_per_rank, int world_size, str group_name, Tensor? after=None) -> (Tensor rows, Tensor? scales, "
+      "Tensor tokens_per_expert, Tensor source_offsets, Tensor recv_slot, Tensor recv_row, Tensor row_weights, "
+      "Tensor wait_ns)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "low_latency_dispatch_send(Tensor x, Tensor topk_idx, Tensor? topk_weights, str quantize, int num_experts, "
+      "int max_tokens_per_rank, int world_size, str group_name, int in_flight_rows, Tensor? after=None) "
+      "-> (Tensor ticket, Tensor in_flight)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "low_latency_dispatch_recv(Tensor ticket, Tensor in_flight, SymInt hidden, ScalarType dtype, int num_topk, "
+      "str quantize, int num_experts, int max_tokens_per_rank, int world_size, str group_name) -> (Tensor rows, "
+      "Tensor? scales, Tensor tokens_per_expert, Tensor source_offsets, Tensor recv_slot, Tensor recv_row, "
+      "Tensor row_weights, Tensor wait_ns)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "low_latency_combine(Tensor y, Tensor topk_idx, Tensor row_weights, Tensor recv_row, int num_experts, "
+      "int world_size, str group_name, Tensor? after=None) -> (Tensor out, Tensor wait_ns)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "low_latency_combine_send(Tensor y, Tensor topk_idx, Tensor row_weights, Tensor recv_row, int num_experts, "
+      "int world_size, str group_name, int in_flight_rows, Tensor? after=None) -> (Tensor ticket, Tensor in_flight)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "low_latency_combine_recv(Tensor ticket, Tensor in_flight, Tensor topk_idx, SymInt hidden, ScalarType dtype, "
+      "int num_experts, int world_size, str group_name) -> (Tensor out, Tensor wait_ns)",
+      {at::Tag::pt2_compliant_tag});
+
   // A zero of shape [] that exists only once `dep` does: how a backward keeps the order that `after` set forward.
   m.def("zero_after(Tensor dep) -> Tensor", {at::Tag::pt2_compliant_tag});
 
@@ -96,14 +137,17 @@ TORCH_LIBRARY(ep, m) {
   m.def("_destroy(str group_name) -> ()", &destroy);
   m.def("_has_nvlink() -> bool", &ep::has_nvlink);
   m.def("_nvlink_runs() -> bool", &ep::nvlink_runs);
+  m.def("_nvlink_most_experts(int world_size) -> int", &ep::nvlink_most_experts);
   m.def("_nvlink_bytes(int world_size, int[] limits, int num_sms) -> int", &ep::nvlink_bytes);
   m.def(
       "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, int[] limits, int num_sms, "
-      "int timeout_ms, bool groupless) -> bool",  // of the transport that it replaces: as _destroy_nvlink
+      "int timeout_ms, bool groupless, bool masks) -> bool",  // of the transport that it replaces: as _destroy_nvlink
       &init_nvlink);
   m.def("_destroy_nvlink(str group_name) -> bool", &destroy_nvlink);  // false: it still runs, its buffers have to stay
   m.def("_settle_nvlink(str group_name) -> int", &settle_nvlink);
   m.def("_restart_nvlink(str group_name, int epoch) -> ()", &restart_nvlink);
+  m.def("_masked_nvlink(str group_name) -> int", &masked_nvlink);
+  m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask_nvlink);
   m.def("_force_aten(bool on) -> ()", &force_aten);
 }
 
@@ -115,9 +159,30 @@ void implement(torch::Library& m) {
   m.impl("dispatch", &ep::dispatch);
   m.impl("combine", &ep::combine);
   m.impl("combine.weighted", &ep::combine_weighted);
+  m.impl("low_latency_dispatch", &ep::low_latency_dispatch);
+  m.impl("low_latency_dispatch_send", &ep::low_latency_dispatch_send);
+  m.impl("low_latency_dispatch_recv", &ep::low_latency_dispatch_recv);
+  m.impl("low_latency_combine", &ep::low_latency_combine);
+  m.impl("low_latency_combine_send", &ep::low_latency_combine_send);
+  m.impl("low_latency_combine_recv", &ep::low_latency_combine_recv);
   m.impl("zero_after", &ep::zero_after);
   m.impl("grouped_mm", &ep::grouped_mm);
   m.impl("grouped_mm.transpose", &ep::grouped_mm_transpose);
+}
+
+// In place of a gradient formula, which these operators have not: their results would pass for constants otherwise.
+void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled()) {
+    for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+      TORCH_CHECK(
+          !argument.isTensor() || !argument.toTensor().requires_grad(),
+          op.schema().name(),
+          ": expected no argument to require a gradient: this operator is for inference only: use torch_ep.plan, "
+          "dispatch and combine for training");
+    }
+  }
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
 }  // namespace
@@ -128,6 +193,14 @@ TORCH_LIBRARY_IMPL(ep, CPU, m) {
 
 TORCH_LIBRARY_IMPL(ep, CUDA, m) {
   implement(m);
+}
+
+TORCH_LIBRARY_IMPL(ep, Autograd, m) {
+  // What the _recv halves take has no gradient.
+  for (const char* name :
+       {"low_latency_dispatch", "low_latency_dispatch_send", "low_latency_combine", "low_latency_combine_send"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+  }
 }
 
 // Lets Python import this library like a module; there is nothing in it but the registrations above.

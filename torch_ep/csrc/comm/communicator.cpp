@@ -15,8 +15,11 @@
 namespace ep {
 namespace {
 
+using std::chrono::duration_cast;
 using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
+using std::chrono::system_clock;
 
 // How long a wait lasts before this rank publishes in the group's store where it stands, and how long a rank that saw
 // a failure gives the others to do the same. Short against any useful timeout, long against any healthy exchange.
@@ -68,6 +71,10 @@ const char* name_of(OpKind op) {
       return "ep::dispatch";
     case OpKind::combine:
       return "ep::combine";
+    case OpKind::low_latency_dispatch:
+      return "ep::low_latency_dispatch";
+    case OpKind::low_latency_combine:
+      return "ep::low_latency_combine";
   }
   return "an unknown op";
 }
@@ -96,7 +103,7 @@ void init_communicator(
   comm->rank = group->getRank();
   comm->world_size = group->getSize();
   comm->timeout = milliseconds(timeout_ms);
-  TORCH_INTERNAL_ASSERT(limits.size() == 4 && choice.size() == 3);
+  TORCH_INTERNAL_ASSERT(limits.size() == 4 && choice.size() == 5);
   comm->max_hidden = limits[1];
   comm->max_topk = limits[2];
   comm->max_experts = limits[3];
@@ -116,7 +123,9 @@ void init_communicator(
        {"timeout in ms", timeout_ms},
        {"transport (0: auto, 1: c10d, 2: nvlink)", choice[0]},
        {"provider (0: torch, 1: nvshmem)", choice[1]},
-       {"num_sms", choice[2]}});
+       {"num_sms", choice[2]},
+       {"low_latency_tokens (0: None)", choice[3]},
+       {"on_timeout (0: raise, 1: mask)", choice[4]}});
   exchange.confirm();
   std::lock_guard<std::mutex> lock(registry_mutex);
   registry()[group_name] = comm;
@@ -187,6 +196,7 @@ Exchange::Exchange(
   header.op = static_cast<int64_t>(op_);
   header.sequence = sequence_;
   header.failed = failed_;
+  header.entered_ns = duration_cast<nanoseconds>(system_clock::now().time_since_epoch()).count();
   for (size_t i = 0; i < agreed.size(); ++i) {
     header.agreed[i] = agreed[i].value;
   }
@@ -260,8 +270,10 @@ std::vector<int64_t> Exchange::confirm() {
     }
   }
   std::vector<int64_t> recv_rows(world_size);
+  wait_ns_.resize(world_size);
   for (int peer = 0; peer < world_size; ++peer) {
     recv_rows[peer] = sends(peer, rank);
+    wait_ns_[peer] = std::max<int64_t>(0, header(peer).entered_ns - header(rank).entered_ns);
   }
   return recv_rows;
 }

@@ -15,7 +15,15 @@
 namespace ep {
 
 // What an exchange is for. Every rank must issue the same sequence of these on one group.
-enum class OpKind : int64_t { init, plan, dispatch, combine };
+// The halves of a low-latency operator are one exchange: that of `_send`.
+enum class OpKind : int64_t {
+  init = 0,
+  plan = 1,
+  dispatch = 2,
+  combine = 3,
+  low_latency_dispatch = 4,
+  low_latency_combine = 5
+};
 
 const char* name_of(OpKind op);
 
@@ -44,7 +52,7 @@ struct Communicator {
 void check_limit(OpKind op, const char* name, int64_t limit, int64_t got);
 
 // Collective. Throws unless every rank of the group passes the same numbers.
-// `choice`: transport, provider and num_sms, as numbers.
+// `choice`: transport, provider, num_sms, low_latency_tokens and on_timeout, as numbers.
 void init_communicator(
     const std::string& group_name,
     int64_t timeout_ms,
@@ -63,7 +71,7 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
 // same exchange, and the group stays usable, since all of them took part in the same all-to-all.
 class Exchange {
  public:
-  static constexpr size_t kMaxAgreed = 8;
+  static constexpr size_t kMaxAgreed = 10;
   static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
 
   // Starts the headers' all-to-all and returns at once. `send_rows[r]`: rows that this rank will send to r;
@@ -81,6 +89,10 @@ class Exchange {
   // on a rank that failed itself: its own error says more.
   std::vector<int64_t> confirm();
 
+  // After `confirm`: how much later than this rank each rank came to this exchange, in ns, 0 for the earlier ones.
+  // Between hosts it is as exact as their clocks.
+  const std::vector<int64_t>& wait_ns() const { return wait_ns_; }
+
   // Starts moving rows [n, width]: `input` holds those for rank 0 first. Both contiguous, of one width and dtype.
   void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows);
   // Waits for everything started.
@@ -91,6 +103,7 @@ class Exchange {
     int64_t op;
     int64_t sequence;
     int64_t failed;
+    int64_t entered_ns;  // of the system's clock, which the ranks of a host share
     std::array<int64_t, kMaxAgreed> agreed;
     std::array<char, kMaxMessage> message;
     // Then int64 [world_size] rows to each rank and int64 [world_size] rows expected from each, kUnknown if not known.
@@ -119,6 +132,7 @@ class Exchange {
   at::Tensor headers_out_, headers_in_;
   std::chrono::steady_clock::time_point deadline_;
   c10::intrusive_ptr<c10d::Work> header_work_;
+  std::vector<int64_t> wait_ns_;
   std::vector<Transfer> transfers_;
 };
 

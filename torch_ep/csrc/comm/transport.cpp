@@ -44,9 +44,9 @@ bool drop(const std::string& group_name) {
   return idle;
 }
 
-std::shared_ptr<Transport> existing(const std::string& group_name) {
+std::shared_ptr<Transport> existing(const char* caller, const std::string& group_name) {
   auto transport = find(group_name).transport;
-  TORCH_CHECK(transport, "torch_ep.reset: group '", group_name, "' does not use the nvlink transport");
+  TORCH_CHECK(transport, caller, ": group '", group_name, "' does not use the nvlink transport");
   return transport;
 }
 
@@ -89,8 +89,13 @@ bool nvlink_runs() {
 #endif
 }
 
+int64_t nvlink_most_experts(int64_t world_size) {
+  return cuda::most_experts(world_size);
+}
+
 int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms) {
-  return cuda::layout_of(world_size, limits, num_sms).bytes();
+  const auto layout = cuda::layout_of(world_size, limits, num_sms);
+  return layout.bytes() + cuda::low_latency_layout_of(layout, limits).bytes();
 }
 
 bool init_nvlink(const NvlinkOptions& options) {
@@ -106,11 +111,19 @@ bool init_nvlink(const NvlinkOptions& options) {
 }
 
 int64_t settle_nvlink(const std::string& group_name) {
-  return existing(group_name)->settle();
+  return existing("torch_ep.reset", group_name)->settle();
 }
 
 void restart_nvlink(const std::string& group_name, int64_t epoch) {
-  existing(group_name)->restart(epoch);
+  existing("torch_ep.reset", group_name)->restart(epoch);
+}
+
+int64_t masked_nvlink(const std::string& group_name) {
+  return existing("torch_ep.active_ranks", group_name)->masked();
+}
+
+void mask_nvlink(const std::string& group_name, int64_t ranks) {
+  existing("torch_ep.mask_ranks", group_name)->mask(ranks);
 }
 
 bool destroy_transport(const std::string& group_name) {

@@ -8,16 +8,17 @@
 namespace ep::cuda {
 
 // As ep::OpKind (comm/communicator.h).
-enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3 };
+enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
 
 enum class Failure : int64_t {
   none = 0,
   timeout,    // nothing from `peer` for too long; every later exchange ends at once, until a reset
-  left,       // `peer` gave up this exchange; likewise
+  left,       // `peer` gave up this exchange, for rank `detail` did not come; likewise
   elsewhere,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
   mismatch,   // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
   bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
               // the earlier slot of the token that has it too, or one of the two below
+  bad_order,  // the ticket of exchange `theirs` was received where `ours` was next; likewise as timeout
   bad_plan,   // an index of the plan leaves its rows: `detail` = which tensor, `ours` = the bound, `theirs` = the value
 };
 
@@ -43,9 +44,23 @@ struct Mailbox {
   int64_t rows;
   int64_t plan_failed;
   uint64_t plan_epoch;
+  // Not 0: a wait timed out, in that exchange, and every later one ends at once. `kind` may tell of an earlier failure.
+  int64_t stopped;
 };
 
 constexpr int kMaxBlocks = 256;
+
+// Of one kind of low-latency exchange.
+struct LowLatencyState {
+  // Of each half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
+  // decides for all of them; only where a time-out masks.
+  uint64_t verdict[2][kMaxRanks];
+  uint64_t sent, received;      // numbers of the last exchanges that were
+  uint64_t last_use[2];         // of each half: the exchange in which this rank last wrote into its peers
+  uint64_t wait_ns[kMaxRanks];  // longest wait for each peer in the exchange at hand
+  uint64_t recorded;            // as State's
+  uint32_t blocks_sent, blocks_received;
+};
 
 // Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except
 // where threads of one kernel tell each other something.
@@ -62,6 +77,9 @@ struct State {
   // The next pieces of work of this exchange that no warp has taken yet; see Tickets (device/exchange.cuh).
   uint32_t tickets[2];
   int32_t send_rows[kMaxBlocks * kMaxRanks];
+  // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
+  uint32_t masked_by_host, masked_by_timeout;
+  LowLatencyState low_latency[LowLatencyLayout::kKinds];
 };
 
 struct Comm {
@@ -71,8 +89,10 @@ struct Comm {
   // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_slot, rebuilt by every exchange that needs it
   uint64_t* rows_of;
   Layout layout;
+  LowLatencyLayout low_latency;
   int rank;
   int64_t timeout_ns;
+  bool masks;  // low-latency pair: a time-out masks the peer, instead of failing
 };
 
 struct PlanArgs {
@@ -150,6 +170,68 @@ struct CombineArgs {
   char* out_weights;
 };
 
+// --- the low-latency pair ---
+
+enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
+
+// What an operator does here: all of it, or one half.
+enum class Part : int { both, send, receive };
+
+struct LowLatencyDispatchArgs {
+  Comm comm;
+  Part part;
+  int64_t* ticket;  // of the halves: the number of the exchange
+  // To send.
+  const char* x;
+  const void* topk_idx;
+  bool wide_idx;              // int64, not int32
+  const float* topk_weights;  // or null: all 1
+  int num_tokens;
+  Element element;  // of x
+  // To receive. C = world_size * max_tokens rows of each local expert.
+  char* rows;          // [L, C] of row_bytes
+  void* scales;        // [L, num_scales, scale_rows] float32, or int32 of four exponents
+  int64_t scale_rows;  // C, padded
+  int32_t* tokens_per_expert;
+  int32_t* source_offsets;
+  int32_t* recv_slot;
+  int32_t* recv_row;
+  float* row_weights;
+  int64_t* wait_ns;
+  // Both.
+  Quantize quantize;
+  int max_tokens;  // the operator's: rows of `rows` are counted by it
+  int num_topk, num_experts;
+  int hidden;
+  int row_bytes;   // of a row as it travels and arrives
+  int num_scales;  // of a row, words of four bytes
+  // A row's record on its way: [row | scales | a Place for each slot].
+  EP_HOST_DEVICE int64_t scales_at() const { return round_up(row_bytes, 16); }
+  EP_HOST_DEVICE int64_t places_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
+  EP_HOST_DEVICE int64_t record_bytes() const { return places_at() + num_topk * kPlaceBytes; }
+};
+
+struct LowLatencyCombineArgs {
+  Comm comm;
+  Part part;
+  int64_t* ticket;
+  // To send.
+  const char* y;
+  const float* row_weights;
+  const int32_t* recv_row;
+  int max_tokens;  // of the dispatch
+  // To receive.
+  char* out;
+  const void* topk_idx;
+  bool wide_idx;
+  int num_tokens;
+  int64_t* wait_ns;
+  // Both.
+  Element element;
+  int num_topk, num_experts;
+  int row_bytes;
+};
+
 // Bytes of a record that one exchange can carry at most.
 int max_record_bytes();
 // Shared memory that ep::plan needs, in bytes; more than the device has if there are too many experts.
@@ -160,9 +242,14 @@ int64_t plan_shared_bytes(int num_experts, int world_size);
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch();
 cudaError_t prepare_combine();
+cudaError_t prepare_low_latency_dispatch();
+cudaError_t prepare_low_latency_combine();
 
 cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
+// `multiprocessors`: of the device; the most blocks that may wait for each other.
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_low_latency_combine(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream);
 
 }  // namespace ep::cuda

@@ -18,6 +18,26 @@ constexpr int kMaxTopk = 32;  // one lane a slot
 // Rows of one rank that can be numbered beside a count in the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
+// ep::plan places the tokens of so many ranks at once, in a block, each kPlanWords * 32 at a time.
+constexpr int kPlanGroups = 4;
+constexpr int kPlanWords = 8;
+
+EP_HOST_DEVICE constexpr int plan_groups(int world_size) {
+  return world_size < kPlanGroups ? world_size : kPlanGroups;
+}
+
+// Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
+// of each token that is placed at once; and counts of that expert of every rank.
+EP_HOST_DEVICE constexpr int64_t plan_words_an_expert(int world_size) {
+  return 2 + 2 * world_size + plan_groups(world_size) * kPlanWords;
+}
+
+// That find room in the shared memory of a block.
+EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
+  constexpr int64_t kSharedBytes = 200 * 1024;
+  return kSharedBytes / 4 / plan_words_an_expert(static_cast<int>(world_size)) * world_size;
+}
+
 EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
@@ -80,6 +100,57 @@ struct Layout {
     return rows_bytes() + dispatch_rows(source, reader);
   }
   EP_HOST_DEVICE int64_t bytes() const { return rows_begin() + 2 * rows_bytes(); }
+};
+
+// What travels behind a row of the low-latency pair for each slot of its token.
+struct alignas(16) Place {
+  int expert;  // -1: none
+  int index;   // among the rows that the source sends to this expert
+  float weight;
+  int unused;
+};
+constexpr int64_t kPlaceBytes = sizeof(Place);
+
+// Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
+// has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
+// reader's own included: nothing has to be counted before they leave.
+struct LowLatencyLayout {
+  static constexpr int kKinds = 2;       // dispatch, combine
+  static constexpr int kRowFlags = 4;    // of a row of combine: column by column, so that several warps share a row
+  static constexpr int kVisitBits = 32;  // tokens a word
+  int64_t begin;                         // in the symmetric buffer
+  int world_size;
+  int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
+  int num_topk;
+  int num_local_experts;
+  int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+
+  EP_HOST_DEVICE int64_t num_rows() const { return int64_t{world_size} * max_tokens; }
+  EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
+  // A header; the counts of each local expert; the bits of the tokens that come.
+  EP_HOST_DEVICE int64_t header_bytes() const {
+    return round_up(static_cast<int64_t>(sizeof(Header)) + (num_local_experts + visit_words()) * int64_t{4}, 128);
+  }
+
+  EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (int64_t{kind} * world_size + source) * 8; }
+  EP_HOST_DEVICE int64_t header(int half, int source) const {
+    return round_up(done(kKinds, 0), 128) + (int64_t{half} * world_size + source) * header_bytes();
+  }
+  EP_HOST_DEVICE int64_t dispatch_flag(int half, int source, int token) const {
+    return header(2, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * 8;
+  }
+  EP_HOST_DEVICE int64_t combine_flag(int half, int source, int token, int part) const {
+    return dispatch_flag(2, 0, 0) +
+           (((int64_t{half} * world_size + source) * max_tokens + token) * kRowFlags + part) * 8;
+  }
+  EP_HOST_DEVICE int64_t dispatch_row(int half, int source, int token) const {
+    return round_up(combine_flag(2, 0, 0, 0), 128) +
+           ((int64_t{half} * world_size + source) * max_tokens + token) * slot_bytes;
+  }
+  EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
+    return dispatch_row(2, 0, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * slot_bytes;
+  }
+  EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : combine_row(2, 0, 0) - begin; }
 };
 
 }  // namespace ep::cuda

@@ -13,17 +13,14 @@ namespace {
 
 constexpr int kThreads = 1024;
 // Each group of kPlacers threads places the share of one rank, kPlacers tokens at a time: a bit each, in words of 32.
-constexpr int kPlacers = 256;
-constexpr int kMaxGroups = kThreads / kPlacers;
-constexpr int kWords = kPlacers / 32;
+constexpr int kMaxGroups = kPlanGroups;
+constexpr int kPlacers = kThreads / kMaxGroups;
+constexpr int kWords = kPlanWords;
+static_assert(kWords * 32 == kPlacers);
 // Entries of topk_idx that a thread has in its registers at once.
 constexpr int kBatch = 8;
 // Entries of topk_idx are written to peers four at a time.
 constexpr int kQuad = 4;
-
-__host__ __device__ constexpr int num_groups(int world_size) {
-  return world_size < kMaxGroups ? world_size : kMaxGroups;
-}
 
 // What a block knows after `count`, in shared memory.
 struct Shared {
@@ -43,11 +40,6 @@ struct RankCounts {
   int num_tokens;  // of the rank
 };
 
-__host__ __device__ constexpr int64_t shared_ints(int num_experts, int world_size) {
-  const int num_local_experts = num_experts / world_size;
-  return int64_t{num_local_experts} * (2 + world_size + num_groups(world_size) * kWords) + num_experts;
-}
-
 class PlanBlock {
  public:
   __device__ PlanBlock(const PlanArgs& args, RankCounts* ranks, int* words)
@@ -57,7 +49,7 @@ class PlanBlock {
     s_.expert_begin = s_.expert_total + num_local_;
     s_.before = s_.expert_begin + num_local_;
     s_.bits = reinterpret_cast<uint32_t*>(s_.before + world_size_ * num_local_);
-    s_.histogram = reinterpret_cast<int*>(s_.bits + num_groups(world_size_) * num_local_ * kWords);
+    s_.histogram = reinterpret_cast<int*>(s_.bits + plan_groups(world_size_) * num_local_ * kWords);
   }
 
   __device__ void run() {
@@ -385,7 +377,7 @@ class PlanBlock {
 
   __device__ void place() {
     __shared__ VisitBits visits[kMaxGroups];
-    const int group = static_cast<int>(threadIdx.x) / kPlacers, groups = num_groups(world_size_);
+    const int group = static_cast<int>(threadIdx.x) / kPlacers, groups = plan_groups(world_size_);
     if (group < groups) {
       for (int r = group; r < world_size_; r += groups) {
         place_rank(r, group, visits[group]);
@@ -616,7 +608,7 @@ __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant
 }  // namespace
 
 int64_t plan_shared_bytes(int num_experts, int world_size) {
-  return shared_ints(num_experts, world_size) * static_cast<int64_t>(sizeof(int));
+  return num_experts / world_size * plan_words_an_expert(world_size) * static_cast<int64_t>(sizeof(int));
 }
 
 cudaError_t prepare_plan() {

@@ -37,7 +37,8 @@ struct Exchange {
   Op op;
   uint64_t epoch;
 
-  __device__ Exchange(const Comm& c, Op o) : comm(c), op(o), epoch(fresh(c.state->epoch) + 1) {}
+  __device__ Exchange(const Comm& c, Op o) : Exchange(c, o, fresh(c.state->epoch) + 1) {}
+  __device__ Exchange(const Comm& c, Op o, uint64_t e) : comm(c), op(o), epoch(e) {}
   __device__ const Layout& layout() const { return comm.layout; }
   __device__ int world_size() const { return comm.layout.world_size; }
   __device__ char* own(int64_t offset) const { return comm.buffers[comm.rank] + offset; }
@@ -55,12 +56,12 @@ struct Trouble {
   int64_t peer, detail, ours, theirs, theirs_epoch;
 };
 
-// The first failure of an exchange goes to the host; it is what the next call raises.
-__device__ inline void record(const Exchange& x, const Trouble& r) {
-  State& state = *x.comm.state;
-  auto* recorded = reinterpret_cast<unsigned long long*>(&state.recorded);
+// The first failure of an exchange goes to the host; it is what the next call raises. `recorded`: the epoch of the last
+// one of exchanges that are counted as this one is.
+__device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* recorded) {
   Mailbox& mailbox = *x.comm.mailbox;
-  if (atomicMax(recorded, x.epoch) < x.epoch && fresh(mailbox.kind) == 0) {
+  const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(recorded), x.epoch);
+  if (last < x.epoch && fresh(mailbox.kind) == 0) {
     fresh(mailbox.op) = static_cast<int64_t>(x.op);
     fresh(mailbox.phase) = static_cast<int64_t>(r.phase);
     fresh(mailbox.epoch) = static_cast<int64_t>(x.epoch);
@@ -74,6 +75,10 @@ __device__ inline void record(const Exchange& x, const Trouble& r) {
   }
 }
 
+__device__ inline void record(const Exchange& x, const Trouble& r) {
+  record(x, r, &x.comm.state->recorded);
+}
+
 // Makes every wait of this exchange end.
 __device__ inline void abort_exchange(const Exchange& x) {
   fresh(x.comm.state->aborted) = x.epoch;
@@ -83,8 +88,10 @@ __device__ inline bool is_aborted(const Exchange& x) {
   return fresh(x.comm.state->aborted) == x.epoch;
 }
 
-// What `left` holds beside the epoch, where it was left for a mismatch and not for a time-out.
+// What `left` holds beside the epoch: that it was left for a mismatch; or 1 + the rank that did not come.
 constexpr uint64_t kMismatch = uint64_t{1} << 63;
+constexpr int kMissingShift = 56;
+constexpr uint64_t kMissing = uint64_t{0x7f} << kMissingShift;
 
 __device__ inline void leave(const Exchange& x, uint64_t cause) {
   abort_exchange(x);
@@ -95,10 +102,19 @@ __device__ inline void leave(const Exchange& x, uint64_t cause) {
   }
 }
 
-__device__ inline void give_up(const Exchange& x, const Trouble& r) {
-  record(x, r);
+// Every later exchange ends at once, until a reset. The mailbox may still have an earlier failure: the host is told
+// that this one came after it.
+__device__ inline void stop(const Exchange& x) {
+  fresh(x.comm.mailbox->stopped) = static_cast<int64_t>(x.epoch);
+  __threadfence_system();
   fresh(x.comm.state->failed) = 1;
-  leave(x, 0);
+}
+
+// `missing`: the rank without which this exchange cannot end.
+__device__ inline void give_up(const Exchange& x, const Trouble& r, int missing) {
+  record(x, r);
+  stop(x);
+  leave(x, static_cast<uint64_t>(missing + 1) << kMissingShift);
 }
 
 // A wait that ends: by time-out, because a peer gave up, or because this exchange was aborted.
@@ -121,13 +137,14 @@ class Wait {
       since_ = now;
     }
     if (now - since_ > x_.comm.timeout_ns) {
-      give_up(x_, {Failure::timeout, phase_, peer, 0, 0, static_cast<int64_t>(seen), 0});
+      give_up(x_, {Failure::timeout, phase_, peer, 0, 0, static_cast<int64_t>(seen), 0}, peer);
       return false;
     }
     for (int p = 0; p < x_.world_size(); ++p) {
       const uint64_t left = p == x_.comm.rank ? 0 : load_relaxed_system(x_.own(x_.layout().left(p)));
-      if (left == x_.epoch) {
-        give_up(x_, {Failure::left, phase_, p, 0, 0, 0, 0});
+      if ((left & ~kMissing) == x_.epoch) {
+        const auto missing = static_cast<int>((left & kMissing) >> kMissingShift) - 1;
+        give_up(x_, {Failure::left, phase_, p, missing, 0, 0, 0}, missing);
         return false;
       }
       if (left == (x_.epoch | kMismatch) && !meets_) {

@@ -1,0 +1,664 @@
+// Several ranks of the low-latency kernels on one GPU, all of them in each launch: see virtual_ranks.cu.
+//
+//   nvcc -arch=sm_90a -std=c++20 -O3 -lineinfo -Xcompiler -ffp-contract=off low_latency.cu -o low_latency
+//   compute-sanitizer --tool memcheck --error-exitcode 1 ./low_latency --cases 24
+//
+// Random problems go through dispatch and combine, whole and in halves, two on their way at once; results are compared,
+// bit by bit, with what the lines below work out on the host as torch_ep/reference.py does.
+#include "common.cuh"
+
+#include <memory>
+
+namespace dispatch_file {
+using namespace ::ep::cuda;
+#include "../../torch_ep/csrc/cuda/low_latency_dispatch.cu"
+
+namespace ep::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1)
+    virtual_dispatch(const LowLatencyDispatchArgs* ranks, const __grid_constant__ LowLatencyShape shape) {
+  LowLatencyDispatch(ranks[blockIdx.y], shape).run<T>();
+}
+
+template <class T>
+cudaError_t launch_virtual(
+    const std::vector<LowLatencyDispatchArgs>& ranks,
+    const LowLatencyDispatchArgs* on_device,
+    int multiprocessors) {
+  const LowLatencyShape shape = shape_of(ranks[0]);
+  const auto shared =
+      static_cast<int>(LowLatencyDispatch::shared_bytes(shape, ranks[0].num_experts, words_of(ranks[0])));
+  const auto kernel = virtual_dispatch<T>;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  int blocks = 0;
+  for (const auto& args : ranks) {
+    blocks = std::max(blocks, blocks_of(args, shape, multiprocessors));
+  }
+  const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
+  kernel<<<grid, kThreads, shared>>>(on_device, shape);
+  return cudaGetLastError();
+}
+
+}  // namespace ep::cuda
+}  // namespace dispatch_file
+
+namespace combine_file {
+using namespace ::ep::cuda;
+#include "../../torch_ep/csrc/cuda/low_latency_combine.cu"
+
+namespace ep::cuda {
+
+template <class T>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) virtual_combine(const LowLatencyCombineArgs* ranks) {
+  LowLatencyCombine<T>(ranks[blockIdx.y]).run();
+}
+
+template <class T>
+cudaError_t launch_virtual(
+    const std::vector<LowLatencyCombineArgs>& ranks,
+    const LowLatencyCombineArgs* on_device,
+    int multiprocessors) {
+  const auto kernel = virtual_combine<T>;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  int blocks = 0;
+  for (const auto& args : ranks) {
+    blocks = std::max(blocks, blocks_of(args, multiprocessors));
+  }
+  const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
+  kernel<<<grid, kMaxWarps * kWarp, kSharedBytes>>>(on_device);
+  return cudaGetLastError();
+}
+
+}  // namespace ep::cuda
+}  // namespace combine_file
+
+namespace {
+
+// --- ranks ---
+
+constexpr int kMostTokens = 24;
+constexpr int kMostLocal = 9;
+constexpr int64_t kSlotBytes = 10240;
+constexpr int64_t kTimeoutNs = 120'000'000'000;  // kernels are slow under a sanitizer
+// Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each
+// other.
+constexpr int64_t kShortNs = 3'000'000'000;
+constexpr int kMultiprocessors = 5;  // of each rank, so that blocks have more than one token
+
+class World {
+ public:
+  explicit World(int world_size, bool masks = false, int64_t timeout_ns = kTimeoutNs) {
+    const LowLatencyLayout layout{256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes};
+    for (int r = 0; r < world_size; ++r) {
+      Comm comm{};
+      comm.state = memory_.zeros<State>(1);
+      comm.layout.world_size = world_size;
+      comm.low_latency = layout;
+      comm.rank = r;
+      comm.timeout_ns = timeout_ns;
+      comm.masks = masks;
+      void* mailbox = nullptr;
+      check(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
+      std::memset(mailbox, 0, sizeof(Mailbox));
+      comm.mailbox = static_cast<Mailbox*>(mailbox);
+      comms_.push_back(comm);
+    }
+    for (int r = 0; r < world_size; ++r) {
+      char* buffer = memory_.zeros<char>(layout.begin + layout.bytes());
+      for (Comm& comm : comms_) {
+        comm.buffers[r] = buffer;
+      }
+    }
+  }
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+  ~World() {
+    for (const Comm& comm : comms_) {
+      check(cudaFreeHost(comm.mailbox));
+    }
+  }
+
+  const Comm& comm(int rank) const { return comms_[rank]; }
+  int size() const { return static_cast<int>(comms_.size()); }
+
+  // Waits for everything that was started: nothing may have failed, unless `failure` is what is expected of rank 0.
+  void settle(Failure failure = Failure::none) const {
+    check(cudaDeviceSynchronize());
+    for (const Comm& comm : comms_) {
+      Mailbox& m = *comm.mailbox;
+      if (m.kind != static_cast<int64_t>(comm.rank == 0 ? failure : Failure::none)) {
+        fail(
+            "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
+            std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
+            ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
+            std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs));
+      }
+      m.kind = 0;
+    }
+  }
+
+ private:
+  Memory memory_;
+  vector<Comm> comms_;
+};
+
+// --- problems ---
+
+constexpr const char* kQuantize[] = {"bf16", "fp8", "fp8_pow2", "fp8_ue8m0"};
+
+struct Case {
+  vector<int> tokens;  // of each rank
+  int max_tokens = 1, num_topk = 1, num_local = 1;
+  Element element = Element::bf16;
+  Quantize quantize = Quantize::none;
+  int hidden = 8;
+  bool wide_idx = false, weights = true;
+  int holes = 0;  // of 8 entries
+  bool one_expert = false;
+  int lost = -1;  // a rank that does not come, and has no tokens
+
+  int world_size() const { return static_cast<int>(tokens.size()); }
+  int num_experts() const { return num_local * world_size(); }
+  int rows() const { return world_size() * max_tokens; }  // C
+};
+
+std::string describe(const Case& c) {
+  std::string text = std::to_string(c.world_size()) + " ranks, tokens";
+  for (const int n : c.tokens) {
+    text += ' ';
+    text += std::to_string(n);
+  }
+  return text + " of " + std::to_string(c.max_tokens) + ", top-" + std::to_string(c.num_topk) + " of " +
+         std::to_string(c.num_experts()) + " experts, hidden " + std::to_string(c.hidden) + ", element " +
+         std::to_string(static_cast<int>(c.element)) + ", " + kQuantize[static_cast<int>(c.quantize)] +
+         (c.weights ? ", weights" : "") + (c.wide_idx ? ", int64" : "") + ", holes " + std::to_string(c.holes) +
+         (c.one_expert ? ", one expert" : "");
+}
+
+Case draw(Random& r, int world_size) {
+  Case c;
+  c.max_tokens = r.pick({1, 3, 8, kMostTokens});
+  for (int i = 0; i < world_size; ++i) {
+    c.tokens.push_back(r.below(4) == 0 ? 0 : r.below(c.max_tokens + 1));
+  }
+  c.num_topk = r.pick({1, 2, 8, 9, 16});
+  c.num_local = r.pick({1, 2, 5, kMostLocal});
+  c.element = r.pick({Element::bf16, Element::bf16, Element::f16, Element::f32});
+  c.quantize = static_cast<Quantize>(r.below(4));
+  c.hidden = r.pick({16, 112, 128, 144, 640, 2048});
+  c.wide_idx = r.below(2) != 0;
+  c.weights = r.below(4) != 0;
+  c.holes = r.pick({0, 0, 2, 8});
+  c.one_expert = r.below(6) == 0;
+  return c;
+}
+
+// --- what is expected ---
+
+// The number of a byte of e4m3.
+float decode(int byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const float value = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                    : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return byte >> 7 != 0 ? -value : value;
+}
+
+// The nearest number of e4m3; of two, the one with an even mantissa. No infinity: the largest is 448, 0x7e.
+char encode(float value) {
+  const float magnitude = std::fabs(value);
+  int best = 0;
+  for (int byte = 0; byte < 0x7f; ++byte) {
+    const float distance = std::fabs(decode(byte) - magnitude), least = std::fabs(decode(best) - magnitude);
+    if (distance < least || (distance == least && byte % 2 == 0)) {
+      best = byte;
+    }
+  }
+  return static_cast<char>(best | (std::signbit(value) ? 0x80 : 0));
+}
+
+template <class T>
+class Run {
+ public:
+  Run(World& world, const Case& c, Random& random) : world_(world), c_(c), random_(random) {
+    const int chosen = random.below(c.num_experts());
+    for (int r = 0; r < c.world_size(); ++r) {
+      vector<int> topk;
+      vector<T> x;
+      vector<float> weights;
+      for (int t = 0; t < c.tokens[r]; ++t) {
+        vector<int> slots(std::max(c.num_topk, c.num_experts()), -1);
+        for (int e = 0; e < c.num_experts(); ++e) {
+          slots[e] = e;
+        }
+        for (size_t i = slots.size(); i > 1; --i) {
+          std::swap(slots[i - 1], slots[random.below(static_cast<int>(i))]);
+        }
+        for (int k = 0; k < c.num_topk; ++k) {
+          const bool hole = random.below(8) < c.holes || (c.one_expert && k != chosen % c.num_topk);
+          topk.push_back(hole ? -1 : c.one_expert ? chosen : slots[k]);
+          weights.push_back(static_cast<float>(random.number()));
+        }
+        for (int j = 0; j < c.hidden; ++j) {
+          x.push_back(rounded<T>(random.number()));
+        }
+      }
+      topk_.push_back(topk);
+      x_.push_back(x);
+      weights_.push_back(weights);
+    }
+    row_bytes_ = c.hidden * (c.quantize == Quantize::none ? static_cast<int>(sizeof(T)) : 1);
+    const int groups = (c.hidden + 127) / 128;
+    num_scales_ = c.quantize == Quantize::none ? 0 : c.quantize == Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
+    route();
+  }
+
+  void dispatch(Part part) {
+    if (part != Part::receive) {
+      dispatches_ = make_dispatches();
+    }
+    for (auto& args : dispatches_) {
+      args.part = part;
+    }
+    check(dispatch_file::ep::cuda::launch_virtual<T>(dispatches_, memory_.copy(dispatches_), kMultiprocessors));
+  }
+
+  void combine(Part part) {
+    if (part != Part::receive) {
+      combines_ = make_combines();
+    }
+    for (auto& args : combines_) {
+      args.part = part;
+    }
+    check(combine_file::ep::cuda::launch_virtual<T>(combines_, memory_.copy(combines_), kMultiprocessors));
+  }
+
+  void check_results() {
+    for (size_t i = 0; i < dispatches_.size(); ++i) {
+      const int r = dispatches_[i].comm.rank;
+      check_dispatch(r, dispatches_[i]);
+      const auto sums = wanted_sums(r);
+      const auto got = fetch(reinterpret_cast<const T*>(combines_[i].out), sums.size());
+      expect("combine", r, as_numbers(got), as_numbers(sums));
+    }
+  }
+
+  // Two entries of a token that are the same are an error of their rank; the rest of the exchange goes on.
+  void spoil() {
+    topk_[0][0] = topk_[0][1] = 0;
+    dispatch(Part::both);
+    world_.settle(Failure::bad_topk);
+    const auto& m = *world_.comm(0).mailbox;
+    if (m.detail != 1 || m.ours != 0 || m.theirs != 0) {
+      fail("a doubled expert is at entry " + std::to_string(m.detail));
+    }
+  }
+
+ private:
+  int rank_of(int expert) const { return expert / c_.num_local; }
+
+  // recv_row and what follows from it.
+  void route() {
+    const int world_size = c_.world_size();
+    recv_row_.assign(world_size, vector<int>(size_t{1} * c_.rows() * c_.num_topk, -1));
+    recv_slot_.assign(world_size, vector<int>(size_t{1} * c_.num_local * c_.rows(), -1));
+    ends_.assign(world_size, vector<int>(size_t{1} * c_.num_local * world_size));
+    for (int r = 0; r < world_size; ++r) {
+      for (int e = 0; e < c_.num_local; ++e) {
+        int row = 0;
+        for (int s = 0; s < world_size; ++s) {
+          for (int i = 0; i < c_.tokens[s] * c_.num_topk; ++i) {
+            if (topk_[s][i] == r * c_.num_local + e) {
+              const int slot = s * c_.max_tokens * c_.num_topk + i;
+              recv_row_[r][slot] = e * c_.rows() + row;
+              recv_slot_[r][e * c_.rows() + row] = slot;
+              ++row;
+            }
+          }
+          ends_[r][e * world_size + s] = row;
+        }
+      }
+    }
+  }
+
+  template <class Index>
+  const void* copy_topk(int rank) {
+    return memory_.copy(vector<Index>(topk_[rank].begin(), topk_[rank].end()));
+  }
+
+  vector<LowLatencyDispatchArgs> make_dispatches() {
+    vector<LowLatencyDispatchArgs> ranks;
+    const size_t rows = size_t{1} * c_.num_local * c_.rows();
+    for (int r = 0; r < c_.world_size(); ++r) {
+      if (r == c_.lost) {
+        continue;
+      }
+      LowLatencyDispatchArgs a{};
+      a.comm = world_.comm(r);
+      a.ticket = memory_.make<int64_t>(1);
+      a.x = reinterpret_cast<const char*>(memory_.copy(x_[r]));
+      a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
+      a.wide_idx = c_.wide_idx;
+      a.topk_weights = c_.weights ? memory_.copy(weights_[r]) : nullptr;
+      a.num_tokens = c_.tokens[r];
+      a.element = c_.element;
+      a.rows = memory_.make_for_bulk(rows * row_bytes_);
+      a.scale_rows = round_up(c_.rows(), 4);
+      a.scales = memory_.make<float>(size_t{1} * c_.num_local * num_scales_ * a.scale_rows);
+      a.tokens_per_expert = memory_.make<int32_t>(c_.num_local);
+      a.source_offsets = memory_.make<int32_t>(size_t{1} * c_.num_local * c_.world_size());
+      a.recv_slot = memory_.make<int32_t>(rows);
+      a.recv_row = memory_.make<int32_t>(size_t{1} * c_.rows() * c_.num_topk);
+      a.row_weights = memory_.make<float>(rows);
+      a.wait_ns = memory_.make<int64_t>(c_.world_size());
+      a.quantize = c_.quantize;
+      a.max_tokens = c_.max_tokens;
+      a.num_topk = c_.num_topk;
+      a.num_experts = c_.num_experts();
+      a.hidden = c_.hidden;
+      a.row_bytes = row_bytes_;
+      a.num_scales = num_scales_;
+      ranks.push_back(a);
+    }
+    return ranks;
+  }
+
+  vector<LowLatencyCombineArgs> make_combines() {
+    vector<LowLatencyCombineArgs> ranks;
+    y_.clear();
+    for (int r = 0; r < c_.world_size(); ++r) {
+      // No number where there is no row, since that must not count.
+      vector<T> y;
+      for (const int slot : recv_slot_[r]) {
+        for (int j = 0; j < c_.hidden; ++j) {
+          y.push_back(rounded<T>(slot >= 0 ? random_.number() : std::numeric_limits<double>::quiet_NaN()));
+        }
+      }
+      y_.push_back(y);
+      if (r == c_.lost) {
+        continue;
+      }
+      const LowLatencyDispatchArgs& dispatched = dispatches_[ranks.size()];
+      LowLatencyCombineArgs a{};
+      a.comm = world_.comm(r);
+      a.ticket = memory_.make<int64_t>(1);
+      a.y = reinterpret_cast<const char*>(memory_.copy(y));
+      a.row_weights = dispatched.row_weights;
+      a.recv_row = dispatched.recv_row;
+      a.max_tokens = c_.max_tokens;
+      a.out = memory_.make<char>(size_t{1} * c_.tokens[r] * c_.hidden * sizeof(T));
+      a.topk_idx = dispatched.topk_idx;
+      a.wide_idx = c_.wide_idx;
+      a.num_tokens = c_.tokens[r];
+      a.wait_ns = memory_.make<int64_t>(c_.world_size());
+      a.element = c_.element;
+      a.num_topk = c_.num_topk;
+      a.num_experts = c_.num_experts();
+      a.row_bytes = c_.hidden * static_cast<int>(sizeof(T));
+      ranks.push_back(a);
+    }
+    return ranks;
+  }
+
+  float weight_of(int slot) const {
+    const int source = slot / (c_.max_tokens * c_.num_topk);
+    return c_.weights ? weights_[source][slot % (c_.max_tokens * c_.num_topk)] : 1;
+  }
+
+  // (bytes of a row, its scales as words of four bytes).
+  std::pair<vector<char>, vector<uint32_t>> wanted_row(int slot) const {
+    const int source = slot / (c_.max_tokens * c_.num_topk);
+    const int token = slot % (c_.max_tokens * c_.num_topk) / c_.num_topk;
+    const T* x = &x_[source][size_t{1} * token * c_.hidden];
+    vector<char> row(row_bytes_);
+    vector<uint32_t> scales(num_scales_);
+    if (c_.quantize == Quantize::none) {
+      std::memcpy(row.data(), x, row_bytes_);
+      return {row, scales};
+    }
+    for (int first = 0; first < c_.hidden; first += 128) {
+      const int end = std::min(first + 128, c_.hidden), group = first / 128;
+      float most = 1e-4F;
+      for (int j = first; j < end; ++j) {
+        most = std::max(most, std::fabs(to_wide(x[j])));
+      }
+      float scale = most / 448, inverse = 448 / most;
+      if (c_.quantize != Quantize::fp8) {
+        scale = std::exp2(std::ceil(std::log2(scale)));
+        inverse = 1 / scale;
+      }
+      for (int j = first; j < end; ++j) {
+        row[j] = encode(to_wide(x[j]) * inverse);
+      }
+      uint32_t bits = 0;
+      std::memcpy(&bits, &scale, sizeof(bits));
+      if (c_.quantize == Quantize::fp8_ue8m0) {
+        scales[group / 4] |= bits >> 23 << group % 4 * 8;
+      } else {
+        scales[group] = bits;
+      }
+    }
+    return {row, scales};
+  }
+
+  void check_dispatch(int r, const LowLatencyDispatchArgs& a) const {
+    vector<int> totals;
+    for (int e = 0; e < c_.num_local; ++e) {
+      totals.push_back(ends_[r][(e + 1) * c_.world_size() - 1]);
+    }
+    expect("tokens_per_expert", r, fetch(a.tokens_per_expert, totals.size()), totals);
+    expect("source_offsets", r, fetch(a.source_offsets, ends_[r].size()), ends_[r]);
+    expect("recv_slot", r, fetch(a.recv_slot, recv_slot_[r].size()), recv_slot_[r]);
+    expect("recv_row", r, fetch(a.recv_row, recv_row_[r].size()), recv_row_[r]);
+    const auto rows = fetch(a.rows, recv_slot_[r].size() * row_bytes_);
+    const auto weights = fetch(a.row_weights, recv_slot_[r].size());
+    const auto scales =
+        fetch(static_cast<const uint32_t*>(a.scales), size_t{1} * c_.num_local * num_scales_ * a.scale_rows);
+    for (size_t i = 0; i < recv_slot_[r].size(); ++i) {
+      const int slot = recv_slot_[r][i];
+      if (slot < 0) {
+        continue;
+      }
+      const auto [row, row_scales] = wanted_row(slot);
+      expect("rows", r, vector<char>(&rows[i * row_bytes_], &rows[i * row_bytes_] + row_bytes_), row);
+      expect("row_weights", r, vector<float>{weights[i]}, vector<float>{weight_of(slot)});
+      vector<uint32_t> got;
+      for (int j = 0; j < num_scales_; ++j) {
+        got.push_back(scales[(i / c_.rows() * num_scales_ + j) * a.scale_rows + i % c_.rows()]);
+      }
+      expect("scales", r, got, row_scales);
+    }
+  }
+
+  vector<T> wanted_sums(int r) const {
+    vector<T> sums;
+    for (int t = 0; t < c_.tokens[r]; ++t) {
+      vector<float> total(c_.hidden, 0);
+      bool is_first = true;
+      vector<bool> seen(c_.world_size());
+      for (int k = 0; k < c_.num_topk; ++k) {
+        const int expert = topk_[r][t * c_.num_topk + k];
+        if (expert < 0 || seen[rank_of(expert)] || rank_of(expert) == c_.lost) {
+          continue;
+        }
+        const int to = rank_of(expert), first = (r * c_.max_tokens + t) * c_.num_topk;
+        seen[to] = true;
+        vector<float> part(c_.hidden, 0);
+        bool is_first_row = true;
+        for (int slot = first; slot < first + c_.num_topk; ++slot) {
+          const int row = recv_row_[to][slot];
+          for (int j = 0; row >= 0 && j < c_.hidden; ++j) {
+            const float term = weight_of(slot) * to_wide(y_[to][size_t{1} * row * c_.hidden + j]);
+            part[j] = is_first_row ? term : part[j] + term;
+          }
+          is_first_row = is_first_row && row < 0;
+        }
+        for (int j = 0; j < c_.hidden; ++j) {
+          const float term = to_wide(rounded<T>(part[j]));
+          total[j] = is_first ? term : total[j] + term;
+        }
+        is_first = false;
+      }
+      for (const float v : total) {
+        sums.push_back(rounded<T>(v));
+      }
+    }
+    return sums;
+  }
+
+  static vector<float> as_numbers(const vector<T>& values) {
+    vector<float> result;
+    for (const T v : values) {
+      result.push_back(to_wide(v));
+    }
+    return result;
+  }
+
+  World& world_;
+  const Case& c_;
+  Random& random_;
+  int row_bytes_, num_scales_;
+  vector<vector<int>> topk_;
+  vector<vector<T>> x_, y_;
+  vector<vector<float>> weights_;
+  vector<vector<int>> recv_row_, recv_slot_, ends_;  // of each rank
+  Memory memory_;
+  vector<LowLatencyDispatchArgs> dispatches_;
+  vector<LowLatencyCombineArgs> combines_;
+};
+
+// One rank never comes: the others notice by their time-out, and go on without it, from then on at once.
+void lose_a_rank(int world_size) {
+  World world(world_size, true, kShortNs);
+  for (int i = 0; i < 6; ++i) {
+    Random random(static_cast<uint64_t>(i));
+    Case c = draw(random, world_size);
+    c.element = Element::bf16;
+    c.lost = world_size - 2;
+    c.tokens[c.lost] = 0;
+    now_running = "without rank " + std::to_string(c.lost) + ", " + describe(c);
+    Run<__nv_bfloat16> run(world, c, random);
+    run.dispatch(Part::both);
+    run.combine(Part::both);
+    world.settle();
+    run.check_results();
+    for (int r = 0; r < world_size; ++r) {
+      const uint32_t masked = fetch(&world.comm(r).state->masked_by_timeout, 1)[0];
+      if (r != c.lost && masked != 1U << c.lost) {
+        fail("rank " + std::to_string(r) + " has masked the ranks of bits " + std::to_string(masked));
+      }
+    }
+  }
+}
+
+// What is sent is received in that order, and at most two exchanges are on their way.
+void misuse(int world_size, Failure failure) {
+  World world(world_size, false, kShortNs);
+  Random random(0);
+  Case c;
+  c.tokens.assign(world_size, 2);
+  c.max_tokens = 2;
+  now_running = "misuse, " + describe(c);
+  vector<std::unique_ptr<Run<__nv_bfloat16>>> runs;
+  for (int i = 0; i < (failure == Failure::bad_order ? 2 : 3); ++i) {
+    runs.push_back(std::make_unique<Run<__nv_bfloat16>>(world, c, random));
+    runs[i]->dispatch(Part::send);
+  }
+  if (failure == Failure::bad_order) {
+    runs[1]->dispatch(Part::receive);
+  }
+  check(cudaDeviceSynchronize());
+  for (int r = 0; r < world_size; ++r) {
+    const Mailbox& m = *world.comm(r).mailbox;
+    if (m.kind != static_cast<int64_t>(failure) || m.peer != r || m.stopped == 0) {
+      fail("rank " + std::to_string(r) + " recorded failure " + std::to_string(m.kind));
+    }
+  }
+}
+
+template <class T>
+void run_as(World& world, const Case& c, Random& random) {
+  Run<T> first(world, c, random);
+  if (random.below(2) == 0) {
+    first.dispatch(Part::both);
+    first.combine(Part::both);
+    world.settle();
+    first.check_results();
+  } else {
+    // Two batches of one shape on their way at once.
+    Run<T> second(world, c, random);
+    first.dispatch(Part::send);
+    second.dispatch(Part::send);
+    first.dispatch(Part::receive);
+    first.combine(Part::send);
+    second.dispatch(Part::receive);
+    second.combine(Part::send);
+    first.combine(Part::receive);
+    second.combine(Part::receive);
+    world.settle();
+    first.check_results();
+    second.check_results();
+  }
+  if (has_differences) {
+    std::exit(1);
+  }
+}
+
+void run_case(World& world, const Case& c, Random& random) {
+  now_running = describe(c);
+  if (c.element == Element::bf16) {
+    run_as<__nv_bfloat16>(world, c, random);
+  } else if (c.element == Element::f16) {
+    run_as<__half>(world, c, random);
+  } else {
+    run_as<float>(world, c, random);
+  }
+  std::printf("%s\n", now_running.c_str());
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int cases = 24, seed = 1;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
+    if (name == "--fill") {
+      fills_bulk_results = true;
+    } else if (name == "--cases" || name == "--seed") {
+      (name == "--cases" ? cases : seed) = number_after(name.c_str(), value);
+      ++i;
+    } else {
+      std::fprintf(stderr, "usage: %s [--cases N] [--seed N] [--fill]\n", argv[0]);
+      return 2;
+    }
+  }
+  constexpr int kWorldSizes = 4;
+  for (int w = 0; w < kWorldSizes; ++w) {
+    World world(1 + w);
+    for (int i = w; i < cases; i += kWorldSizes) {
+      Random random(static_cast<uint64_t>(seed) << 32 | static_cast<uint64_t>(i));
+      run_case(world, draw(random, 1 + w), random);
+    }
+    Random fixed(static_cast<uint64_t>(w));
+    Case c;
+    c.tokens.assign(1 + w, 3);
+    c.max_tokens = 3;
+    c.num_topk = c.num_local = 2;
+    now_running = "a doubled expert, " + describe(c);
+    Run<__nv_bfloat16>(world, c, fixed).spoil();
+    if (world.size() > 1) {
+      lose_a_rank(world.size());
+    }
+  }
+  misuse(2, Failure::bad_order);
+  misuse(2, Failure::timeout);
+  std::printf("ok\n");
+  return 0;
+}

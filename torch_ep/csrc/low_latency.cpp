@@ -1,0 +1,734 @@
+// ep::low_latency_dispatch and ep::low_latency_combine: for decoding, with no plan before them.
+//   dispatch   quantise -> one record a (token, rank) -> exchange | place by expert
+//   combine    fold by token                          -> exchange | sum
+// The _send half of each ends at the bar, the _recv half begins there.
+#include "checks.h"
+#include "comm/transport.h"
+#include "local.h"
+#include "ops.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <numeric>
+
+namespace ep {
+namespace {
+
+constexpr auto kDispatch = OpKind::low_latency_dispatch;
+constexpr auto kCombine = OpKind::low_latency_combine;
+
+// Channels that share a scale.
+constexpr int64_t kGroup = 128;
+// Largest number of float8_e4m3fn.
+constexpr double kMaxFp8 = 448;
+// Smallest maximum of a group: zeros too have a scale above zero.
+constexpr double kMinAmax = 1e-4;
+// Parts of a record begin at multiples of this many bytes.
+constexpr int64_t kAlignment = 16;
+// Rows of an expert are padded to a multiple of this in the layout of scales.
+constexpr int64_t kScaleRows = 4;
+
+int64_t ceil_div(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+int64_t sum(const std::vector<int64_t>& values) {
+  return std::accumulate(values.begin(), values.end(), int64_t{0});
+}
+
+Quantize quantize_of(const char* op, std::string_view name) {
+  constexpr std::array<std::string_view, 4> names{"", "fp8", "fp8_pow2", "fp8_ue8m0"};
+  const auto found = std::find(names.begin(), names.end(), name);
+  TORCH_CHECK_VALUE(
+      found != names.end(), op, ": expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got '", name, "'");
+  return static_cast<Quantize>(found - names.begin());
+}
+
+// The numbers that all ranks share.
+struct Sizes {
+  int64_t num_experts, num_topk, max_tokens_per_rank, world_size;
+
+  int64_t num_local_experts() const { return num_experts / world_size; }
+  int64_t room() const { return world_size * max_tokens_per_rank; }  // rows of an expert
+};
+
+void check_experts(const char* op, int64_t num_experts, int64_t num_topk, int64_t world_size) {
+  TORCH_CHECK_VALUE(num_topk > 0, op, ": expected at least one expert a token, got ", num_topk);
+  TORCH_CHECK_VALUE(world_size > 0, op, ": expected a positive world_size, got ", world_size);
+  TORCH_CHECK_VALUE(
+      num_experts > 0 && num_experts % world_size == 0,
+      op,
+      ": expected num_experts to be a positive multiple of the world size ",
+      world_size,
+      ", got ",
+      num_experts);
+}
+
+void check_sizes(const char* op, const Sizes& sizes) {
+  check_experts(op, sizes.num_experts, sizes.num_topk, sizes.world_size);
+  TORCH_CHECK_VALUE(
+      sizes.max_tokens_per_rank > 0, op, ": expected a positive max_tokens_per_rank, got ", sizes.max_tokens_per_rank);
+  // What recv_slot and recv_row count.
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  const int64_t factor = std::max(sizes.num_topk, sizes.num_local_experts());
+  TORCH_CHECK_VALUE(
+      sizes.max_tokens_per_rank <= most / (sizes.world_size * factor),
+      op,
+      ": expected max_tokens_per_rank of at most ",
+      most / (sizes.world_size * factor),
+      " with world_size ",
+      sizes.world_size,
+      " and ",
+      factor,
+      " slots a token or local experts, got ",
+      sizes.max_tokens_per_rank);
+}
+
+void check_topk_idx(const char* op, const at::Tensor& topk_idx, at::IntArrayRef shape, const at::Tensor& device_of) {
+  check_tensor(op, "topk_idx", topk_idx, shape, device_of);
+  TORCH_CHECK_TYPE(
+      topk_idx.scalar_type() == at::kInt || topk_idx.scalar_type() == at::kLong,
+      op,
+      ": expected topk_idx of dtype Int or Long, got ",
+      topk_idx.scalar_type());
+}
+
+void check_float(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat, op, ": expected ", name, " of dtype Float, got ", t.scalar_type());
+}
+
+void check_hidden(const char* op, int64_t hidden) {
+  TORCH_CHECK_VALUE(hidden > 0, op, ": expected a positive hidden, got ", hidden);
+}
+
+void check_in_flight(
+    const char* op,
+    const at::Tensor& ticket,
+    const at::Tensor& in_flight,
+    int64_t record_bytes,
+    int64_t world_size) {
+  check_tensor(op, "ticket", ticket, {2, world_size}, ticket);
+  TORCH_CHECK_TYPE(
+      ticket.scalar_type() == at::kLong, op, ": expected ticket of dtype Long, got ", ticket.scalar_type());
+  check_tensor(op, "in_flight", in_flight, {-1, record_bytes}, ticket);
+  TORCH_CHECK_TYPE(
+      in_flight.scalar_type() == at::kByte, op, ": expected in_flight of dtype Byte, got ", in_flight.scalar_type());
+}
+
+// What one rank sends of one token to another, as bytes: its row, its scales, int32 [1 + num_topk] (the token, then its
+// experts, counted on the destination rank, or -1) and float32 [num_topk] weights.
+struct Record {
+  Record(int64_t hidden, at::ScalarType dtype, Quantize quantize, int64_t num_topk)
+      : row_type(quantize == Quantize::none ? dtype : at::kFloat8_e4m3fn),
+        row_bytes(hidden * static_cast<int64_t>(c10::elementSize(row_type))),
+        scale_type(quantize == Quantize::fp8_ue8m0 ? at::kInt : at::kFloat) {
+    const int64_t groups = ceil_div(hidden, kGroup);
+    scales = quantize == Quantize::none ? 0 : quantize == Quantize::fp8_ue8m0 ? ceil_div(groups, 4) : groups;
+    scales_at = aligned(row_bytes);
+    topk_at = aligned(scales_at + 4 * scales);
+    topk_bytes = 4 * (1 + num_topk);
+    weights_at = aligned(topk_at + topk_bytes);
+    weight_bytes = 4 * num_topk;
+    bytes = aligned(weights_at + weight_bytes);
+  }
+
+  // That part of all records.
+  static at::Tensor part(const at::Tensor& records, int64_t at, int64_t bytes, at::ScalarType type) {
+    return records.narrow(1, at, bytes).contiguous().view(type);
+  }
+  at::Tensor topk(const at::Tensor& records) const { return part(records, topk_at, topk_bytes, at::kInt); }
+
+  static int64_t aligned(int64_t n) { return ceil_div(n, kAlignment) * kAlignment; }
+
+  at::ScalarType row_type;
+  int64_t row_bytes;
+  at::ScalarType scale_type;
+  int64_t scales;  // numbers of scale_type
+  int64_t scales_at, topk_at, topk_bytes, weights_at, weight_bytes, bytes;
+};
+
+// What came by an exchange, in the order of the source ranks.
+struct Arrived {
+  at::Tensor records;  // uint8 [rows, bytes]
+  std::vector<int64_t> counts, wait_ns;
+};
+
+// One exchange of rows of bytes; with one rank they are there already.
+class Crossing {
+ public:
+  // `recv_rows`: empty if only the other ranks know. `failure`: raised here, after the others were told.
+  Crossing(
+      std::shared_ptr<Communicator> comm,
+      OpKind op,
+      const std::vector<int64_t>& send_rows,
+      const std::vector<int64_t>& recv_rows,
+      const std::vector<Agreed>& agreed,
+      const std::optional<std::string>& failure)
+      : counts_(send_rows) {
+    if (comm) {
+      exchange_.emplace(std::move(comm), op, send_rows, recv_rows, agreed, failure);
+    }
+    if (failure) {
+      if (exchange_) {
+        exchange_->confirm();
+      }
+      TORCH_CHECK_VALUE(false, *failure);
+    }
+  }
+
+  Arrived move(const at::Tensor& wire) {
+    if (!exchange_) {
+      return {wire, counts_, {0}};
+    }
+    const auto counts = exchange_->confirm();
+    auto records = at::empty({sum(counts), wire.size(1)}, wire.options());
+    exchange_->start(records, wire, counts);
+    exchange_->finish();
+    return {records, counts, exchange_->wait_ns()};
+  }
+
+ private:
+  std::vector<int64_t> counts_;
+  std::optional<Exchange> exchange_;
+};
+
+std::vector<int64_t> to_host(const at::Tensor& counts) {
+  const auto host = counts.to(at::kLong).cpu();
+  const auto* count = host.const_data_ptr<int64_t>();
+  return {count, count + host.numel()};
+}
+
+at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like) {
+  return at::tensor(values, at::kLong).to(like.device());
+}
+
+// The least and the greatest.
+at::Tensor ends_of(const at::Tensor& values) {
+  const auto [least, greatest] = values.aminmax();
+  return at::stack({least, greatest});
+}
+
+// Each index as often as its count says; `total`: the sum of the counts.
+at::Tensor index_by_count(const at::Tensor& counts, int64_t total) {
+  return at::repeat_interleave(counts, std::optional<int64_t>(total));
+}
+
+// The local kernels check indices in the name of ep::plan.
+std::string in_name_of(const char* op, const c10::Error& error) {
+  const std::string message = error.what_without_backtrace(), prefix = name_of(OpKind::plan);
+  return message.rfind(prefix, 0) == 0 ? op + message.substr(prefix.size()) : message;
+}
+
+// Throws ValueError, in the name of `op`, on too many tokens or a bad index.
+Route route(const char* op, const at::Tensor& topk_idx, const Sizes& sizes) {
+  TORCH_CHECK_VALUE(
+      topk_idx.size(0) <= sizes.max_tokens_per_rank,
+      op,
+      ": expected at most max_tokens_per_rank = ",
+      sizes.max_tokens_per_rank,
+      " tokens, got ",
+      topk_idx.size(0));
+  try {
+    return local_kernels(topk_idx).route(topk_idx, sizes.num_experts, sizes.world_size);
+  } catch (const c10::ValueError& error) {
+    TORCH_CHECK_VALUE(false, in_name_of(op, error));
+  }
+}
+
+void check_limits(OpKind op, const Communicator& comm, const Sizes& sizes, int64_t hidden) {
+  check_limit(op, "hidden", comm.max_hidden, hidden);
+  check_limit(op, "num_topk", comm.max_topk, sizes.num_topk);
+  check_limit(op, "num_experts", comm.max_experts, sizes.num_experts);
+}
+
+std::vector<Agreed> agreed_of(const Sizes& sizes, int64_t hidden, at::ScalarType dtype) {
+  return {
+      {"num_experts", sizes.num_experts},
+      {"num_topk", sizes.num_topk},
+      {"max_tokens_per_rank", sizes.max_tokens_per_rank},
+      {"hidden", hidden},
+      {"dtype", static_cast<int64_t>(dtype), true}};
+}
+
+struct Quantised {
+  at::Tensor rows;                   // [num_tokens, hidden]
+  std::optional<at::Tensor> scales;  // [num_tokens, Record::scales]
+};
+
+Quantised quantised(const at::Tensor& x, Quantize quantize) {
+  if (quantize == Quantize::none) {
+    return {x, std::nullopt};
+  }
+  const int64_t num_tokens = x.size(0), hidden = x.size(1), groups = ceil_div(hidden, kGroup);
+  const auto wide =
+      at::constant_pad_nd(x.to(at::kFloat), {0, groups * kGroup - hidden}).view({num_tokens, groups, kGroup});
+  const auto amax = wide.abs().amax(2).clamp_min(kMinAmax);
+  // A tensor, since a division by a number may become a product with its reciprocal.
+  const auto most = at::full_like(amax, kMaxFp8);
+  const auto quotient = amax.div(most);
+  at::Tensor scales, factor;
+  if (quantize == Quantize::fp8) {
+    scales = quotient;
+    factor = most.div(amax);
+  } else {
+    constexpr int64_t mantissa_bits = 23, mantissa = (1 << mantissa_bits) - 1, nan_exponent = 255;
+    const auto bits = quotient.view(at::kInt);  // positive
+    const auto exponent =
+        bits.bitwise_right_shift(mantissa_bits).add(bits.bitwise_and(mantissa).ne(0)).clamp_max(nan_exponent);
+    scales = exponent.bitwise_left_shift(mantissa_bits).view(at::kFloat);
+    factor = scales.reciprocal();
+    if (quantize == Quantize::fp8_ue8m0) {
+      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, ceil_div(groups, 4) * 4 - groups}).view(at::kInt);
+    }
+  }
+  const auto rows = wide.mul(factor.unsqueeze(2)).clamp(-kMaxFp8, kMaxFp8).to(at::kFloat8_e4m3fn);
+  return {rows.view({num_tokens, groups * kGroup}).narrow(1, 0, hidden).contiguous(), scales};
+}
+
+// The local kernels, and what follows them, take these numbers unseen.
+void check_records(const char* op, const at::Tensor& records, const Record& record, const Sizes& sizes) {
+  if (records.size(0) == 0) {
+    return;
+  }
+  const auto numbers = record.topk(records);
+  const auto check = [&](const char* name, const at::Tensor& values, int64_t low, int64_t high) {
+    const auto ends = to_host(ends_of(values));
+    const int64_t bad = ends[0] < low ? ends[0] : ends[1];
+    TORCH_CHECK_VALUE(
+        bad >= low && bad < high, op, ": expected ", name, " of in_flight in [", low, ", ", high, "), got ", bad);
+  };
+  check("tokens", numbers.select(1, 0), 0, sizes.max_tokens_per_rank);
+  check("experts", numbers.narrow(1, 1, sizes.num_topk), -1, sizes.num_local_experts());
+}
+
+LowLatencyRows place(const Arrived& arrived, const Record& record, const Sizes& sizes) {
+  const auto& records = arrived.records;
+  const int64_t num_topk = sizes.num_topk, num_experts = sizes.num_local_experts(), room = sizes.room();
+  const auto numbers = record.topk(records);
+  const auto placement = local_kernels(records).place(
+      numbers.narrow(1, 1, num_topk).contiguous(),
+      arrived.counts,
+      {.expert_major = true, .num_local_experts = num_experts, .alignment = 1, .index_dtype = at::kInt});
+
+  // For each row that an expert gets, in the order of the experts: whose it is, and where it goes.
+  const auto ints = numbers.options(), longs = ints.dtype(at::kLong);
+  const auto from = placement.recv_map.to(at::kLong);  // record * num_topk + slot
+  const auto from_record = from.div(num_topk, "floor");
+  const auto counts = placement.tokens_per_expert.to(at::kLong);
+  const auto expert = index_by_count(counts, from.size(0));
+  const auto begin = placement.offsets.to(at::kLong) - counts;
+  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * room;
+  const auto source = index_by_count(to_device(arrived.counts, records), records.size(0));
+  const auto home = source * sizes.max_tokens_per_rank + numbers.select(1, 0);
+  const auto pair = home.index_select(0, from_record) * num_topk + from.remainder(num_topk);
+
+  const auto recv_slot = at::full({num_experts * room}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
+  const auto recv_row = at::full({room * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
+  const auto weights = record.part(records, record.weights_at, record.weight_bytes, at::kFloat).view(-1);
+  const auto row_weights =
+      at::zeros({num_experts * room}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
+  const auto visits = expert * sizes.world_size + source.index_select(0, from_record);
+  const auto source_offsets =
+      visits.bincount({}, num_experts * sizes.world_size).view({num_experts, sizes.world_size}).cumsum(1).to(at::kInt);
+  const auto spread = [&](const at::Tensor& values) {  // [records, n] to [num_experts, room, n]
+    return at::zeros({num_experts * room, values.size(1)}, values.options())
+        .index_copy_(0, row, values.index_select(0, from_record))
+        .view({num_experts, room, values.size(1)});
+  };
+  const auto rows = spread(record.part(records, 0, record.row_bytes, at::kByte)).view(record.row_type);
+  std::optional<at::Tensor> scales;
+  if (record.row_type == at::kFloat8_e4m3fn) {
+    const auto values = spread(record.part(records, record.scales_at, 4 * record.scales, record.scale_type));
+    const int64_t padded = ceil_div(room, kScaleRows) * kScaleRows;
+    scales = at::zeros({num_experts, record.scales, padded}, values.options()).transpose(1, 2).narrow(1, 0, room);
+    scales->copy_(values);
+  }
+  return {
+      rows,
+      scales,
+      placement.tokens_per_expert,
+      source_offsets,
+      recv_slot.view({num_experts, room}),
+      recv_row.view({room, num_topk}),
+      row_weights.view({num_experts, room}),
+      to_device(arrived.wait_ns, records)};
+}
+
+void check_in_flight_rows(OpKind op, int64_t rows, int64_t wanted, const char* transport) {
+  TORCH_CHECK_VALUE(
+      rows == wanted, name_of(op), ": expected in_flight_rows = ", wanted, " on transport ", transport, ", got ", rows);
+}
+
+// What `_send` returns where a transport keeps the data itself.
+InFlight elsewhere(OpKind op, const at::Tensor& ticket, int64_t rows, int64_t record_bytes) {
+  check_in_flight_rows(op, rows, 0, "nvlink");
+  return {ticket, at::empty({0, record_bytes}, ticket.options().dtype(at::kByte))};
+}
+
+// What `_send` returns of what arrived: the same sizes on every call.
+InFlight in_flight_of(const Arrived& arrived, int64_t rows) {
+  const auto& records = arrived.records;
+  auto data = at::zeros({rows, records.size(1)}, records.options());
+  data.narrow(0, 0, records.size(0)).copy_(records);
+  return {at::stack({to_device(arrived.counts, data), to_device(arrived.wait_ns, data)}), data};
+}
+
+// The reverse.
+Arrived arrived_of(const char* op, const at::Tensor& ticket, const at::Tensor& in_flight) {
+  const auto both = to_host(ticket);
+  const auto middle = both.begin() + ticket.size(1);
+  const std::vector<int64_t> counts(both.begin(), middle);
+  TORCH_CHECK_VALUE(
+      *std::min_element(counts.begin(), counts.end()) >= 0 && sum(counts) <= in_flight.size(0),
+      op,
+      ": expected ticket and in_flight of one send, got ",
+      sum(counts),
+      " rows by the ticket and ",
+      in_flight.size(0),
+      " in flight");
+  return {in_flight.narrow(0, 0, sum(counts)), counts, {middle, both.end()}};
+}
+
+// The arguments of low_latency_dispatch and its _send half, checked.
+struct Tokens {
+  Tokens(
+      const at::Tensor& x,
+      const at::Tensor& topk_idx,
+      const std::optional<at::Tensor>& topk_weights,
+      c10::string_view quantize,
+      int64_t num_experts,
+      int64_t max_tokens_per_rank,
+      int64_t world_size)
+      : x(x),
+        topk_idx(topk_idx),
+        topk_weights(topk_weights),
+        quantize(quantize_of(name_of(kDispatch), quantize)),
+        sizes{num_experts, 0, max_tokens_per_rank, world_size} {
+    const char* op = name_of(kDispatch);
+    check_tensor(op, "x", x, {-1, -1}, x);
+    check_low_latency_type(op, "x", x.scalar_type());
+    check_hidden(op, x.size(1));
+    check_topk_idx(op, topk_idx, {x.size(0), -1}, x);
+    if (topk_weights) {
+      check_tensor(op, "topk_weights", *topk_weights, topk_idx.sizes(), x);
+      check_float(op, "topk_weights", *topk_weights);
+    }
+    sizes.num_topk = topk_idx.size(1);
+    check_sizes(op, sizes);
+  }
+
+  LowLatencyOptions options() const {
+    return {quantize, sizes.num_experts, sizes.num_topk, sizes.max_tokens_per_rank, x.size(1), x.scalar_type()};
+  }
+  Record record() const { return {x.size(1), x.scalar_type(), quantize, sizes.num_topk}; }
+
+  const at::Tensor& x;
+  const at::Tensor& topk_idx;
+  const std::optional<at::Tensor>& topk_weights;
+  Quantize quantize;
+  Sizes sizes;
+};
+
+// uint8 [wire rows, bytes of a record].
+at::Tensor pack(const Tokens& tokens, const Route& routed) {
+  const auto& x = tokens.x;
+  const auto& local = local_kernels(x);
+  const auto record = tokens.record();
+  const int64_t num_topk = routed.send_slot.size(1), wire_rows = routed.wire_topk.size(0);
+  auto wire = at::zeros({wire_rows, record.bytes}, x.options().dtype(at::kByte));
+  const auto put = [&](int64_t at, const at::Tensor& part) {
+    const auto bytes = part.view(at::kByte);
+    wire.narrow(1, at, bytes.size(1)).copy_(bytes);
+  };
+  const auto [rows, scales] = quantised(x, tokens.quantize);
+  put(0, local.pack_rows(rows.view(at::kByte), routed.send_slot, wire_rows));
+  if (scales) {
+    put(record.scales_at, local.pack_rows(*scales, routed.send_slot, wire_rows));
+  }
+  const auto token = at::arange(x.size(0), routed.send_slot.options()).unsqueeze(1);
+  put(record.topk_at, at::cat({local.pack_rows(token, routed.send_slot, wire_rows), routed.wire_topk}, 1));
+  const auto weights = tokens.topk_weights.value_or(at::ones({x.size(0), num_topk}, x.options().dtype(at::kFloat)));
+  put(record.weights_at, local.pack_slots(weights, routed.send_slot, wire_rows));
+  return wire;
+}
+
+Arrived send_tokens(const Tokens& tokens, const std::string& group) {
+  const char* op = name_of(kDispatch);
+  const auto& sizes = tokens.sizes;
+  const auto comm = find_communicator(group, sizes.world_size, kDispatch);
+  if (comm) {
+    check_limits(kDispatch, *comm, sizes, tokens.x.size(1));
+  }
+  Route routed;
+  std::vector<int64_t> send_rows(sizes.world_size, 0);
+  std::optional<std::string> failure;
+  try {
+    routed = route(op, tokens.topk_idx, sizes);
+    send_rows = to_host(routed.send_counts);
+  } catch (const c10::ValueError& error) {
+    failure = error.what_without_backtrace();
+  }
+  auto agreed = agreed_of(sizes, tokens.x.size(1), tokens.x.scalar_type());
+  agreed.push_back({"quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)", static_cast<int64_t>(tokens.quantize)});
+  Crossing crossing(comm, kDispatch, send_rows, {}, agreed, failure);
+  return crossing.move(pack(tokens, routed));
+}
+
+// The arguments of low_latency_combine and its _send half, checked.
+struct Results {
+  Results(
+      const at::Tensor& y,
+      const at::Tensor& topk_idx,
+      const at::Tensor& row_weights,
+      const at::Tensor& recv_row,
+      int64_t num_experts,
+      int64_t world_size)
+      : y(y), topk_idx(topk_idx), row_weights(row_weights), recv_row(recv_row) {
+    const char* op = name_of(kCombine);
+    check_tensor(op, "recv_row", recv_row, {-1, -1}, recv_row);
+    check_int32(op, "recv_row", recv_row);
+    check_experts(op, num_experts, recv_row.size(1), world_size);
+    const int64_t room = recv_row.size(0);
+    TORCH_CHECK_VALUE(
+        room % world_size == 0,
+        op,
+        ": expected recv_row to have the same number of rows for each of ",
+        world_size,
+        " ranks, got ",
+        room);
+    sizes = {num_experts, recv_row.size(1), room / world_size, world_size};
+    check_sizes(op, sizes);
+    check_tensor(op, "y", y, {sizes.num_local_experts(), room, -1}, recv_row);
+    check_low_latency_type(op, "y", y.scalar_type());
+    check_hidden(op, y.size(2));
+    check_tensor(op, "row_weights", row_weights, {sizes.num_local_experts(), room}, recv_row);
+    check_float(op, "row_weights", row_weights);
+    check_topk_idx(op, topk_idx, {-1, sizes.num_topk}, recv_row);
+  }
+
+  const at::Tensor& y;
+  const at::Tensor& topk_idx;
+  const at::Tensor& row_weights;
+  const at::Tensor& recv_row;
+  Sizes sizes;
+};
+
+// Throws unless every row that it names is one of y: the kernels follow them unseen.
+void check_recv_row(const at::Tensor& recv_row, int64_t rows) {
+  const auto ends = to_host(ends_of(recv_row));
+  const int64_t bad = ends[0] < -1 ? ends[0] : ends[1];
+  TORCH_CHECK_VALUE(bad >= -1 && bad < rows, name_of(kCombine), ": expected recv_row in [-1, ", rows, "), got ", bad);
+}
+
+struct Home {
+  Arrived arrived;  // sums, one a (token, rank)
+  Route routed;     // of the tokens here
+};
+
+Home send_sums(const Results& results, const std::string& group) {
+  const char* op = name_of(kCombine);
+  const auto& sizes = results.sizes;
+  const auto comm = find_communicator(group, sizes.world_size, kCombine);
+  const int64_t hidden = results.y.size(2), num_rows = sizes.num_local_experts() * sizes.room();
+  if (comm) {
+    check_limits(kCombine, *comm, sizes, hidden);
+  }
+  const auto comes = results.recv_row.ge(0).any(1);  // whether the token of that row has an expert here
+  Route routed;
+  std::vector<int64_t> send_rows(sizes.world_size, 0), recv_rows = send_rows;
+  std::optional<std::string> failure;
+  try {
+    routed = route(op, results.topk_idx, sizes);
+    recv_rows = to_host(routed.send_counts);
+    check_recv_row(results.recv_row, num_rows);
+    send_rows = to_host(comes.view({sizes.world_size, sizes.max_tokens_per_rank}).sum(1));
+  } catch (const c10::ValueError& error) {
+    failure = error.what_without_backtrace();
+  }
+  Crossing crossing(comm, kCombine, send_rows, recv_rows, agreed_of(sizes, hidden, results.y.scalar_type()), failure);
+  TORCH_CHECK_VALUE(
+      comm || send_rows == recv_rows,
+      op,
+      ": expected topk_idx and recv_row of one dispatch, got ",
+      recv_rows,
+      " tokens with experts and ",
+      send_rows,
+      " with rows");
+
+  // The inverse, for those tokens alone: for each row of y its (wire row, slot) pair.
+  const int64_t wire_rows = sum(send_rows);
+  const auto y_row = results.recv_row.index_select(0, comes.nonzero().squeeze(1)).to(at::kLong).view(-1);
+  auto pair_of = at::full({num_rows + 1}, -1, results.recv_row.options());  // the last is for nothing
+  pair_of.scatter_(
+      0, at::where(y_row.ge(0), y_row, num_rows), at::arange(wire_rows * sizes.num_topk, pair_of.options()));
+  const auto wire = local_kernels(results.y).fold_rows(
+      results.y.view({num_rows, hidden}),
+      results.row_weights.view(-1),
+      pair_of.narrow(0, 0, num_rows),
+      wire_rows,
+      sizes.num_topk);
+  return {crossing.move(wire.view(at::kByte)), routed};
+}
+
+at::Tensor sum_up(const Home& home, at::ScalarType dtype) {
+  return local_kernels(home.arrived.records).sum_rows(home.arrived.records.view(dtype), home.routed.send_slot);
+}
+
+}  // namespace
+
+LowLatencyRows low_latency_dispatch(
+    const at::Tensor& x,
+    const at::Tensor& topk_idx,
+    const std::optional<at::Tensor>& topk_weights,
+    c10::string_view quantize,
+    int64_t num_experts,
+    int64_t max_tokens_per_rank,
+    int64_t world_size,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  const Tokens tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  const std::string group(group_name);
+  if (const auto transport = find_transport(group, world_size, x, kDispatch)) {
+    return transport->low_latency_dispatch(x, topk_idx, topk_weights, tokens.options());
+  }
+  return place(send_tokens(tokens, group), tokens.record(), tokens.sizes);
+}
+
+InFlight low_latency_dispatch_send(
+    const at::Tensor& x,
+    const at::Tensor& topk_idx,
+    const std::optional<at::Tensor>& topk_weights,
+    c10::string_view quantize,
+    int64_t num_experts,
+    int64_t max_tokens_per_rank,
+    int64_t world_size,
+    c10::string_view group_name,
+    int64_t in_flight_rows,
+    const std::optional<at::Tensor>& /*after*/) {
+  const Tokens tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  const std::string group(group_name);
+  if (const auto transport = find_transport(group, world_size, x, kDispatch)) {
+    const auto ticket = transport->low_latency_dispatch_send(x, topk_idx, topk_weights, tokens.options());
+    return elsewhere(kDispatch, ticket, in_flight_rows, tokens.record().bytes);
+  }
+  check_in_flight_rows(kDispatch, in_flight_rows, tokens.sizes.room(), "c10d");
+  return in_flight_of(send_tokens(tokens, group), in_flight_rows);
+}
+
+LowLatencyRows low_latency_dispatch_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& in_flight,
+    int64_t hidden,
+    at::ScalarType dtype,
+    int64_t num_topk,
+    c10::string_view quantize,
+    int64_t num_experts,
+    int64_t max_tokens_per_rank,
+    int64_t world_size,
+    c10::string_view group_name) {
+  constexpr const char* op = "ep::low_latency_dispatch_recv";
+  const auto how = quantize_of(op, quantize);
+  const Sizes sizes{num_experts, num_topk, max_tokens_per_rank, world_size};
+  check_sizes(op, sizes);
+  check_low_latency_type(op, "rows", dtype);
+  check_hidden(op, hidden);
+  const Record record(hidden, dtype, how, num_topk);
+  check_in_flight(op, ticket, in_flight, record.bytes, world_size);
+  if (const auto transport = find_transport(std::string(group_name), world_size, ticket, kDispatch)) {
+    return transport->low_latency_dispatch_recv(
+        ticket, {how, num_experts, num_topk, max_tokens_per_rank, hidden, dtype});
+  }
+  const auto arrived = arrived_of(op, ticket, in_flight);
+  check_records(op, arrived.records, record, sizes);
+  return place(arrived, record, sizes);
+}
+
+std::tuple<at::Tensor, at::Tensor> low_latency_combine(
+    const at::Tensor& y,
+    const at::Tensor& topk_idx,
+    const at::Tensor& row_weights,
+    const at::Tensor& recv_row,
+    int64_t num_experts,
+    int64_t world_size,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  const Results results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
+  const std::string group(group_name);
+  if (const auto transport = find_transport(group, world_size, y, kCombine)) {
+    return transport->low_latency_combine(y, topk_idx, row_weights, recv_row, num_experts);
+  }
+  const auto home = send_sums(results, group);
+  return {sum_up(home, y.scalar_type()), to_device(home.arrived.wait_ns, y)};
+}
+
+InFlight low_latency_combine_send(
+    const at::Tensor& y,
+    const at::Tensor& topk_idx,
+    const at::Tensor& row_weights,
+    const at::Tensor& recv_row,
+    int64_t num_experts,
+    int64_t world_size,
+    c10::string_view group_name,
+    int64_t in_flight_rows,
+    const std::optional<at::Tensor>& /*after*/) {
+  const Results results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
+  const std::string group(group_name);
+  if (const auto transport = find_transport(group, world_size, y, kCombine)) {
+    const auto ticket = transport->low_latency_combine_send(y, topk_idx, row_weights, recv_row, num_experts);
+    return elsewhere(kCombine, ticket, in_flight_rows, y.size(2) * y.element_size());
+  }
+  check_in_flight_rows(kCombine, in_flight_rows, results.sizes.room(), "c10d");
+  return in_flight_of(send_sums(results, group).arrived, in_flight_rows);
+}
+
+std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& in_flight,
+    const at::Tensor& topk_idx,
+    int64_t hidden,
+    at::ScalarType dtype,
+    int64_t num_experts,
+    int64_t world_size,
+    c10::string_view group_name) {
+  constexpr const char* op = "ep::low_latency_combine_recv";
+  check_topk_idx(op, topk_idx, {-1, -1}, ticket);
+  check_experts(op, num_experts, topk_idx.size(1), world_size);
+  check_low_latency_type(op, "rows", dtype);
+  check_hidden(op, hidden);
+  check_in_flight(op, ticket, in_flight, hidden * static_cast<int64_t>(c10::elementSize(dtype)), world_size);
+  if (const auto transport = find_transport(std::string(group_name), world_size, ticket, kCombine)) {
+    return transport->low_latency_combine_recv(ticket, topk_idx, hidden, dtype, num_experts);
+  }
+  const Sizes sizes{num_experts, topk_idx.size(1), in_flight.size(0) / world_size, world_size};
+  const Home home{arrived_of(op, ticket, in_flight), route(op, topk_idx, sizes)};
+  const auto counts = to_host(home.routed.send_counts);
+  for (int64_t rank = 0; rank < world_size; ++rank) {
+    TORCH_CHECK_VALUE(
+        counts[rank] == home.arrived.counts[rank],
+        op,
+        ": expected the topk_idx of the send, by which as many rows come from each rank, got one by which ",
+        counts[rank],
+        " come from rank ",
+        rank,
+        ", where ",
+        home.arrived.counts[rank],
+        " came");
+  }
+  return {sum_up(home, dtype), to_device(home.arrived.wait_ns, in_flight)};
+}
+
+}  // namespace ep

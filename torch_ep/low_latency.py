@@ -1,0 +1,301 @@
+"""Dispatch and combine of one decoding step: static shapes, few tokens, no plan before them, inference only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .comm import Group, communicators, resolve
+
+__all__ = [
+    "InFlightCombine",
+    "InFlightDispatch",
+    "LowLatencyPlan",
+    "LowLatencyStatistics",
+    "Quantize",
+    "low_latency_combine",
+    "low_latency_combine_recv",
+    "low_latency_combine_send",
+    "low_latency_dispatch",
+    "low_latency_dispatch_recv",
+    "low_latency_dispatch_send",
+]
+
+Quantize = Literal["fp8", "fp8_pow2", "fp8_ue8m0"]
+
+
+class LowLatencyPlan(NamedTuple):
+    """Where the rows of a `low_latency_dispatch` came from: what `low_latency_combine` needs, from this rank's view.
+
+    `T` is this rank's number of tokens, at most `M` = max_tokens_per_rank, `K` experts a token, `W` ranks, `L` local
+    experts, `C` = W * M rows that each expert has room for. All tensors but two are int32.
+    """
+
+    #: [T, K] int32 or int64: of this rank, as given.
+    topk_idx: Tensor
+    #: [L] rows of each local expert. What lies behind them is undefined.
+    tokens_per_expert: Tensor
+    #: [L, W] where each source rank's rows end within those of the expert.
+    source_offsets: Tensor
+    #: [L, C] which (source rank, token, slot) each row is: (source * M + token) * K + slot; -1 behind the last row.
+    recv_slot: Tensor
+    #: [C, K] the reverse: for token `source * M + token`, the row of each slot as expert * C + row; -1 where the slot
+    #: has no expert here, or the source has no such token.
+    recv_row: Tensor
+    #: [L, C] float32: the weight of each row, 1 if no `topk_weights` were given; undefined behind the last row.
+    row_weights: Tensor
+    num_experts: int
+    group_name: str
+
+
+class LowLatencyStatistics(NamedTuple):
+    """Counters on the device, added to in place by the functions that they are passed to, compiled or not.
+
+    What a monitor of load and of slow ranks reads now and then, at a time of its own choice.
+    """
+
+    #: [num_local_experts] int64: rows that each local expert got (dispatch only).
+    tokens_per_expert: Tensor
+    #: [world_size] int64: ns that this rank waited for each other.
+    wait_ns: Tensor
+
+    @classmethod
+    def zeros(
+        cls, num_experts: int, group: Group = None, *, device: torch.device | str | None = None
+    ) -> LowLatencyStatistics:
+        """Counters that have seen nothing yet, for `num_experts` experts over all ranks of the group."""
+        _, world_size = resolve(group)
+        return cls(
+            torch.zeros(num_experts // world_size, dtype=torch.int64, device=device),
+            torch.zeros(world_size, dtype=torch.int64, device=device),
+        )
+
+
+class InFlightDispatch(NamedTuple):
+    """A dispatch that was sent, for `low_latency_dispatch_recv`. Nothing in it is of use before that."""
+
+    #: [2, W] int64: rows from each rank; ns waited for each rank.
+    ticket: Tensor
+    #: uint8 [rows, bytes of a record]: the rows, where they travel in it.
+    data: Tensor
+    topk_idx: Tensor
+    hidden: int
+    dtype: torch.dtype
+    quantize: str
+    num_experts: int
+    max_tokens_per_rank: int
+    world_size: int
+    group_name: str
+
+
+class InFlightCombine(NamedTuple):
+    """A combine that was sent, for `low_latency_combine_recv`. Nothing in it is of use before that."""
+
+    #: As in `InFlightDispatch`.
+    ticket: Tensor
+    data: Tensor
+    topk_idx: Tensor
+    hidden: int
+    dtype: torch.dtype
+    num_experts: int
+    world_size: int
+    group_name: str
+
+
+def _in_flight_rows(rows: Tensor, group_name: str, world_size: int, max_tokens_per_rank: int) -> int:
+    """Rows of the tensor between the halves: on c10d as many as may arrive; on nvlink none, they lie elsewhere."""
+    communicator = communicators.get(group_name)
+    if communicator is not None and communicator.transport == "nvlink" and rows.is_cuda:
+        return 0
+    return world_size * max_tokens_per_rank
+
+
+def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: str, statistics: Any) -> Any:
+    rows, scales, tokens_per_expert, source_offsets, recv_slot, recv_row, row_weights, wait_ns = fields
+    if statistics is not None:
+        statistics.tokens_per_expert.add_(tokens_per_expert)
+        statistics.wait_ns.add_(wait_ns)
+    plan = LowLatencyPlan(
+        topk_idx=topk_idx,
+        tokens_per_expert=tokens_per_expert,
+        source_offsets=source_offsets,
+        recv_slot=recv_slot,
+        recv_row=recv_row,
+        row_weights=row_weights,
+        num_experts=num_experts,
+        group_name=group_name,
+    )
+    return (rows if scales is None else (rows, scales)), plan
+
+
+def low_latency_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    group: Group = None,
+    *,
+    topk_weights: Tensor | None = None,
+    quantize: Quantize | None = None,
+    statistics: LowLatencyStatistics | None = None,
+    after: Tensor | None = None,
+) -> tuple[Any, LowLatencyPlan]:
+    """Copies each token's row to the experts that it names, in tensors of a fixed size. Collective; inference only.
+
+    Rank `r` of `W` holds experts `[r * num_experts // W, (r + 1) * num_experts // W)`. A row crosses the link once per
+    (token, rank); its weights travel with it, since `low_latency_combine` applies them where the experts are. So they
+    are an argument here and not there, unlike in DeepEP.
+
+    Args:
+        x: [T, H] bfloat16, float16 or float32, contiguous. T is at most `max_tokens_per_rank`, zero included; ranks may
+            hold different numbers of tokens.
+        topk_idx: [T, K] int32 or int64, contiguous: the experts of each token, all different, -1 for none.
+        num_experts: experts over all ranks, a multiple of the world size.
+        max_tokens_per_rank: M, the same on every rank: what the sizes of the results follow from.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
+            process group, or one rank, nothing is communicated.
+        topk_weights: [T, K] float32: the weights with which combine sums. None: all 1.
+        quantize: rows are sent and returned in float8_e4m3fn, each group of 128 channels divided by a scale (the last
+            group may be shorter). With a = max(1e-4, the largest |x| of the group), all in float32:
+            "fp8": scale a / 448, rows x * (448 / a). "fp8_pow2": the scale is the least power of 2 that is at least
+            a / 448, rows x * (1 / scale). "fp8_ue8m0": as "fp8_pow2", with the scales as biased exponents, four in an
+            int32, the first in its lowest byte. `torch_ep.reference.quantize` is the specification.
+        statistics: counters to add to.
+        after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
+
+    Returns:
+        `(rows, plan)`, or `((rows, scales), plan)` if quantised.
+
+        rows: [L, C, H], x's dtype or float8_e4m3fn, with L = num_experts / W local experts and C = W * M. The first
+        `plan.tokens_per_expert[e]` rows of expert `e` are filled, by source rank, then token; the others undefined.
+
+        scales: [L, C, S] float32 for S = ceil(H / 128) groups, or int32 with S = ceil(H / 512). Column-major for each
+        expert, as masked grouped GEMMs take it: strides (S * C', 1, C'), C' = C rounded up to a multiple of 4.
+
+    Raises:
+        ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. A bad
+            value on one rank raises `torch.distributed.DistError` on the others, which name that rank.
+        RuntimeError: an argument requires a gradient; `init` was not called for the group.
+        torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
+    """
+    group_name, world_size = resolve(group)
+    fields = torch.ops.ep.low_latency_dispatch(
+        x, topk_idx, topk_weights, quantize or "", num_experts, max_tokens_per_rank, world_size, group_name, after
+    )
+    return _dispatched(fields, topk_idx, num_experts, group_name, statistics)
+
+
+def low_latency_combine(
+    y: Tensor, plan: LowLatencyPlan, *, statistics: LowLatencyStatistics | None = None, after: Tensor | None = None
+) -> Tensor:
+    """Brings the experts' results back and sums those of each token, weighted. Collective; inference only.
+
+    The rows of a token on one rank are summed there, times their weights, in the order of its slots; the sums of the
+    ranks are added here, in the order in which its slots first name them. Both accumulate in float32 and round to y's
+    dtype; bitwise the same on every run. y is read where it is: there is nothing to stage, and no copy to save.
+
+    Args:
+        y: [L, C, H] bfloat16, float16 or float32, contiguous: the results for the rows of the dispatch. What lies
+            behind the rows of an expert is not read.
+        plan: that of the dispatch. Its weights are used: unlike in DeepEP they are an argument of the dispatch.
+        statistics: counters; only `wait_ns` is added to.
+        after: any tensor that must exist before this exchange starts.
+
+    Returns:
+        The sums [T, H], zero for a token without experts.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `low_latency_dispatch`.
+    """
+    out, wait_ns = torch.ops.ep.low_latency_combine(*_combine_arguments(y, plan), after)
+    if statistics is not None:
+        statistics.wait_ns.add_(wait_ns)
+    return out
+
+
+def _combine_arguments(y: Tensor, plan: LowLatencyPlan) -> tuple:
+    world_size = plan.source_offsets.shape[1]
+    return y, plan.topk_idx, plan.row_weights, plan.recv_row, plan.num_experts, world_size, plan.group_name
+
+
+def low_latency_dispatch_send(
+    x: Tensor,
+    topk_idx: Tensor,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    group: Group = None,
+    *,
+    topk_weights: Tensor | None = None,
+    quantize: Quantize | None = None,
+    after: Tensor | None = None,
+) -> InFlightDispatch:
+    """The first half of `low_latency_dispatch`: what stands between the two runs while the rows are on their way.
+
+    When it returns it has read its arguments, in the order of the current stream. At most two dispatches may be in
+    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order.
+
+    Args, Raises: as `low_latency_dispatch`.
+    """
+    group_name, world_size = resolve(group)
+    in_flight_rows = _in_flight_rows(x, group_name, world_size, max_tokens_per_rank)
+    ticket, data = torch.ops.ep.low_latency_dispatch_send(
+        x, topk_idx, topk_weights, quantize or "", num_experts, max_tokens_per_rank, world_size, group_name,
+        in_flight_rows, after,
+    )  # fmt: skip
+    return InFlightDispatch(
+        ticket=ticket,
+        data=data,
+        topk_idx=topk_idx,
+        hidden=x.shape[1],
+        dtype=x.dtype,
+        quantize=quantize or "",
+        num_experts=num_experts,
+        max_tokens_per_rank=max_tokens_per_rank,
+        world_size=world_size,
+        group_name=group_name,
+    )
+
+
+def low_latency_dispatch_recv(
+    in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
+) -> tuple[Any, LowLatencyPlan]:
+    """The second half of `low_latency_dispatch`. Collective; returns and raises what that does."""
+    ticket, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
+    fields = torch.ops.ep.low_latency_dispatch_recv(
+        ticket, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
+    )
+    return _dispatched(fields, topk_idx, num_experts, name, statistics)
+
+
+def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor | None = None) -> InFlightCombine:
+    """The first half of `low_latency_combine`. Collective.
+
+    When it returns it has read y, in the order of the current stream. At most two combines may be in flight; every send
+    wants one `low_latency_combine_recv`, on every rank in the same order.
+
+    Args, Raises: as `low_latency_combine`.
+    """
+    arguments = _combine_arguments(y, plan)
+    world_size = plan.source_offsets.shape[1]
+    in_flight_rows = _in_flight_rows(y, plan.group_name, world_size, plan.recv_row.shape[0] // world_size)
+    ticket, data = torch.ops.ep.low_latency_combine_send(*arguments, in_flight_rows, after)
+    return InFlightCombine(
+        ticket=ticket,
+        data=data,
+        topk_idx=plan.topk_idx,
+        hidden=y.shape[2],
+        dtype=y.dtype,
+        num_experts=plan.num_experts,
+        world_size=world_size,
+        group_name=plan.group_name,
+    )
+
+
+def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
+    """The second half of `low_latency_combine`. Collective; returns and raises what that does."""
+    out, wait_ns = torch.ops.ep.low_latency_combine_recv(*in_flight)
+    if statistics is not None:
+        statistics.wait_ns.add_(wait_ns)
+    return out
