@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import nvlink_cases
 import torch
-from harness import seeded
+from harness import random_topk, seeded
 from nvlink_cases import BF16, DEVICE, F16, F32, ROUTINGS, Comparison, poison, random_bits, route_tokens, to_device
 from torch import Tensor
 
@@ -432,6 +432,32 @@ def check_cases(rank: int, world_size: int, group: str | None, cases: Sequence[C
 
 def check_seeds(rank: int, world_size: int, group: str | None, first: int, count: int) -> list[str]:
     return check_cases(rank, world_size, group, [draw(seed, world_size) for seed in range(first, first + count)])
+
+
+def check_without(rank: int, world_size: int, group: str | None, lost: int, steps: int) -> list[str]:
+    """Decode steps of the other ranks. `lost` counts as absent: it has no tokens, and its experts give nothing."""
+    differences: list[str] = []
+    num_local, max_tokens, hidden = 2, 6, 64
+    experts = num_local * world_size
+    for step in range(steps):
+        given = [random_topk(max_tokens, 2, experts, seeded(step, r)) for r in range(world_size)]
+        taken = [torch.where(t // num_local == lost, -1, t) for t in given]
+        taken[lost] = torch.full_like(taken[lost], -1)
+        routing = route(pad(taken, max_tokens, -1), experts, world_size)
+        x = [numbers((max_tokens, hidden), BF16, step, r, 1) for r in range(world_size)]
+        y = [numbers((num_local, max_tokens * world_size, hidden), BF16, step, r, 2) for r in range(world_size)]
+        arguments = (x[rank].to(DEVICE), given[rank].to(DEVICE), experts, max_tokens, group)
+        rows, got = torch_ep.low_latency_dispatch(*arguments)
+        sums = torch_ep.low_latency_combine(y[rank].to(DEVICE), got)
+        compare = Comparison(f"step {step} without rank {lost}")
+        want = plan(routing, rank, None)
+        filled = want["recv_slot"] >= 0
+        for name in ("tokens_per_expert", "source_offsets", "recv_slot", "recv_row"):
+            compare.expect(name, getattr(got, name), want[name])
+        compare.expect("rows", rows.cpu()[filled], dispatch(routing, rank, pad(x, max_tokens))[filled])
+        compare.expect("sums", sums, combine(routing, rank, y, None))
+        differences += compare.differences
+    return differences
 
 
 def works(rank: int, world_size: int, group: str | None) -> list[str]:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import free_port
+from low_latency_cases import check_seeds, check_without
 from nvlink_cases import works
 from virtual import EXPERTS_PER_RANK, NCCL, START_S, Watched, gpu_world, limits, meet
 
@@ -184,6 +185,25 @@ def killed_while_others_destroy(rank: int, world_size: int) -> float | None:
 def test_destroy_does_not_wait_for_a_peer_that_is_gone(ranks: Watched) -> None:
     for seconds in ranks.run(killed_while_others_destroy, limit_s=LIMIT_S)[:-1]:
         assert seconds is not None and seconds < SLACK_S / 2
+
+
+def killed_while_others_decode(rank: int, world_size: int) -> tuple[list[str], list[bool]]:
+    torch_ep.init(timeout=TIMEOUT, transport="nvlink", on_timeout="mask", **limits(world_size))
+    differences = check_seeds(rank, world_size, None, 0, 4)
+    meet(None)
+    if rank == world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    differences += check_without(rank, world_size, None, world_size - 1, 20)
+    return differences, torch_ep.active_ranks()
+
+
+def test_a_killed_process_leaves_the_others_decoding(ranks: Watched) -> None:
+    answers = ranks.run(killed_while_others_decode, limit_s=LIMIT_S)[:-1]
+    for answer in answers:
+        assert answer is not None
+        differences, active = answer
+        assert not differences
+        assert active == [True] * len(answers) + [False]
 
 
 def destroyed(rank: int, world_size: int) -> str:

@@ -32,6 +32,7 @@ from low_latency_cases import (
     check_in_flight,
     check_seeds,
     check_whole,
+    check_without,
     draw,
     fits,
     pad,
@@ -743,6 +744,35 @@ def test_a_rank_that_does_not_come(name: str, which: str, what: str) -> None:
             assert re.search(rf"\) for rank {culprit}\b", message), message
             assert again == (kind, message)  # until a reset
             assert not differences
+
+
+def goes_on_without(
+    rank: int, world_size: int, group: str | None, shared: dict[int, int], lost: int, by_host: bool
+) -> tuple[list[str], list[bool], list[bool], list[str]]:
+    """What differs without a rank, who is active then and after a reset, and what differs after that."""
+    differences = check_seeds(rank, world_size, group, 0, 4)
+    meet(group)
+    if rank != lost:
+        if by_host:
+            torch_ep.mask_ranks([lost], group)
+        differences += check_without(rank, world_size, group, lost, 5)
+    active = torch_ep.active_ranks(group)
+    meet(group)
+    reset(rank, group, shared)
+    return differences, active, torch_ep.active_ranks(group), works(rank, world_size, group)
+
+
+@pytest.mark.parametrize("by_host", [True, False], ids=["masked by the host", "masked by a time-out"])
+@several_ranks
+def test_the_others_go_on_without_a_rank(name: str, by_host: bool) -> None:
+    world_size = int(name.partition("-")[2])
+    lost = world_size - 1
+    answers = in_own_world(name, goes_on_without, lost, by_host, on_timeout="raise" if by_host else "mask")
+    for rank, (differences, active, active_again, differences_again) in enumerate(answers):
+        assert not differences
+        assert active == [rank == lost or other != lost for other in range(world_size)]
+        assert active_again == [True] * world_size
+        assert not differences_again
 
 
 class Halves:

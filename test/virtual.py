@@ -127,7 +127,7 @@ class VirtualWorld:
     """
 
     def __init__(
-        self, world_size: int, *, timeout: timedelta = TIMEOUT, num_sms: int = 8, device: int = 0, **changes: int
+        self, world_size: int, *, timeout: timedelta = TIMEOUT, num_sms: int = 8, device: int = 0, **changes: Any
     ) -> None:
         self.world_size = world_size
         torch.cuda.set_device(device)

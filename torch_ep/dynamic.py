@@ -13,8 +13,9 @@ def mark_tokens(*tensors: Tensor, dim: int = 0, name: str = "tokens") -> None:
 
     torch.compile makes a graph for the first size it sees, one for 0, one for 1, and one for all others, each when it
     comes: ranks with different counts then compile different numbers of graphs at different times, and the others
-    wait. A dimension that is marked is unknown to the compiler, so that the first graph is the last. The price:
-    nothing that is compiled may depend on its value, as in `if x.shape[0] == 0`.
+    wait. From a graph for 0 Inductor even takes exchanges out, as their results have no elements. A dimension that is
+    marked is unknown to the compiler, so that the first graph is the last. The price: nothing that is compiled may
+    depend on its value, as in `if x.shape[0] == 0`.
 
     Call it outside of what is compiled, on every tensor that goes in; nothing happens in eager mode.
 

@@ -39,8 +39,8 @@ struct PlacementOptions {
 // recv_slot[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one
 // number per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
 struct LocalKernels {
-  // Throws ValueError naming the token, the slot and the value on a bad index.
-  Route (*route)(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
+  // Throws ValueError naming `op`, the token, the slot and the value on a bad index.
+  Route (*route)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
   Placement (*place)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions&);
 
   // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].

@@ -227,12 +227,6 @@ at::Tensor index_by_count(const at::Tensor& counts, int64_t total) {
   return at::repeat_interleave(counts, std::optional<int64_t>(total));
 }
 
-// The local kernels check indices in the name of ep::plan.
-std::string in_name_of(const char* op, const c10::Error& error) {
-  const std::string message = error.what_without_backtrace(), prefix = name_of(OpKind::plan);
-  return message.rfind(prefix, 0) == 0 ? op + message.substr(prefix.size()) : message;
-}
-
 // Throws ValueError, in the name of `op`, on too many tokens or a bad index.
 Route route(const char* op, const at::Tensor& topk_idx, const Sizes& sizes) {
   TORCH_CHECK_VALUE(
@@ -242,11 +236,7 @@ Route route(const char* op, const at::Tensor& topk_idx, const Sizes& sizes) {
       sizes.max_tokens_per_rank,
       " tokens, got ",
       topk_idx.size(0));
-  try {
-    return local_kernels(topk_idx).route(topk_idx, sizes.num_experts, sizes.world_size);
-  } catch (const c10::ValueError& error) {
-    TORCH_CHECK_VALUE(false, in_name_of(op, error));
-  }
+  return local_kernels(topk_idx).route(op, topk_idx, sizes.num_experts, sizes.world_size);
 }
 
 void check_limits(OpKind op, const Communicator& comm, const Sizes& sizes, int64_t hidden) {

@@ -89,7 +89,7 @@ PlanResult make_plan(
         max_tokens_per_rank.value_or(0),
         " tokens, got ",
         topk_idx.size(0));
-    routed = local.route(topk_idx, num_experts, world_size);
+    routed = local.route(kOp, topk_idx, num_experts, world_size);
   } catch (const c10::ValueError& error) {
     failure = error.what_without_backtrace();
     if (!comm) {

@@ -12,7 +12,7 @@ at::ScalarType accumulator_of(const at::Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_indices(const at::Tensor& idx, int64_t num_experts) {
+void check_indices(const char* op, const at::Tensor& idx, int64_t num_experts) {
   const auto outside = idx.lt(-1).logical_or(idx.ge(num_experts));
   const auto sorted = std::get<0>(idx.sort(/*dim=*/1));
   const auto left = sorted.narrow(1, 0, idx.size(1) - 1), right = sorted.narrow(1, 1, idx.size(1) - 1);
@@ -21,13 +21,13 @@ void check_indices(const at::Tensor& idx, int64_t num_experts) {
     return;
   }
   // The CPU's check finds the first offender and words the error.
-  cpu_kernels.route(idx.cpu(), num_experts, 1);
+  cpu_kernels.route(op, idx.cpu(), num_experts, 1);
 }
 
-Route route(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
   const int64_t num_local_experts = num_experts / world_size;
-  check_indices(topk_idx, num_experts);
+  check_indices(op, topk_idx, num_experts);
   const auto idx = topk_idx.to(at::kLong);
   const auto valid = idx.ge(0);
   const auto rank = idx.div(num_local_experts, "floor").clamp_min(0);

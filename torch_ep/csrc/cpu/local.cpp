@@ -54,13 +54,14 @@ void for_each_chunk(int64_t chunks, const F& f) {
 }
 
 template <typename T>
-void check_indices(const T* idx, int64_t num_tokens, int64_t num_topk, int64_t num_experts) {
+void check_indices(const char* op, const T* idx, int64_t num_tokens, int64_t num_topk, int64_t num_experts) {
   for (int64_t token = 0; token < num_tokens; ++token) {
     const T* row = idx + token * num_topk;
     for (int64_t slot = 0; slot < num_topk; ++slot) {
       TORCH_CHECK_VALUE(
           row[slot] >= -1 && row[slot] < num_experts,
-          "ep::plan: expected topk_idx in [-1, ",
+          op,
+          ": expected topk_idx in [-1, ",
           num_experts,
           "), got ",
           static_cast<int64_t>(row[slot]),
@@ -71,7 +72,8 @@ void check_indices(const T* idx, int64_t num_tokens, int64_t num_topk, int64_t n
       for (int64_t other = 0; other < slot; ++other) {
         TORCH_CHECK_VALUE(
             row[slot] == -1 || row[slot] != row[other],
-            "ep::plan: expected different experts in one token, got expert ",
+            op,
+            ": expected different experts in one token, got expert ",
             static_cast<int64_t>(row[slot]),
             " at token ",
             token,
@@ -85,11 +87,11 @@ void check_indices(const T* idx, int64_t num_tokens, int64_t num_topk, int64_t n
 }
 
 template <typename T>
-Route route_impl(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
   const int64_t num_local_experts = num_experts / world_size;
   const T* idx = topk_idx.const_data_ptr<T>();
-  check_indices(idx, num_tokens, num_topk, num_experts);
+  check_indices(op, idx, num_tokens, num_topk, num_experts);
 
   Route route;
   const auto options = topk_idx.options().dtype(at::kInt);
@@ -314,9 +316,9 @@ T* write(at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Route route(const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
-  return topk_idx.scalar_type() == at::kInt ? route_impl<int32_t>(topk_idx, num_experts, world_size)
-                                            : route_impl<int64_t>(topk_idx, num_experts, world_size);
+Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+  return topk_idx.scalar_type() == at::kInt ? route_impl<int32_t>(op, topk_idx, num_experts, world_size)
+                                            : route_impl<int64_t>(op, topk_idx, num_experts, world_size);
 }
 
 Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {

@@ -99,10 +99,15 @@ class Flight {
     const uint64_t last = fresh(state_.last_use[half()]);
     const int p = lane_id();
     const auto has_read = [&] { return load_acquire_system(own(layout().done(kind_, p))) >= last; };
-    bool is_there = false, own_is_there = false;
-    bool going = wait_lanes(Phase::credit, p == me(), has_read, own_is_there);
-    going = going && wait_lanes(Phase::credit, p < world_size() && p != me() && is_active(p), has_read, is_there);
-    may_write = is_there || own_is_there;
+    const bool is_wanted = p < world_size() && is_active(p);
+    may_write = is_wanted && has_read();
+    bool going = true;
+    if (!__all_sync(kFullWarp, may_write == is_wanted)) {
+      bool is_there = false, own_is_there = false;
+      going = wait_lanes(Phase::credit, p == me(), has_read, own_is_there);
+      going = going && wait_lanes(Phase::credit, is_wanted && p != me(), has_read, is_there);
+      may_write = is_there || own_is_there;
+    }
     fence_async_global();  // between the credit and the bulk copies that it allows
     return going;
   }
