@@ -48,6 +48,7 @@ struct Mailbox {
   int64_t stopped;
 };
 
+constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 constexpr int kMaxBlocks = 256;
 
 // Of one kind of low-latency exchange.

@@ -1,11 +1,12 @@
-// The nvlink transport on the host: tensors to kernel arguments, and what a kernel reports to an error.
+// The nvlink transport on the host: tensors to kernel arguments.
 #include "nvlink.h"
 
-#include "launch.h"
+#include "failures.h"
+#include "low_latency_host.h"
+#include "stream.h"
+#include "tensors.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -22,8 +23,6 @@ namespace ep::cuda {
 namespace {
 
 using std::chrono::steady_clock;
-
-constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 
 bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
@@ -55,19 +54,6 @@ at::Tensor from_wire(const at::Tensor& result, const at::Tensor& like) {
   return result.narrow(1, 0, like.size(1) * like.element_size()).contiguous().view(like.scalar_type());
 }
 
-Element element_of(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return Element::f64;
-    case at::kFloat:
-      return Element::f32;
-    case at::kBFloat16:
-      return Element::bf16;
-    default:
-      return Element::f16;
-  }
-}
-
 int64_t element_bytes(const std::optional<at::Tensor>& t) {
   return t ? static_cast<int64_t>(t->element_size()) : 0;
 }
@@ -92,39 +78,11 @@ cudaError_t prepare_kernels() {
   return cudaSuccess;
 }
 
-template <class T>
-const T* data(const at::Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_data(const at::Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-// A stream that waits for no kernel, for a few words.
-class Stream {
- public:
-  Stream() { C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-  Stream(const Stream&) = delete;
-  Stream& operator=(const Stream&) = delete;
-  ~Stream() { static_cast<void>(cudaStreamDestroy(stream_)); }
-
-  void copy(void* to, const void* from, size_t bytes) const {
-    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
-    C10_CUDA_CHECK(cudaStreamSynchronize(stream_));
-  }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
 class Nvlink final : public Transport {
  public:
   explicit Nvlink(const NvlinkOptions& options)
       : group_name_(options.group_name),
         layout_(layout_of(options.world_size, options.limits, options.num_sms)),
-        low_latency_(low_latency_layout_of(layout_, options.limits)),
         max_tokens_(options.limits[0]),
         max_hidden_(options.limits[1]),
         max_topk_(options.limits[2]),
@@ -163,10 +121,11 @@ class Nvlink final : public Transport {
     comm_.mailbox = mailbox_;
     comm_.rows_of = reinterpret_cast<uint64_t*>(mutable_data<char>(rows_of_));
     comm_.layout = layout_;
-    comm_.low_latency = low_latency_;
+    comm_.low_latency = low_latency_layout_of(layout_, options.limits);
     comm_.rank = static_cast<int>(options.rank);
     comm_.timeout_ns = options.timeout_ms * 1'000'000;
     comm_.masks = options.masks;
+    low_latency_.emplace(comm_, LowLatencyLimits{max_hidden_, max_topk_, max_experts_}, multiprocessors_);
     C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
   }
 
@@ -313,13 +272,7 @@ class Nvlink final : public Transport {
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    auto args = low_latency_args(options, Part::both);
-    const auto rows = aligned(x);
-    set_tokens(args, rows, topk_idx, topk_weights);
-    auto result = low_latency_results(args, options, x.options());
-    C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, enter()));
-    check_tokens(x.size(0), options);
-    return result;
+    return low_latency_->dispatch(x, topk_idx, topk_weights, options, enter());
   }
 
   at::Tensor low_latency_dispatch_send(
@@ -328,25 +281,12 @@ class Nvlink final : public Transport {
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    if (x.size(0) > options.max_tokens_per_rank) {
-      low_latency_dispatch(x, topk_idx, topk_weights, options);  // throws; nothing is left on its way
-    }
-    auto args = low_latency_args(options, Part::send);
-    const auto rows = aligned(x);
-    set_tokens(args, rows, topk_idx, topk_weights);
-    const auto ticket = make_ticket(x);
-    args.ticket = mutable_data<int64_t>(ticket);
-    C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, enter()));
-    return ticket;
+    return low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
   }
 
   LowLatencyRows low_latency_dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    auto args = low_latency_args(options, Part::receive);
-    args.ticket = const_cast<int64_t*>(data<int64_t>(ticket));
-    auto result = low_latency_results(args, options, ticket.options());
-    C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, enter()));
-    return result;
+    return low_latency_->dispatch_recv(ticket, options, enter());
   }
 
   std::tuple<at::Tensor, at::Tensor> low_latency_combine(
@@ -356,12 +296,7 @@ class Nvlink final : public Transport {
       const at::Tensor& recv_row,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    auto args = low_latency_args(y.size(2), y.scalar_type(), topk_idx, num_experts, Part::both);
-    const auto rows = aligned(y);
-    set_results(args, rows, row_weights, recv_row);
-    const auto result = low_latency_sums(args, y.size(2), y.options());
-    C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, enter()));
-    return result;
+    return low_latency_->combine(y, topk_idx, row_weights, recv_row, num_experts, enter());
   }
 
   at::Tensor low_latency_combine_send(
@@ -371,13 +306,7 @@ class Nvlink final : public Transport {
       const at::Tensor& recv_row,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    auto args = low_latency_args(y.size(2), y.scalar_type(), topk_idx, num_experts, Part::send);
-    const auto rows = aligned(y);
-    set_results(args, rows, row_weights, recv_row);
-    const auto ticket = make_ticket(y);
-    args.ticket = mutable_data<int64_t>(ticket);
-    C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, enter()));
-    return ticket;
+    return low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
   }
 
   std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
@@ -387,11 +316,7 @@ class Nvlink final : public Transport {
       at::ScalarType dtype,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    auto args = low_latency_args(hidden, dtype, topk_idx, num_experts, Part::receive);
-    args.ticket = const_cast<int64_t*>(data<int64_t>(ticket));
-    const auto result = low_latency_sums(args, hidden, ticket.options().dtype(dtype));
-    C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, enter()));
-    return result;
+    return low_latency_->combine_recv(ticket, topk_idx, hidden, dtype, num_experts, enter());
   }
 
   bool takes(const at::Tensor& t) const override { return t.is_cuda() && t.get_device() == device_; }
@@ -539,172 +464,6 @@ class Nvlink final : public Transport {
     return from_wire(result, y);
   }
 
-  // --- the low-latency pair ---
-
-  // Rows as the kernels take them, from an address that is a multiple of 16.
-  static at::Tensor aligned(const at::Tensor& t) {
-    return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector == 0 ? t : t.clone();
-  }
-
-  at::Tensor make_ticket(const at::Tensor& like) const {
-    return at::empty({2, layout_.world_size}, like.options().dtype(at::kLong));
-  }
-
-  void check_low_latency(OpKind op, int64_t num_topk, int64_t num_experts, int64_t hidden, int64_t row_bytes) const {
-    TORCH_CHECK(
-        low_latency_.max_tokens > 0,
-        name_of(op),
-        ": expected low_latency_tokens of torch_ep.init to be given, on transport nvlink, got None");
-    check_limit(op, "num_topk", max_topk_, num_topk);
-    check_limit(op, "num_experts", max_experts_, num_experts);
-    check_limit(op, "hidden", max_hidden_, hidden);
-    TORCH_CHECK_VALUE(
-        row_bytes % kVector == 0,
-        name_of(op),
-        ": expected rows of a multiple of ",
-        kVector,
-        " bytes on transport nvlink, got ",
-        row_bytes);
-  }
-
-  void check_record(OpKind op, int64_t bytes) const {
-    const int64_t most = std::min<int64_t>(low_latency_.slot_bytes, max_record_bytes());
-    TORCH_CHECK_VALUE(
-        bytes <= most,
-        name_of(op),
-        ": expected rows of at most ",
-        most,
-        " bytes with what travels along, for which torch_ep.init made room, got ",
-        bytes);
-  }
-
-  LowLatencyDispatchArgs low_latency_args(const LowLatencyOptions& options, Part part) const {
-    constexpr auto kOp = OpKind::low_latency_dispatch;
-    LowLatencyDispatchArgs args{};
-    args.comm = comm_;
-    args.part = part;
-    args.element = element_of(options.dtype);
-    args.quantize = static_cast<cuda::Quantize>(options.quantize);
-    args.max_tokens = static_cast<int>(options.max_tokens_per_rank);
-    args.num_topk = static_cast<int>(options.num_topk);
-    args.num_experts = static_cast<int>(options.num_experts);
-    args.hidden = static_cast<int>(options.hidden);
-    const auto groups = static_cast<int>((options.hidden + 127) / 128);
-    if (options.quantize == ep::Quantize::none) {
-      args.row_bytes = args.hidden * static_cast<int>(c10::elementSize(options.dtype));
-    } else {
-      args.row_bytes = args.hidden;
-      args.num_scales = options.quantize == ep::Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
-    }
-    check_low_latency(kOp, options.num_topk, options.num_experts, options.hidden, args.row_bytes);
-    check_limit(kOp, "low_latency_tokens", low_latency_.max_tokens, options.max_tokens_per_rank);
-    check_record(kOp, args.record_bytes());
-    return args;
-  }
-
-  static void set_tokens(
-      LowLatencyDispatchArgs& args,
-      const at::Tensor& x,
-      const at::Tensor& topk_idx,
-      const std::optional<at::Tensor>& topk_weights) {
-    args.x = data<char>(x.view(at::kByte));
-    args.topk_idx = topk_idx.const_data_ptr();
-    args.wide_idx = topk_idx.scalar_type() == at::kLong;
-    args.topk_weights = topk_weights ? data<float>(*topk_weights) : nullptr;
-    args.num_tokens = x.size(0) <= args.max_tokens ? static_cast<int>(x.size(0)) : 0;
-  }
-
-  // After an exchange without any, so that nobody waits for this rank in vain.
-  static void check_tokens(int64_t num_tokens, const LowLatencyOptions& options) {
-    TORCH_CHECK_VALUE(
-        num_tokens <= options.max_tokens_per_rank,
-        name_of(OpKind::low_latency_dispatch),
-        ": expected at most max_tokens_per_rank = ",
-        options.max_tokens_per_rank,
-        " tokens, got ",
-        num_tokens);
-  }
-
-  LowLatencyRows low_latency_results(
-      LowLatencyDispatchArgs& args,
-      const LowLatencyOptions& options,
-      const at::TensorOptions& on) const {
-    const int64_t world_size = layout_.world_size, num_local = options.num_experts / world_size;
-    const int64_t room = world_size * options.max_tokens_per_rank;
-    const bool quantised = options.quantize != ep::Quantize::none;
-    const auto ints = on.dtype(at::kInt);
-    const auto rows =
-        at::empty({num_local, room, options.hidden}, on.dtype(quantised ? at::kFloat8_e4m3fn : options.dtype));
-    std::optional<at::Tensor> scales;
-    if (quantised) {
-      args.scale_rows = round_up(room, 4);
-      scales = at::empty_strided(
-          {num_local, room, args.num_scales},
-          {args.num_scales * args.scale_rows, 1, args.scale_rows},
-          on.dtype(options.quantize == ep::Quantize::fp8_ue8m0 ? at::kInt : at::kFloat));
-      args.scales = scales->mutable_data_ptr();
-    }
-    const auto tokens_per_expert = at::empty({num_local}, ints);
-    const auto source_offsets = at::empty({num_local, world_size}, ints);
-    // A rank that is masked in the middle of an exchange leaves holes in it.
-    const auto recv_slot = comm_.masks ? at::full({num_local, room}, -1, ints) : at::empty({num_local, room}, ints);
-    const auto recv_row = at::empty({room, options.num_topk}, ints);
-    const auto row_weights = at::empty({num_local, room}, on.dtype(at::kFloat));
-    const auto wait_ns = at::empty({world_size}, on.dtype(at::kLong));
-    args.rows = static_cast<char*>(rows.mutable_data_ptr());
-    args.tokens_per_expert = mutable_data<int32_t>(tokens_per_expert);
-    args.source_offsets = mutable_data<int32_t>(source_offsets);
-    args.recv_slot = mutable_data<int32_t>(recv_slot);
-    args.recv_row = mutable_data<int32_t>(recv_row);
-    args.row_weights = mutable_data<float>(row_weights);
-    args.wait_ns = mutable_data<int64_t>(wait_ns);
-    return {rows, scales, tokens_per_expert, source_offsets, recv_slot, recv_row, row_weights, wait_ns};
-  }
-
-  LowLatencyCombineArgs low_latency_args(
-      int64_t hidden,
-      at::ScalarType dtype,
-      const at::Tensor& topk_idx,
-      int64_t num_experts,
-      Part part) const {
-    constexpr auto kOp = OpKind::low_latency_combine;
-    LowLatencyCombineArgs args{};
-    args.comm = comm_;
-    args.part = part;
-    args.topk_idx = topk_idx.const_data_ptr();
-    args.wide_idx = topk_idx.scalar_type() == at::kLong;
-    args.num_tokens = static_cast<int>(topk_idx.size(0));
-    args.element = element_of(dtype);
-    args.num_topk = static_cast<int>(topk_idx.size(1));
-    args.num_experts = static_cast<int>(num_experts);
-    args.row_bytes = static_cast<int>(hidden * static_cast<int64_t>(c10::elementSize(dtype)));
-    check_low_latency(kOp, args.num_topk, num_experts, hidden, args.row_bytes);
-    check_limit(kOp, "low_latency_tokens", low_latency_.max_tokens, args.num_tokens);
-    check_record(kOp, args.row_bytes);
-    return args;
-  }
-
-  void set_results(
-      LowLatencyCombineArgs& args,
-      const at::Tensor& y,
-      const at::Tensor& row_weights,
-      const at::Tensor& recv_row) const {
-    args.y = static_cast<const char*>(y.const_data_ptr());
-    args.row_weights = data<float>(row_weights);
-    args.recv_row = data<int32_t>(recv_row);
-    args.max_tokens = static_cast<int>(recv_row.size(0) / layout_.world_size);
-    check_limit(OpKind::low_latency_combine, "low_latency_tokens", low_latency_.max_tokens, args.max_tokens);
-  }
-
-  std::tuple<at::Tensor, at::Tensor>
-  low_latency_sums(LowLatencyCombineArgs& args, int64_t hidden, const at::TensorOptions& on) const {
-    const auto out = at::empty({args.num_tokens, hidden}, on);
-    const auto wait_ns = at::empty({layout_.world_size}, on.dtype(at::kLong));
-    args.out = static_cast<char*>(out.mutable_data_ptr());
-    args.wait_ns = mutable_data<int64_t>(wait_ns);
-    return {out, wait_ns};
-  }
-
   // --- the exact plan ---
 
   // The one number that an exact plan waits for.
@@ -761,168 +520,21 @@ class Nvlink final : public Transport {
     }
     const Mailbox report = *mailbox_;
     if (kind == Failure::timeout || kind == Failure::left || kind == Failure::bad_order) {
-      fatal_ = kind == Failure::bad_order ? describe_order(report) : describe_absence(report, kind);
+      fatal_ = describe(group_name_, comm_, report);
       C10_THROW_ERROR(DistError, fatal_);
     }
     std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
-    if (kind == Failure::mismatch) {
-      C10_THROW_ERROR(DistError, describe_mismatch(report));
+    const bool own_argument = kind == Failure::bad_plan || (kind == Failure::bad_topk && report.peer == comm_.rank);
+    if (!own_argument) {
+      C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
     }
-    if (kind == Failure::elsewhere) {
-      std::ostringstream message;
-      message << op_name(report.op) << ": rank " << report.peer << " disagrees with another rank in exchange "
-              << report.epoch << " of group '" << group_name_ << "', whose errors say on what";
-      C10_THROW_ERROR(DistError, message.str());
-    }
-    const auto cause = kind == Failure::bad_topk ? describe_topk(report) : describe_plan(report);
-    if (kind == Failure::bad_topk && report.peer != comm_.rank) {
-      std::ostringstream message;
-      message << "ep::plan: rank " << report.peer << " failed before exchange " << report.epoch << ": " << cause;
-      C10_THROW_ERROR(DistError, message.str());
-    }
-    TORCH_CHECK_VALUE(false, cause);
-  }
-
-  static const char* op_name(int64_t op) { return name_of(static_cast<OpKind>(op)); }
-
-  std::string describe_topk(const Mailbox& report) const {
-    if (report.ours == kTooManyTokens) {
-      return report.peer == comm_.rank ? refusal(last_tokens_, last_most_tokens_)
-                                       : "ep::plan: expected at most max_tokens_per_rank tokens, got more";
-    }
-    std::ostringstream message;
-    const int64_t num_topk = report.theirs_epoch >> 32, num_experts = report.theirs_epoch & 0xffffffff;
-    const int64_t token = report.detail / num_topk, slot = report.detail % num_topk;
-    if (report.ours == kOutOfRange) {
-      message << op_name(report.op) << ": expected topk_idx in [-1, " << num_experts << "), got " << report.theirs
-              << " at token " << token << ", slot " << slot;
-    } else {
-      message << op_name(report.op) << ": expected different experts in one token, got expert " << report.theirs
-              << " at token " << token << ", slots " << report.ours << " and " << slot;
-    }
-    return message.str();
-  }
-
-  std::string describe_plan(const Mailbox& report) const {
-    static constexpr const char* kNames[] = {"send_slot", "recv_slot"};
-    std::ostringstream message;
-    message << op_name(report.op) << ": expected " << kNames[report.detail] << " of this plan in [-1, " << report.ours
-            << "), in the order of ep::plan, got " << report.theirs << " (exchange " << report.epoch << ")";
-    return message.str();
-  }
-
-  std::string describe_mismatch(const Mailbox& report) const {
-    std::ostringstream message;
-    const auto op = static_cast<OpKind>(report.op);
-    message << name_of(op) << ": ";
-    if (report.detail == 0) {
-      message << "ranks issued different sequences of operators on group '" << group_name_ << "': rank " << comm_.rank
-              << " is in " << name_of(op) << " (exchange " << report.epoch << "), rank " << report.peer << " in "
-              << op_name(report.theirs) << " (exchange " << report.theirs_epoch << ")";
-    } else if (op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine) {
-      static constexpr const char* kNames[] = {"num_topk of num_experts", "hidden", "max_tokens_per_rank", "dtype"};
-      const bool of_rows = op == OpKind::low_latency_combine;
-      const auto show = [&](int64_t value) -> std::string {
-        static constexpr const char* kElements[] = {"Double", "Float", "BFloat16", "Half"};
-        static constexpr const char* kQuantize[] = {"", " as fp8", " as fp8_pow2", " as fp8_ue8m0"};
-        const int64_t high = value >> 32, low = value & 0xffffffff;
-        if (of_rows) {
-          return std::to_string((value & 0x3fff) * kVector) + " of " + kElements[value >> 14 & 3];
-        }
-        switch (report.detail) {
-          case 1:
-            return std::to_string(high) + " of " + std::to_string(low);
-          case kNumAgreed:
-            return std::string(kElements[high % 4]) + kQuantize[low % 4];
-          default:
-            return std::to_string(value);
-        }
-      };
-      message << "expected the same " << (of_rows ? "bytes of a row" : kNames[report.detail - 1])
-              << " on every rank, got " << show(report.ours) << " on rank " << comm_.rank << " and "
-              << show(report.theirs) << " on rank " << report.peer;
-    } else if (report.detail <= kNumAgreed) {
-      static constexpr const char* kPlanNames[] = {"num_experts", "num_topk", "", ""};
-      static constexpr const char* kMoveNames[] = {
-          "hidden", "dtype", "bytes of topk_weights a token", "bytes of scales a token"};
-      const bool is_dtype = op != OpKind::plan && report.detail == 2;
-      const auto show = [&](int64_t value) {
-        return is_dtype ? std::string(c10::toString(static_cast<at::ScalarType>(value))) : std::to_string(value);
-      };
-      message << "expected the same " << (op == OpKind::plan ? kPlanNames : kMoveNames)[report.detail - 1]
-              << " on every rank, got " << show(report.ours) << " on rank " << comm_.rank << " and "
-              << show(report.theirs) << " on rank " << report.peer;
-    } else {
-      const bool outward = report.detail == kNumAgreed + 1;
-      const int64_t from = outward ? comm_.rank : report.peer, to = outward ? report.peer : comm_.rank;
-      message << "expected the same plan on every rank, got one by which " << (outward ? report.theirs : report.ours)
-              << " rows go from rank " << from << " to rank " << to << ", where rank " << from << " sends "
-              << (outward ? report.ours : report.theirs);
-    }
-    return message.str();
-  }
-
-  // Ranks of which this one saw no header of the exchange; of a low-latency combine, which has none, nobody knows.
-  std::vector<int> absent(const Mailbox& report) const {
-    const auto epoch = static_cast<uint64_t>(report.epoch);
-    const auto op = static_cast<OpKind>(report.op);
-    std::vector<int> ranks;
-    if (op == OpKind::low_latency_combine) {
-      return ranks;
-    }
-    const Stream stream;
-    for (int r = 0; r < layout_.world_size; ++r) {
-      const auto half = static_cast<int>(epoch % 2);
-      const int64_t at = op == OpKind::low_latency_dispatch ? low_latency_.header(half, r) : layout_.header(half, r);
-      Header header{};
-      stream.copy(&header, comm_.buffers[comm_.rank] + at, sizeof(header));
-      if (r != comm_.rank && header.epoch < epoch) {
-        ranks.push_back(r);
-      }
-    }
-    return ranks;
-  }
-
-  std::string describe_order(const Mailbox& report) const {
-    std::ostringstream message;
-    message << op_name(report.op) << ": expected exchange " << report.ours << " of group '" << group_name_
-            << "' to be received next, got the ticket of exchange " << report.theirs
-            << ": exchanges are received in the order in which they were sent, each once. torch_ep.reset(group) on "
-               "every rank makes the group usable again";
-    return message.str();
-  }
-
-  std::string describe_absence(const Mailbox& report, Failure kind) const {
-    static constexpr const char* kPhases[] = {"headers", "the buffer", "counts", "rows", "its own blocks"};
-    std::ostringstream message;
-    message << op_name(report.op) << ": rank " << comm_.rank << " waited in exchange " << report.epoch << " of group '"
-            << group_name_ << "' (" << kPhases[report.phase] << ", time-out " << timeout_.count() << " ms) for ";
-    // Who waits for a credit has entered no exchange that peers could have seen.
-    auto late = static_cast<Phase>(report.phase) == Phase::credit ? std::vector<int>() : absent(report);
-    const auto missing = static_cast<int>(kind == Failure::left ? report.detail : report.peer);
-    if (kind == Failure::timeout && missing == comm_.rank && static_cast<Phase>(report.phase) == Phase::credit) {
-      message << "itself: two exchanges were sent and not received, and there is no room for a third";
-      return message.str();
-    }
-    if (late.empty() && missing == comm_.rank) {
-      message << "rank " << report.peer << ", which gave up this exchange: rank " << comm_.rank << " came too late";
-    } else {
-      if (late.empty()) {
-        late.push_back(missing);
-      }
-      message << (late.size() == 1 ? "rank " : "ranks ");
-      for (size_t i = 0; i < late.size(); ++i) {
-        message << (i ? ", " : "") << late[i];
-      }
-      message << ", not heard of since: dead, stalled, or running something else";
-    }
-    message << ". If every rank is alive, torch_ep.reset(group) on all of them makes the group usable again";
-    return message.str();
+    TORCH_CHECK_VALUE(
+        kind != Failure::bad_topk || report.ours != kTooManyTokens, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
   }
 
   const std::string group_name_;
   const Layout layout_;
-  const LowLatencyLayout low_latency_;
   const int64_t max_tokens_, max_hidden_, max_topk_, max_experts_;
   const std::chrono::milliseconds timeout_;
   const c10::DeviceIndex device_;
@@ -930,6 +542,7 @@ class Nvlink final : public Transport {
   at::Tensor state_, rows_of_;
   Mailbox* mailbox_ = nullptr;
   Comm comm_;
+  std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
   uint32_t masked_ = 0;  // State::masked_by_host
   // Of the last plan, whose exact form says at once if these were too many.

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+
+namespace ep::cuda {
+
+// A stream that waits for no kernel, for a few words.
+class Stream {
+ public:
+  Stream() { C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { static_cast<void>(cudaStreamDestroy(stream_)); }
+
+  void copy(void* to, const void* from, size_t bytes) const {
+    C10_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace ep::cuda

@@ -1,0 +1,33 @@
+// Tensors as the kernels take them.
+#pragma once
+
+#include "launch.h"
+
+#include <ATen/core/Tensor.h>
+
+namespace ep::cuda {
+
+inline Element element_of(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return Element::f64;
+    case at::kFloat:
+      return Element::f32;
+    case at::kBFloat16:
+      return Element::bf16;
+    default:
+      return Element::f16;
+  }
+}
+
+template <class T>
+const T* data(const at::Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const at::Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+}  // namespace ep::cuda
