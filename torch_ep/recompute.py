@@ -27,6 +27,13 @@ EXCHANGES = (
     torch.ops.ep.dispatch.default,
     torch.ops.ep.combine.default,
     torch.ops.ep.combine.weighted,
+    # For inference, which a layer that is frozen may do amid training.
+    torch.ops.ep.low_latency_dispatch.default,
+    torch.ops.ep.low_latency_dispatch_send.default,
+    torch.ops.ep.low_latency_dispatch_recv.default,
+    torch.ops.ep.low_latency_combine.default,
+    torch.ops.ep.low_latency_combine_send.default,
+    torch.ops.ep.low_latency_combine_recv.default,
 )
 
 
