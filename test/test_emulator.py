@@ -20,7 +20,7 @@ from test_cuda_sources import cuda_include_folders, needs_nvcc
 pytestmark = needs_nvcc
 
 # Random ones of each program, besides twelve larger ones of virtual_ranks that are always run.
-CASES = {"virtual_ranks": 120, "low_latency": 100}
+CASES = {"virtual_ranks": 96, "low_latency": 80}
 
 
 def build(name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:

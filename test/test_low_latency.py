@@ -212,7 +212,7 @@ def assert_none(found: Sequence[Sequence[str]]) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_reference(world_size: int) -> None:
-    assert_none(on_ranks(world_size, cases_differ, random_cases(world_size, 96)))
+    assert_none(on_ranks(world_size, cases_differ, random_cases(world_size, 64)))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -225,7 +225,7 @@ def test_equals_the_reference_with_rows_of_models(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_reference_by_the_operators_of_torch(world_size: int) -> None:
     # The way of other devices than the CPU.
-    assert_none(on_ranks(world_size, cases_differ, random_cases(world_size, 48), True))
+    assert_none(on_ranks(world_size, cases_differ, random_cases(world_size, 32), True))
 
 
 def _differs_from_plan(rank: int, world_size: int, cases: Sequence[Case]) -> list[str]:

@@ -187,6 +187,26 @@ inline int number_after(const char* name, const std::string& value) {
   return static_cast<int>(number);
 }
 
+// The command line.
+struct Options {
+  int cases = 24, seed = 1;
+
+  Options(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
+      if (name == "--fill") {
+        fills_bulk_results = true;
+      } else if (name == "--cases" || name == "--seed") {
+        (name == "--cases" ? cases : seed) = number_after(name.c_str(), value);
+        ++i;
+      } else {
+        std::fprintf(stderr, "usage: %s [--cases N] [--seed N] [--fill]\n", argv[0]);
+        std::exit(2);
+      }
+    }
+  }
+};
+
 }  // namespace ranks
 
 using namespace ranks;
