@@ -87,7 +87,6 @@ class Nvlink final : public Transport {
         max_hidden_(options.limits[1]),
         max_topk_(options.limits[2]),
         max_experts_(options.limits[3]),
-        timeout_(options.timeout_ms),
         device_(c10::cuda::current_device()),
         // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
         multiprocessors_(
@@ -536,7 +535,6 @@ class Nvlink final : public Transport {
   const std::string group_name_;
   const Layout layout_;
   const int64_t max_tokens_, max_hidden_, max_topk_, max_experts_;
-  const std::chrono::milliseconds timeout_;
   const c10::DeviceIndex device_;
   const int multiprocessors_;
   at::Tensor state_, rows_of_;
