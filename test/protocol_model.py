@@ -1,8 +1,8 @@
 """The signals of the low-latency pair as a formal model, and a search through everything that may happen.
 
-The protocol is what `send` and `recv` say: four kinds of steps on words of symmetric memory. Every rank has a word of a
-name in every rank's memory, its own included: rank s writes, the rank p in whose memory it lies reads. Words hold the
-number of the exchange that they were written in, which stands for the data too; at first they hold 0.
+The protocol is what `program` says: a few kinds of steps on words of symmetric memory. Every rank has a word of a name
+in every rank's memory, its own included: rank s writes, the rank p in whose memory it lies reads. Words hold the number
+of the exchange that they were written in, which stands for the data too; at first they hold 0.
 
     write       into the memory of `ranks`. What one rank wrote arrives at each peer in any order, at any time, except
                 that the writes of one word arrive in their order, and a write with `after` (a release) only when
@@ -10,19 +10,23 @@ number of the exchange that they were written in, which stands for the data too;
                 else: less than a release of the PTX memory model does.
     await ==, await >=
                 what `ranks` wrote here, before the rank goes on (an acquire)
+    take ==, take >=
+                the same of words that hold number and data: what is found and passes is what is read
     read        what `ranks` wrote here. That takes its time, which ends with the step.
 
-Only arrivals are late. Awaits and reads are over when the next step of their rank begins: `done` is released after the
-reads, and writes follow the acquire of their credit. What a rank writes into its own memory it sees at once.
+Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins: `done` is told in a
+kernel after that of the reads, and writes follow the acquire of their credit. What a rank writes into its own memory it
+sees at once.
 
 A program is what one rank does, in this order: its kernels follow one another, and what blocks do side by side may as
-well happen in turn, since what one of them has found stays as it is until `done`. These must hold, in whatever order
-steps of different ranks and arrivals happen:
+well happen in turn, since what one of them has found stays as it is until the next kernel begins, and what the first
+one tells peers of earlier kernels may come late anyway. These must hold, in whatever order steps of different ranks and
+arrivals happen:
 
-    STALE       a read sees exactly the exchange that it is for
+    STALE       a read or take sees exactly the exchange that it is for
     OVERWRITTEN nothing arrives at a peer in place of what that peer still has to read, or to compare for equality
     BACK        what a rank writes into a word only grows
-    TOO_MANY    of what a rank sent to a peer, the peer has at most two exchanges not yet given back (`done`)
+    TOO_MANY    of what a rank sent to a peer, the peer has at most two exchanges not yet `received`
     STUCK       no rank waits for ever. Programs have no loops, so every run then ends with the ends of all programs
 """
 
@@ -39,10 +43,14 @@ BACK = "a signal went back"
 TOO_MANY = "more in flight than credits allow"
 STUCK = "stuck"
 
+KINDS = ("dispatch", "combine")  # each has its own words and numbers
 IN_FLIGHT = 2
 MOST_ROWS = 2  # of a rank for a peer in one exchange
+ANNOUNCED = 2  # words of an announcement
 
-_COMPARE: dict[str, Callable[[int, int], bool]] = {"await ==": operator.eq, "await >=": operator.ge}
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    f"{do} {sign}": compare for do in ("await", "take") for sign, compare in (("==", operator.eq), (">=", operator.ge))
+}
 
 
 class Rules(NamedTuple):
@@ -50,17 +58,23 @@ class Rules(NamedTuple):
 
     halves: int = IN_FLIGHT
     credit: int | None = 2  # send n waits for done >= n - credit; None: not at all
-    epoch_released: bool = True  # after the other words of the header
+    own_credit: bool = True  # it looks at what the own rank has received too
+    told_first: bool = True  # `done`, by every kernel; else after the wait for credits
+    told_of_both: bool = True  # else of the kernel's own kind alone
+    told_ahead: bool = False  # what the kernel is about to receive
+    told_early: bool = False  # by the kernel that receives it too, before its rows are read
+    entered_early: bool = False  # before the wait for credits
+    self_validating: bool = True  # words of announcements; else a flag beside them that releases nothing
     flag_released: bool = True  # after its row
-    own_credit: bool = True  # the own rank's too
-    exact: bool = True  # epochs and flags are compared for equality; else for >=
-    done_last: bool = True  # after all reads; else before those of rows
+    exact: bool = True  # numbers are compared for equality; else for >=
 
 
-class Action(NamedTuple):
-    part: str  # send, recv
-    kind: str  # dispatch, combine: each has its own words and numbers
+class Kernel(NamedTuple):
+    """Of one exchange, the whole or a half."""
+
+    kind: str
     n: int
+    parts: tuple[str, ...] = ("send", "recv")
 
 
 class Step(NamedTuple):
@@ -81,42 +95,90 @@ def num_rows(source: int, reader: int, n: int) -> int:
     return (source + reader + n) % (MOST_ROWS + 1)
 
 
+def is_bulk(kind: str, n: int) -> bool:
+    """Whether rows are bulk copies with flags. Each way comes twice running in a half before the other one does."""
+    return (n + (n - 1) // 4 + KINDS.index(kind)) % 2 == 0
+
+
+def wait_for_credits(rank: int, world_size: int, kind: str, n: int, rules: Rules) -> Iterator[Step]:
+    if rules.credit is not None:
+        if rules.own_credit:
+            yield Step("await >=", f"{kind} received", n - rules.credit, (rank,))
+        peers = tuple(p for p in range(world_size) if p != rank)
+        yield Step("await >=", f"{kind} done", n - rules.credit, peers)
+
+
+def enter(world_size: int, kind: str, n: int, rules: Rules) -> Iterator[Step]:
+    if kind == "combine":
+        yield Step("write", f"{kind} entered[{n % rules.halves}]", n, tuple(range(world_size)))
+
+
 def send(rank: int, world_size: int, kind: str, n: int, rules: Rules) -> Iterator[Step]:
     everyone = tuple(range(world_size))
     half = n % rules.halves
-    if rules.credit is not None:
-        readers = everyone if rules.own_credit else tuple(p for p in everyone if p != rank)
-        yield Step("await >=", f"{kind} done", n - rules.credit, readers)
-    header, epoch = f"{kind} header[{half}]", f"{kind} epoch[{half}]"
-    yield Step("write", header, n, everyone)
-    yield Step("write", epoch, n, everyone, header if rules.epoch_released else "")
+    for w in range(ANNOUNCED if kind == "dispatch" else 0):
+        yield Step("write", f"{kind} announced[{half}][{w}]", n, everyone)
+        if not rules.self_validating:
+            yield Step("write", f"{kind} announced flag[{half}][{w}]", n, everyone)
     for t in range(MOST_ROWS):
-        row, flag = f"{kind} row[{half}][{t}]", f"{kind} flag[{half}][{t}]"
         visited = tuple(p for p in everyone if t < num_rows(rank, p, n))
-        yield Step("write", row, n, visited)
-        yield Step("write", flag, n, visited, row if rules.flag_released else "")
+        if is_bulk(kind, n):
+            row = f"{kind} row[{half}][{t}]"
+            yield Step("write", row, n, visited)
+            yield Step("write", f"{kind} flag[{half}][{t}]", n, visited, row if rules.flag_released else "")
+        else:
+            yield Step("write", f"{kind} packed row[{half}][{t}]", n, visited)
 
 
 def recv(rank: int, world_size: int, kind: str, n: int, rules: Rules) -> Iterator[Step]:
     everyone = tuple(range(world_size))
     half = n % rules.halves
-    wait = "await ==" if rules.exact else "await >="
-    reads = [
-        Step(wait, f"{kind} epoch[{half}]", n, everyone),
-        Step("read", f"{kind} header[{half}]", n, everyone),
-    ]
+    sign = "==" if rules.exact else ">="
+    for w in range(ANNOUNCED if kind == "dispatch" else 0):
+        word = f"{kind} announced[{half}][{w}]"
+        if rules.self_validating:
+            yield Step(f"take {sign}", word, n, everyone)
+        else:
+            yield Step(f"await {sign}", f"{kind} announced flag[{half}][{w}]", n, everyone)
+            yield Step("read", word, n, everyone)
+    if rules.told_early:
+        yield Step("write", f"{kind} done", n, tuple(p for p in everyone if p != rank))
+    if kind == "combine":
+        expected = tuple(s for s in everyone if num_rows(s, rank, n) > 0)
+        yield Step(f"take {sign}", f"{kind} entered[{half}]", n, expected)
     for t in range(MOST_ROWS):
         visitors = tuple(s for s in everyone if t < num_rows(s, rank, n))
-        reads.append(Step(wait, f"{kind} flag[{half}][{t}]", n, visitors))
-        reads.append(Step("read", f"{kind} row[{half}][{t}]", n, visitors))
-    reads = [step for step in reads if step.ranks]
-    done = Step("write", f"{kind} done", n, everyone)
-    yield from [*reads, done] if rules.done_last else [*reads[:2], done, *reads[2:]]
+        if is_bulk(kind, n):
+            yield Step(f"await {sign}", f"{kind} flag[{half}][{t}]", n, visitors)
+            yield Step("read", f"{kind} row[{half}][{t}]", n, visitors)
+        else:
+            yield Step(f"take {sign}", f"{kind} packed row[{half}][{t}]", n, visitors)
+    yield Step("write", f"{kind} received", n, (rank,))
 
 
-def program(rank: int, world_size: int, actions: list[Action], rules: Rules) -> list[Step]:
-    parts = {"send": send, "recv": recv}
-    steps = (s for part, kind, n in actions for s in parts[part](rank, world_size, kind, n, rules))
+def tell(rank: int, world_size: int, kernel: Kernel, before: list[Step], rules: Rules) -> Iterator[Step]:
+    """What kernels before this one have received; not what peers were told already, which none of them could notice."""
+    written = {step.word: step.value for step in before if step.do == "write"}
+    for kind in KINDS if rules.told_of_both else (kernel.kind,):
+        received = written.get(f"{kind} received", 0)
+        if rules.told_ahead and kind == kernel.kind and "recv" in kernel.parts:
+            received = kernel.n
+        if received != written.get(f"{kind} done", 0):
+            yield Step("write", f"{kind} done", received, tuple(p for p in range(world_size) if p != rank))
+
+
+def program(rank: int, world_size: int, kernels: list[Kernel], rules: Rules) -> list[Step]:
+    steps: list[Step] = []
+    for kernel in kernels:
+        exchange = world_size, kernel.kind, kernel.n, rules
+        told = [*tell(rank, world_size, kernel, steps, rules)]
+        allowed: list[Step] = []
+        if "send" in kernel.parts:
+            waits, entered = [*wait_for_credits(rank, *exchange)], [*enter(*exchange)]
+            allowed = [*entered, *waits] if rules.entered_early else [*waits, *entered]
+        steps += [*told, *allowed] if rules.told_first else [*allowed, *told]
+        for part in kernel.parts:
+            steps += {"send": send, "recv": recv}[part](rank, *exchange)
     return [step for step in steps if step.ranks]
 
 
@@ -144,7 +206,7 @@ class Model:
         self.last_use: dict[tuple[int, int, str, int], int] = {}
         for p, steps in enumerate(programs):
             for i, step in enumerate(steps):
-                if step.do in ("read", "await =="):
+                if step.do not in ("write", "await >="):
                     self.last_use.update({(p, s, step.word, step.value): i for s in step.ranks})
         # known[p][i][s, word]: of the writes of `word` by s, how many p is sure of after i steps.
         self.known = [self._learnt(p) for p in self.ranks]
@@ -187,19 +249,22 @@ class Model:
         step = self.programs[rank][at[rank]]
         if step.do == "write":
             return self._breaks_by_writing(at, rank, step)
-        seen = [sees(s, rank, step.word) for s in step.ranks]
-        if step.do == "read":
-            return {STALE for values in seen if values != [step.value]}
-        return set() if all(any(_COMPARE[step.do](v, step.value) for v in values) for values in seen) else None
+        found = [sees(s, rank, step.word) for s in step.ranks]
+        if step.do in _COMPARE:
+            found = [[v for v in values if _COMPARE[step.do](v, step.value)] for values in found]
+            if not all(found):
+                return None
+        reads = step.do.startswith(("take", "read"))
+        return {STALE for values in found if reads and values != [step.value]}
 
     def _breaks_by_writing(self, at: Position, rank: int, step: Step) -> set[str]:
-        broken, done = set(), f"{step.word.split()[0]} done"
+        broken, received = set(), f"{step.word.split()[0]} received"
         for p in step.ranks:
             if step.value <= self.words[rank, p][step.word].values[self.written(at, rank, p, step.word)]:
                 broken.add(BACK)
-            if p != rank and step.word != done:
-                given_back = self.words[p, rank][done].values[self.written(at, p, rank, done)]
-                if step.value - given_back > IN_FLIGHT:
+            if p != rank and not step.word.endswith(" done"):
+                was_received = self.words[p, p][received].values[self.written(at, p, p, received)]
+                if step.value - was_received > IN_FLIGHT:
                     broken.add(TOO_MANY)
         return broken
 
@@ -261,9 +326,10 @@ def _moves(model: Model, state: State) -> Iterator[_Move]:
       these lets it pass, and a read is right if all of them are. That an awaited write arrives later is the same run
       as one in which the reader gets to its step later.
     - That a reader misses what it waits for needs a later write of the same word that does not let it pass. That is
-      OVERWRITTEN (await ==) or BACK (await >=), found when it is written, the first moment at which it may arrive.
+      OVERWRITTEN (==) or BACK (>=), found when it is written, the first moment at which it may arrive.
     - A write waits for nothing and takes no step from others. The earlier it is, the more it may break, since others
-      only get further with their reads and credits. So runs in which it is written at once are enough.
+      only get further with their reads and credits. So runs in which it is written at once are enough. `received`
+      stands for the end of the last read, which its rank may come to at any time.
     """
     at, _ = state
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import math
 import random
 import sys
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import expected
@@ -27,7 +29,7 @@ import torch
 from harness import same_bits
 from torch import Tensor
 from tqdm import tqdm
-from virtual import HostedRanks, Ranks, open_world
+from virtual import HostedRanks, Ranks, meet, open_world
 
 import torch_ep
 from torch_ep import reference
@@ -41,6 +43,7 @@ MIB = 2**20
 # What may come and go outside of torch's allocator, in the driver and in other contexts.
 SLACK_BYTES = 64 * MIB
 EXCHANGES_PER_CHUNK = 250  # at most; memory is looked at after each
+MOST_KINDS_NAMED = 8  # of tensors that are left over
 
 
 class Summary(NamedTuple):
@@ -51,9 +54,18 @@ class Summary(NamedTuple):
     problems: list[str]
 
 
+class Kind(NamedTuple):
+    """Of a tensor on the device."""
+
+    storage_bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Memory(NamedTuple):
     allocated: int  # bytes in tensors
     used: int  # bytes of the device, in whatever
+    tensors: Counter[Kind]  # how many there are, of those that Python knows
 
 
 class Round(NamedTuple):
@@ -407,11 +419,32 @@ def run_chunk(
 
 def measure_memory(rank: int, world_size: int, group: str | None) -> Memory:
     if DEVICE != "cuda":
-        return Memory(0, 0)
+        return Memory(0, 0, Counter())
+    # Who looks at the stacks of threads, as `virtual` does while ranks take long, makes a cycle of frames, and these
+    # keep the tensors of their locals until the collector comes by. Ranks may share one process, in which one collects
+    # and the others return from this at once: they all wait for that one.
+    gc.collect()
+    meet(group)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    return Memory(torch.cuda.memory_allocated(), total - free)
+    return Memory(torch.cuda.memory_allocated(), total - free, tensors_alive())
+
+
+def tensors_alive() -> Counter[Kind]:
+    # Of exactly these types: isinstance would wake proxies, and fake tensors have no memory.
+    tensors = (t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter) and t.is_cuda)
+    return Counter(Kind(t.untyped_storage().nbytes(), tuple(t.shape), t.dtype) for t in tensors)
+
+
+def describe_left_over(was: Memory, now: Memory) -> str:
+    """Largest first. What no Python object holds has no name."""
+    kinds = sorted((now.tensors - was.tensors).items(), key=lambda item: item[0].storage_bytes, reverse=True)
+    named = [f"{n} of {list(k.shape)} {k.dtype}, {k.storage_bytes} bytes" for k, n in kinds[:MOST_KINDS_NAMED]]
+    if len(kinds) > MOST_KINDS_NAMED:
+        named.append(f"and {len(kinds) - MOST_KINDS_NAMED} kinds more")
+    held = "; ".join(named) or "none that Python knows"
+    return f"{now.allocated - was.allocated} bytes of tensors are left over: {held}"
 
 
 def run(
@@ -448,7 +481,7 @@ def run(
             for rank, (was, is_now) in enumerate(zip(baseline, memory, strict=True)):
                 grown = max(grown, is_now.used - was.used)
                 if is_now.allocated > was.allocated:
-                    problems.append(f"rank {rank}: {is_now.allocated - was.allocated} bytes of tensors are left over")
+                    problems.append(f"rank {rank}: {describe_left_over(was, is_now)}")
                 if is_now.used - was.used > SLACK_BYTES:
                     problems.append(f"rank {rank}: {(is_now.used - was.used) / MIB:.0f} MiB of device memory more")
     return Summary(done, rows, time.monotonic() - begun, grown, problems)

@@ -6,85 +6,127 @@ from collections.abc import Callable
 
 import protocol_model
 import pytest
-from protocol_model import BACK, OVERWRITTEN, STALE, STUCK, TOO_MANY, Action, Outcome, Rules, program, search
+from protocol_model import BACK, KINDS, OVERWRITTEN, STALE, STUCK, TOO_MANY, Kernel, Outcome, Rules, program, search
 
 EXCHANGES = 6  # of each kind
-
 
 THE_PROTOCOL = Rules()
 
 
-def dispatches(*parts: tuple[str, int]) -> list[Action]:
-    return [Action(part, "dispatch", n) for part, n in parts]
+def sends(kind: str, *numbers: int) -> list[Kernel]:
+    return [Kernel(kind, n, ("send",)) for n in numbers]
 
 
-def combines(*parts: tuple[str, int]) -> list[Action]:
-    return [Action(part, "combine", n) for part, n in parts]
+def recvs(kind: str, *numbers: int) -> list[Kernel]:
+    return [Kernel(kind, n, ("recv",)) for n in numbers]
 
 
-def one_at_a_time(exchanges: int = EXCHANGES) -> list[Action]:
-    return [a for n in range(1, exchanges + 1) for a in dispatches(("send", n), ("recv", n))]
+def whole(exchanges: int = EXCHANGES, kind: str = "dispatch") -> list[Kernel]:
+    return [Kernel(kind, n) for n in range(1, exchanges + 1)]
 
 
-def two_in_flight(exchanges: int = EXCHANGES) -> list[Action]:
-    pairs = [(n, n + 1) for n in range(1, exchanges, 2)]
-    return [a for n, m in pairs for a in dispatches(("send", n), ("send", m), ("recv", n), ("recv", m))]
+def in_halves(exchanges: int = EXCHANGES, kind: str = "dispatch") -> list[Kernel]:
+    return [k for n in range(1, exchanges + 1) for k in [*sends(kind, n), *recvs(kind, n)]]
 
 
-def staggered(exchanges: int = EXCHANGES) -> list[Action]:
-    between = [a for n in range(2, exchanges + 1) for a in dispatches(("send", n), ("recv", n - 1))]
-    return [*dispatches(("send", 1)), *between, *dispatches(("recv", exchanges))]
+def two_in_flight(exchanges: int = EXCHANGES, kind: str = "dispatch") -> list[Kernel]:
+    return [k for n in range(1, exchanges, 2) for k in [*sends(kind, n, n + 1), *recvs(kind, n, n + 1)]]
 
 
-def decode() -> list[Action]:
-    actions = []
-    for n in range(1, EXCHANGES + 1):
-        actions += dispatches(("send", n), ("recv", n))
-        actions += combines(("send", n), ("recv", n))
-    return actions
+def staggered(exchanges: int = EXCHANGES, kind: str = "dispatch") -> list[Kernel]:
+    between = [k for n in range(2, exchanges + 1) for k in [*sends(kind, n), *recvs(kind, n - 1)]]
+    return [*sends(kind, 1), *between, *recvs(kind, exchanges)]
 
 
-def decode_two_microbatches() -> list[Action]:
+def whole_and_staggered() -> list[Kernel]:
+    """Operators of either form, one after another."""
+    halves = [*sends("dispatch", 3, 4), *recvs("dispatch", 3), *sends("dispatch", 5), *recvs("dispatch", 4, 5)]
+    return [*whole(2), *halves, Kernel("dispatch", EXCHANGES)]
+
+
+def decode() -> list[Kernel]:
+    return [Kernel(kind, n) for n in range(1, EXCHANGES + 1) for kind in KINDS]
+
+
+def decode_two_microbatches() -> list[Kernel]:
     """Each computes while the rows of the other are on their way."""
-    actions = []
+    kernels = []
     for n, m in [(n, n + 1) for n in range(1, EXCHANGES, 2)]:
-        actions += dispatches(("send", n), ("send", m), ("recv", n))
-        actions += combines(("send", n))
-        actions += dispatches(("recv", m))
-        actions += combines(("send", m), ("recv", n), ("recv", m))
-    return actions
+        kernels += [*sends("dispatch", n, m), *recvs("dispatch", n), *sends("combine", n)]
+        kernels += [*recvs("dispatch", m), *sends("combine", m), *recvs("combine", n, m)]
+    return kernels
 
 
-def out_of_order(exchanges: int = EXCHANGES) -> list[Action]:
+def combined_early() -> list[Kernel]:
+    """Two dispatches in flight; the first one's rows go back before the third leaves."""
+    kernels = sends("dispatch", 1)
+    for n in range(1, EXCHANGES):
+        kernels += [*sends("dispatch", n + 1), *recvs("dispatch", n), Kernel("combine", n)]
+    return [*kernels, *recvs("dispatch", EXCHANGES), Kernel("combine", EXCHANGES)]
+
+
+def combined_late() -> list[Kernel]:
+    """The third leaves before that: combines in another place among dispatches than in `combined_early`."""
+    kernels = sends("dispatch", 1, 2)
+    for n in range(1, EXCHANGES - 1):
+        kernels += [*recvs("dispatch", n), *sends("dispatch", n + 2), Kernel("combine", n)]
+    for n in (EXCHANGES - 1, EXCHANGES):
+        kernels += [*recvs("dispatch", n), Kernel("combine", n)]
+    return kernels
+
+
+def out_of_order(exchanges: int = EXCHANGES) -> list[Kernel]:
     """As two in flight, but the second is received first."""
     pairs = [(n, n + 1) for n in range(1, exchanges, 2)]
-    return [a for n, m in pairs for a in dispatches(("send", n), ("send", m), ("recv", m), ("recv", n))]
+    return [k for n, m in pairs for k in [*sends("dispatch", n, m), *recvs("dispatch", m, n)]]
 
 
-def received_again() -> list[Action]:
+def received_again() -> list[Kernel]:
     """One at a time, and each once more while the next is on its way."""
-    again = [a for n in range(2, EXCHANGES + 1) for a in dispatches(("send", n), ("recv", n - 1), ("recv", n))]
-    return [*dispatches(("send", 1), ("recv", 1)), *again]
+    again = [k for n in range(2, EXCHANGES + 1) for k in [*sends("dispatch", n), *recvs("dispatch", n - 1, n)]]
+    return [Kernel("dispatch", 1), *again]
 
 
-def three_sends() -> list[Action]:
-    return dispatches(*[(part, n) for part in ("send", "recv") for n in (1, 2, 3)])
+def three_sends() -> list[Kernel]:
+    return [*sends("dispatch", 1, 2, 3), *recvs("dispatch", 1, 2, 3)]
 
 
-def outcome(actions: list[list[Action]], rules: Rules = THE_PROTOCOL, follow_arrivals: bool = False) -> Outcome:
-    """`actions`: of each rank."""
-    programs = [program(rank, len(actions), own, rules) for rank, own in enumerate(actions)]
+def outcome(kernels: list[list[Kernel]], rules: Rules = THE_PROTOCOL, follow_arrivals: bool = False) -> Outcome:
+    """`kernels`: of each rank."""
+    programs = [program(rank, len(kernels), own, rules) for rank, own in enumerate(kernels)]
     return search(programs, follow_arrivals)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize(
-    "shape", [one_at_a_time, two_in_flight, staggered, decode, decode_two_microbatches], ids=lambda f: f.__name__
-)
-def test_nothing_goes_wrong(shape: Callable[[], list[Action]], world_size: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [whole, in_halves, two_in_flight, staggered], ids=lambda f: f.__name__)
+def test_nothing_goes_wrong_with_one_kind_alone(
+    shape: Callable[[int, str], list[Kernel]], kind: str, world_size: int
+) -> None:
+    found = outcome([shape(EXCHANGES, kind)] * world_size)
+    assert not found.broken, found
+    assert found.states > EXCHANGES
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("shape", [whole_and_staggered, decode, decode_two_microbatches], ids=lambda f: f.__name__)
+def test_nothing_goes_wrong(shape: Callable[[], list[Kernel]], world_size: int) -> None:
     found = outcome([shape()] * world_size)
     assert not found.broken, found
     assert found.states > EXCHANGES
+
+
+UNEVEN = {
+    "one kind": [whole(), staggered(), two_in_flight()],
+    "both kinds": [combined_early(), combined_late(), combined_early()],
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("shapes", UNEVEN)
+def test_nothing_goes_wrong_if_ranks_have_programs_of_their_own(shapes: str, world_size: int) -> None:
+    found = outcome(UNEVEN[shapes][:world_size])
+    assert not found.broken, found
 
 
 MUTATIONS = {
@@ -93,24 +135,46 @@ MUTATIONS = {
     "credit of n - 3": (Rules(credit=3), {OVERWRITTEN, TOO_MANY}),
     "credit of n - 3, with room for it": (Rules(credit=3, halves=3), {TOO_MANY}),
     "one half": (Rules(halves=1), {OVERWRITTEN}),
-    "epoch not released after its header": (Rules(epoch_released=False), {STALE}),
+    "told ahead": (Rules(told_ahead=True), {OVERWRITTEN, TOO_MANY}),
+    "told before the last read": (Rules(told_early=True), {OVERWRITTEN, TOO_MANY}),
+    "announced beside the words": (Rules(self_validating=False), {STALE}),
     "flag not released after its row": (Rules(flag_released=False), {STALE}),
-    "done before the last read": (Rules(done_last=False), {OVERWRITTEN}),
 }
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shape", [two_in_flight, staggered], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_is_found(mutation: str, shape: Callable[[], list[Action]], world_size: int) -> None:
+def test_a_mutation_is_found(mutation: str, shape: Callable[[], list[Kernel]], world_size: int) -> None:
     rules, broken = MUTATIONS[mutation]
     found = outcome([shape()] * world_size, rules)
     assert found.broken.keys() == broken, found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("shape", [two_in_flight, staggered], ids=lambda f: f.__name__)
+def test_who_enters_waits_for_credits_first(shape: Callable[[int, str], list[Kernel]], world_size: int) -> None:
+    found = outcome([shape(EXCHANGES, "combine")] * world_size, Rules(entered_early=True))
+    assert found.broken.keys() == {OVERWRITTEN, TOO_MANY}, found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_credits_given_after_the_wait_for_those_of_others_come_too_late(world_size: int) -> None:
+    """Where no kernel lies between a receive and the send that needs it of the peers."""
+    found = outcome([staggered()] * world_size, Rules(told_first=False))
+    assert found.broken.keys() == {STUCK}, found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_kernels_of_the_other_kind_give_credits_too(world_size: int) -> None:
+    """Else a rank that combines before it sends again would keep a credit from one that sends before it combines."""
+    found = outcome(UNEVEN["both kinds"][:world_size], Rules(told_of_both=False))
+    assert found.broken.keys() == {STUCK}, found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("shape", [out_of_order, received_again], ids=lambda f: f.__name__)
-def test_recvs_in_another_order_than_sends_lose_rows(shape: Callable[[], list[Action]], world_size: int) -> None:
+def test_recvs_in_another_order_than_sends_lose_rows(shape: Callable[[], list[Kernel]], world_size: int) -> None:
     found = outcome([shape()] * world_size)
     assert {BACK, OVERWRITTEN} <= found.broken.keys(), found
 
@@ -125,18 +189,25 @@ def test_three_sends_without_a_recv_end_in_a_wait(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_three_sends_of_one_rank_alone_need_its_own_credit(world_size: int) -> None:
     """Its peers give it theirs for the third, which would take the place of the first in its own memory."""
-    actions = [three_sends(), *[staggered()] * (world_size - 1)]
-    found = outcome(actions)
+    kernels = [three_sends(), *[staggered()] * (world_size - 1)]
+    found = outcome(kernels)
     assert found.broken.keys() == {STUCK}, found
-    found = outcome(actions, Rules(own_credit=False, exact=False))
+    found = outcome(kernels, Rules(own_credit=False, exact=False))
     assert STALE in found.broken, found
 
+
+TO_THE_THIRD_SEND = [combined_late()[:5], combined_early()[:5]]
 
 SMALL = {
     # A credit of n - 3 is none, in three exchanges.
     **{name: ([staggered(3)] * 2, rules) for name, (rules, _) in MUTATIONS.items() if rules.credit != 3},
     "the protocol": ([staggered(3)] * 2, THE_PROTOCOL),
-    "out of order": ([[*out_of_order(2), *dispatches(("send", 3), ("recv", 3))]] * 2, THE_PROTOCOL),
+    "combine": ([staggered(3, "combine")] * 2, THE_PROTOCOL),
+    "entered early": ([staggered(3, "combine")] * 2, Rules(entered_early=True)),
+    "told too late": ([staggered(3)] * 2, Rules(told_first=False)),
+    "both kinds": (TO_THE_THIRD_SEND, THE_PROTOCOL),
+    "told of one kind": (TO_THE_THIRD_SEND, Rules(told_of_both=False)),
+    "out of order": ([[*out_of_order(2), Kernel("dispatch", 3)]] * 2, THE_PROTOCOL),
     "three sends": ([three_sends()] * 2, THE_PROTOCOL),
     "three sends of one rank": ([three_sends(), staggered(3)], THE_PROTOCOL),
     "three sends of one rank, without its credit": (
@@ -148,23 +219,26 @@ SMALL = {
 
 @pytest.mark.parametrize("case", SMALL)
 def test_search_without_arrivals_finds_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the search by the definition, where that has few enough states: with one row, from rank 0 to rank 1."""
+    """As the search by the definition, where that has few enough states: with one row, from rank 0 to rank 1, and
+    announcements of one word."""
     monkeypatch.setattr(protocol_model, "num_rows", lambda source, reader, n: int(source < reader))
-    actions, rules = SMALL[case]
-    quick, full = outcome(actions, rules), outcome(actions, rules, follow_arrivals=True)
+    monkeypatch.setattr(protocol_model, "ANNOUNCED", 1)
+    kernels, rules = SMALL[case]
+    quick, full = outcome(kernels, rules), outcome(kernels, rules, follow_arrivals=True)
     assert quick.broken.keys() == full.broken.keys(), f"{quick}\n{full}"
     assert quick.states < full.states
 
 
 def test_a_run_that_breaks_something_is_told_step_by_step() -> None:
     found = outcome([two_in_flight(2)] * 2, Rules(credit=1))
-    told = """4 states
+    told = """9 states
 stuck:
-    rank 0: await >= 0: dispatch done from ranks [0, 1]
-    rank 0: write 1: dispatch header[1] into ranks [0, 1]
+    rank 0: await >= 0: dispatch received from ranks [0]
+    rank 0: await >= 0: dispatch done from ranks [1]
+    rank 0: write 1: dispatch announced[1][0] into ranks [0, 1]
 """
     assert str(found).startswith(told), found
     last = """
-    rank 0 waits: await >= 1: dispatch done from ranks [0, 1]
-    rank 1 waits: await >= 1: dispatch done from ranks [0, 1]"""
+    rank 0 waits: await >= 1: dispatch received from ranks [0]
+    rank 1 waits: await >= 1: dispatch received from ranks [1]"""
     assert str(found).endswith(last), found

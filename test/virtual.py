@@ -230,6 +230,7 @@ class _Watch:
                 self._longest[rank] = max(self._longest.get(rank, (0.0, "")), (now - since, stack))
             else:
                 self._since[rank] = stack, now
+        frames.clear()  # this one holds them, and they hold it
 
     def stood_still(self) -> list[str]:
         return [

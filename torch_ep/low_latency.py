@@ -58,7 +58,8 @@ class LowLatencyStatistics(NamedTuple):
 
     #: [num_local_experts] int64: rows that each local expert got (dispatch only).
     tokens_per_expert: Tensor
-    #: [world_size] int64: ns that this rank waited for each other.
+    #: [world_size] int64: ns that this rank waited for each other. On transport nvlink each call adds those of the
+    #: exchange before it, of its kind: they are known when that has ended, and no kernel waits for its own end.
     wait_ns: Tensor
 
     @classmethod

@@ -290,6 +290,14 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   }
   return sum;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  const uint64_t* values = emulator::exchange(value);
+  unsigned all = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    all |= static_cast<unsigned>(values[i]);
+  }
+  return all;
+}
 inline int __ffs(int value) {
   return __builtin_ffs(value);
 }

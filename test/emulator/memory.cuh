@@ -28,12 +28,30 @@ inline void store_release_system(void* p, uint64_t v) {
 inline void store_relaxed_system(void* p, uint64_t v) {
   store_release_system(p, v);
 }
+
+// As one, as processors with AVX do (Intel SDM, volume 3, "Guaranteed Atomic Operations"; AMD likewise).
+inline uint4 load_relaxed_system_16(const void* p) {
+  emulator::yield();
+  uint4 v;
+  asm volatile("movdqa %1, %%xmm0; movdqu %%xmm0, %0"
+               : "=m"(v)
+               : "m"(*static_cast<const uint4*>(p))
+               : "xmm0", "memory");
+  return v;
+}
+inline void store_relaxed_system_16(void* p, const uint4& v) {
+  asm volatile("movdqu %1, %%xmm0; movdqa %%xmm0, %0" : "=m"(*static_cast<uint4*>(p)) : "m"(v) : "xmm0", "memory");
+}
+
 inline void fence_system() {
   __threadfence_system();
 }
 
 inline void add_release_device(uint32_t* p, uint32_t v) {
   std::atomic_ref<uint32_t>(*p).fetch_add(v);
+}
+inline void add_relaxed_device(uint64_t* p, uint64_t v) {
+  std::atomic_ref<uint64_t>(*p).fetch_add(v);
 }
 inline uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32_t v) {
   return std::atomic_ref<uint32_t>(*p).fetch_add(v);

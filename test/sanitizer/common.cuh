@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../torch_ep/csrc/cuda/device/low_latency.cuh"
+#include "../../torch_ep/csrc/cuda/device/packs.cuh"
 #include "../../torch_ep/csrc/cuda/device/rows.cuh"
 #include "../../torch_ep/csrc/cuda/device/sums.cuh"
 

@@ -104,6 +104,15 @@ constexpr int64_t kSlotBytes = 10240;
 constexpr int64_t kTimeoutNs = 120'000'000'000;     // kernels are slow under a sanitizer
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
 
+// Only once the device is idle.
+std::string failure_of(const Comm& comm) {
+  const Mailbox& m = *comm.mailbox;
+  return "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
+         std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
+         ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
+         std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs);
+}
+
 class World {
  public:
   World(int world_size, int num_blocks)
@@ -144,13 +153,8 @@ class World {
   void settle() const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      const Mailbox& m = *comm.mailbox;
-      if (m.kind != 0) {
-        fail(
-            "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
-            std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
-            ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
-            std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs));
+      if (comm.mailbox->kind != 0) {
+        fail(failure_of(comm));
       }
       const uint64_t epoch = fetch(&comm.state->epoch, 1)[0];
       if (epoch != epoch_) {
@@ -481,14 +485,16 @@ class Run {
     }
     for (int i = 0; i < 2; ++i) {
       launch(ranks, dispatch_file::ep::cuda::launch_virtual);
+      check(cudaDeviceSynchronize());
       for (const DispatchArgs& a : ranks) {
         const Mailbox& m = *a.comm.mailbox;
         const auto kind = static_cast<Failure>(m.kind);
         const int64_t missing = kind == Failure::left ? m.detail : kind == Failure::timeout ? m.peer : -1;
         if (missing != world_size() - 1 || m.stopped == 0) {
           fail(
-              "rank " + std::to_string(a.comm.rank) + " recorded failure " + std::to_string(m.kind) + " for rank " +
-              std::to_string(missing));
+              failure_of(a.comm) + ", so rank " + std::to_string(missing) + " is missing; stopped in exchange " +
+              std::to_string(m.stopped) + ", ended exchange " + std::to_string(fetch(&a.comm.state->epoch, 1)[0]) +
+              ", launch " + std::to_string(i));
         }
       }
     }

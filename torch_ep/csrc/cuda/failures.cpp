@@ -49,8 +49,8 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
             << " is in " << name_of(op) << " (exchange " << report.epoch << "), rank " << report.peer << " in "
             << op_name(report.theirs) << " (exchange " << report.theirs_epoch << ")";
   } else if (op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine) {
-    static constexpr const char* kNames[] = {"num_topk of num_experts", "hidden", "max_tokens_per_rank", "dtype"};
-    const bool of_rows = op == OpKind::low_latency_combine;
+    static constexpr const char* kNames[] = {"", "num_topk of num_experts", "hidden", "max_tokens_per_rank", "dtype"};
+    const bool of_rows = op == OpKind::low_latency_combine && report.detail == 1;
     const auto show = [&](int64_t value) -> std::string {
       static constexpr const char* kElements[] = {"Double", "Float", "BFloat16", "Half"};
       static constexpr const char* kQuantize[] = {"", " as fp8", " as fp8_pow2", " as fp8_ue8m0"};
@@ -67,9 +67,9 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
           return std::to_string(value);
       }
     };
-    message << "expected the same " << (of_rows ? "bytes of a row" : kNames[report.detail - 1])
-            << " on every rank, got " << show(report.ours) << " on rank " << comm.rank << " and " << show(report.theirs)
-            << " on rank " << report.peer;
+    message << "expected the same " << (of_rows ? "bytes of a row" : kNames[report.detail]) << " on every rank, got "
+            << show(report.ours) << " on rank " << comm.rank << " and " << show(report.theirs) << " on rank "
+            << report.peer;
   } else if (report.detail <= kNumAgreed) {
     static constexpr const char* kPlanNames[] = {"num_experts", "num_topk", "", ""};
     static constexpr const char* kMoveNames[] = {
@@ -91,22 +91,34 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
   return message.str();
 }
 
-// Ranks of which this one saw no header of the exchange; of a low-latency combine, which has none, nobody knows.
+// The last exchange that rank `source` has announced to this one, in the half of `epoch`.
+uint64_t announced(const Comm& comm, OpKind op, uint64_t epoch, int source, const Stream& stream) {
+  const auto half = static_cast<int>(epoch % 2);
+  const auto word = [&](int64_t offset) {
+    uint64_t value = 0;
+    stream.copy(&value, comm.buffers[comm.rank] + offset, sizeof(value));
+    return value;
+  };
+  // Of the low-latency pair, the lower half of the number is the upper half of the word.
+  const auto number = [&](int64_t offset) { return (epoch & ~uint64_t{0xffffffff}) | word(offset) >> 32; };
+  switch (op) {
+    case OpKind::low_latency_dispatch:
+      return number(comm.low_latency.announcement(half, source));
+    case OpKind::low_latency_combine:
+      return number(comm.low_latency.entered(half, source));
+    default:
+      static_assert(offsetof(Header, epoch) == 0);
+      return word(comm.layout.header(half, source));
+  }
+}
+
+// Ranks of which this one saw no header of the exchange.
 std::vector<int> absent(const Comm& comm, const Mailbox& report) {
   const auto epoch = static_cast<uint64_t>(report.epoch);
-  const auto op = static_cast<OpKind>(report.op);
   std::vector<int> ranks;
-  if (op == OpKind::low_latency_combine) {
-    return ranks;
-  }
   const Stream stream;
   for (int r = 0; r < comm.layout.world_size; ++r) {
-    const auto half = static_cast<int>(epoch % 2);
-    const int64_t at =
-        op == OpKind::low_latency_dispatch ? comm.low_latency.header(half, r) : comm.layout.header(half, r);
-    Header header{};
-    stream.copy(&header, comm.buffers[comm.rank] + at, sizeof(header));
-    if (r != comm.rank && header.epoch < epoch) {
+    if (r != comm.rank && announced(comm, static_cast<OpKind>(report.op), epoch, r, stream) < epoch) {
       ranks.push_back(r);
     }
   }
@@ -122,6 +134,19 @@ std::string describe_order(const std::string& group_name, const Mailbox& report)
   return message.str();
 }
 
+bool is_third_send(const Comm& comm, const Mailbox& report) {
+  return static_cast<Failure>(report.kind) == Failure::timeout && report.peer == comm.rank &&
+         static_cast<Phase>(report.phase) == Phase::credit;
+}
+
+std::string describe_third_send(const std::string& group_name, const Mailbox& report) {
+  std::ostringstream message;
+  message << op_name(report.op) << ": expected at most two exchanges of group '" << group_name
+          << "' on their way, got a third, exchange " << report.epoch
+          << ", before the first was received. torch_ep.reset(group) on every rank makes the group usable again";
+  return message.str();
+}
+
 std::string describe_absence(const std::string& group_name, const Comm& comm, const Mailbox& report) {
   const auto kind = static_cast<Failure>(report.kind);
   static constexpr const char* kPhases[] = {"headers", "the buffer", "counts", "rows", "its own blocks"};
@@ -132,10 +157,6 @@ std::string describe_absence(const std::string& group_name, const Comm& comm, co
   // Who waits for a credit has entered no exchange that peers could have seen.
   auto late = static_cast<Phase>(report.phase) == Phase::credit ? std::vector<int>() : absent(comm, report);
   const auto missing = static_cast<int>(kind == Failure::left ? report.detail : report.peer);
-  if (kind == Failure::timeout && missing == comm.rank && static_cast<Phase>(report.phase) == Phase::credit) {
-    message << "itself: two exchanges were sent and not received, and there is no room for a third";
-    return message.str();
-  }
   if (late.empty() && missing == comm.rank) {
     message << "rank " << report.peer << ", which gave up this exchange: rank " << comm.rank << " came too late";
   } else {
@@ -159,7 +180,8 @@ std::string describe(const std::string& group_name, const Comm& comm, const Mail
   switch (static_cast<Failure>(report.kind)) {
     case Failure::timeout:
     case Failure::left:
-      return describe_absence(group_name, comm, report);
+      return is_third_send(comm, report) ? describe_third_send(group_name, report)
+                                         : describe_absence(group_name, comm, report);
     case Failure::bad_order:
       return describe_order(group_name, report);
     case Failure::mismatch:

@@ -56,12 +56,17 @@ struct LowLatencyState {
   // Of each half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
   // decides for all of them; only where a time-out masks.
   uint64_t verdict[2][kMaxRanks];
-  uint64_t sent, received;      // numbers of the last exchanges that were
-  uint64_t last_use[2];         // of each half: the exchange in which this rank last wrote into its peers
-  uint64_t wait_ns[kMaxRanks];  // longest wait for each peer in the exchange at hand
-  uint64_t recorded;            // as State's
-  uint32_t blocks_sent, blocks_received;
+  // Numbers of the last exchanges that were, << kShareBits: see Note [Shares].
+  uint64_t sent, received;
+  uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either parity
+  uint64_t recorded;               // as State's
 };
+
+// Note [Shares]
+// Blocks of a kernel do not ask which of them is the last, since the answer would take as long as a message to a peer.
+// Each adds its share of 1 << kShareBits to the number of the exchange, once it needs the number before no longer; so
+// the upper bits change when all have added theirs.
+constexpr int kShareBits = 20;
 
 // Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except
 // where threads of one kernel tell each other something.
@@ -215,7 +220,7 @@ struct LowLatencyDispatchArgs {
 struct LowLatencyCombineArgs {
   Comm comm;
   Part part;
-  int64_t* ticket;
+  int64_t* ticket;  // likewise, and max_tokens
   // To send.
   const char* y;
   const float* row_weights;

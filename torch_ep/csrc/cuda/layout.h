@@ -102,7 +102,7 @@ struct Layout {
   EP_HOST_DEVICE int64_t bytes() const { return rows_begin() + 2 * rows_bytes(); }
 };
 
-// What travels behind a row of the low-latency pair for each slot of its token.
+// What travels with a row of the low-latency pair for each slot of its token.
 struct alignas(16) Place {
   int expert;  // -1: none
   int index;   // among the rows that the source sends to this expert
@@ -110,6 +110,26 @@ struct alignas(16) Place {
   int unused;
 };
 constexpr int64_t kPlaceBytes = sizeof(Place);
+
+// Note [Packed rows]
+// Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
+// of the exchange. So they need neither a flag nor a fence before it, which would cost a round trip; a third more bytes
+// are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
+// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any.
+constexpr int kPackBytes = 16;
+constexpr int kPackData = 12;
+constexpr int kUnitPacks = 4;
+constexpr int kUnitVectors = 3;  // of 16 bytes
+constexpr int kUnitsAChunk = 32;
+constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
+
+// Chunks of `vectors` of 16 bytes.
+EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
+  return (vectors + kUnitVectors * kUnitsAChunk - 1) / (kUnitVectors * kUnitsAChunk);
+}
+
+// Rows are packed as long as those of all peers take no more than this on their way.
+constexpr int64_t kMostPackedBytes = int64_t{2} << 20;
 
 // Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
 // has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
@@ -124,20 +144,25 @@ struct LowLatencyLayout {
   int num_topk;
   int num_local_experts;
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+  int packed_tokens;   // of a rank: up to so many, rows are packed; see most_packed_tokens
 
   EP_HOST_DEVICE int64_t num_rows() const { return int64_t{world_size} * max_tokens; }
   EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
-  // A header; the counts of each local expert; the bits of the tokens that come.
-  EP_HOST_DEVICE int64_t header_bytes() const {
-    return round_up(static_cast<int64_t>(sizeof(Header)) + (num_local_experts + visit_words()) * int64_t{4}, 128);
-  }
+  // Of an announcement: what has to be the same on both sides, the counts of each local expert, the bits of the tokens
+  // that come. As many in every exchange, so that none is awaited in vain where sizes differ. Each with the number of
+  // the exchange in its upper half, written and read as one.
+  EP_HOST_DEVICE int words() const { return kNumAgreed + num_local_experts + visit_words(); }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (int64_t{kind} * world_size + source) * 8; }
-  EP_HOST_DEVICE int64_t header(int half, int source) const {
-    return round_up(done(kKinds, 0), 128) + (int64_t{half} * world_size + source) * header_bytes();
+  // Of combine: what has to be the same on both sides, likewise.
+  EP_HOST_DEVICE int64_t entered(int half, int source) const {
+    return done(kKinds, 0) + (int64_t{half} * world_size + source) * 8;
+  }
+  EP_HOST_DEVICE int64_t announcement(int half, int source) const {
+    return round_up(entered(2, 0), 128) + (int64_t{half} * world_size + source) * round_up(words() * int64_t{8}, 128);
   }
   EP_HOST_DEVICE int64_t dispatch_flag(int half, int source, int token) const {
-    return header(2, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * 8;
+    return announcement(2, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * 8;
   }
   EP_HOST_DEVICE int64_t combine_flag(int half, int source, int token, int part) const {
     return dispatch_flag(2, 0, 0) +
@@ -150,7 +175,24 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
     return dispatch_row(2, 0, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * slot_bytes;
   }
-  EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : combine_row(2, 0, 0) - begin; }
+
+  // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
+  EP_HOST_DEVICE int64_t place_packs_bytes() const { return round_up(num_topk * int64_t{kPackBytes}, 128); }
+  EP_HOST_DEVICE int64_t packed_bytes() const {
+    return place_packs_bytes() + chunks_of(static_cast<int>(slot_bytes / 16)) * int64_t{kChunkBytes};
+  }
+  // For packed_tokens.
+  EP_HOST_DEVICE int most_packed_tokens() const {
+    const int64_t most = kMostPackedBytes / ((world_size > 1 ? world_size - 1 : 1) * packed_bytes());
+    return most < max_tokens ? static_cast<int>(most) : max_tokens;
+  }
+  EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token) const {
+    return combine_row(2, 0, 0) + ((int64_t{half} * world_size + source) * packed_tokens + token) * packed_bytes();
+  }
+  EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
+    return dispatch_packs(2, 0, 0) + ((int64_t{half} * world_size + source) * packed_tokens + token) * packed_bytes();
+  }
+  EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : combine_packs(2, 0, 0) - begin; }
 };
 
 }  // namespace ep::cuda

@@ -1,9 +1,11 @@
 // ep::low_latency_combine: the experts' rows of each token, weighted and summed, back to the rank whose token it is.
-//   send      warps, each a part of the columns of one token of one rank: its rows here summed -> that rank
-//   receive   warps, each a part of the columns of one own token: what every rank sent for it summed -> result
+//   send      warps, each a part of one token of one rank: its rows here summed -> that rank
+//   receive   warps, each a part of one own token: what every rank sent for it summed -> result
 // Rows are summed where the experts are, so that one crosses the link for each (token, rank); the order and the width
-// of the sums are those of ep::combine.
+// of the sums are those of ep::combine. Sums of few tokens travel in packs (Note [Packed rows]), a chunk to a warp; of
+// many by bulk copies, some of their columns to a warp, followed by a flag.
 #include "device/low_latency.cuh"
+#include "device/packs.cuh"
 #include "device/rows.cuh"
 #include "device/sums.cuh"
 
@@ -16,181 +18,365 @@ constexpr int kMaxWarps = 16;
 constexpr int kPieces = 7;
 constexpr int kWarpBytes = kPieces * kPieceBytes;
 constexpr int kSharedBytes = kMaxWarps * kWarpBytes;
-constexpr int kParts = LowLatencyLayout::kRowFlags;
+constexpr int kRowParts = LowLatencyLayout::kRowFlags;
+// Rows that a lane has on their way at once: as many as there are registers for.
+constexpr int kSendAhead = 4, kReceiveAhead = 2;
 
 template <class T>
 class LowLatencyCombine {
  public:
-  __device__ explicit LowLatencyCombine(const LowLatencyCombineArgs& args)
+  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, unsigned long long* waited)
       : a_(args),
-        f_(args.comm, kCombineKind, args.part, args.ticket),
+        f_(args.comm, kCombineKind, args.part, args.ticket, waited),
         entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
+        waited_(waited),
         vectors_(args.row_bytes / 16),
-        part_vectors_((vectors_ + kParts - 1) / kParts) {
+        max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
+        is_packed_(max_tokens_ <= args.comm.low_latency.packed_tokens),
+        parts_(is_packed_ ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
     memory_ = shared + warp_id() * kWarpBytes;
   }
 
   __device__ void run() {
+    if (f_.has_failed()) {
+      return;
+    }
+    if (threadIdx.x < kMaxRanks) {
+      waited_[threadIdx.x] = 0;
+    }
+    if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
+      f_.give_credits();
+    }
+    __syncthreads();
     if (a_.part != Part::send && !f_.is_next()) {
       return;
     }
     if (a_.part != Part::receive) {
-      bool may_write = false;
-      if (f_.wait_for_credits(may_write)) {
-        send(__ballot_sync(kFullWarp, may_write));
-      }
-      f_.end_send(a_.part, a_.ticket);
+      send();
+      f_.end_send();
     }
     if (a_.part != Part::send) {
+      if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
+        f_.tell_waits(a_.wait_ns);
+      }
       receive();
-      f_.end_receive(a_.wait_ns);
+      f_.end_receive();
     }
   }
 
  private:
   // This warp's work: every so manieth of (row, part).
-  __device__ int64_t begin() const { return int64_t{blockIdx.x} + int64_t{gridDim.x} * warp_id(); }
-  __device__ int64_t step() const { return int64_t{gridDim.x} * kMaxWarps; }
+  __device__ int begin() const { return static_cast<int>(blockIdx.x + gridDim.x * warp_id()); }
+  __device__ int step() const { return static_cast<int>(gridDim.x) * kMaxWarps; }
+  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
 
+  // Of a row that is not packed.
   struct Columns {
     int begin, count;  // vectors
   };
   __device__ Columns columns_of(int part) const {
-    const int begin = min(part * part_vectors_, vectors_);
-    return {begin, min(part_vectors_, vectors_ - begin)};
+    const int most = (vectors_ + kRowParts - 1) / kRowParts, begin = min(part * most, vectors_);
+    return {begin, min(most, vectors_ - begin)};
   }
 
-  // Holds the number of the exchange, and on what both sides have to agree.
-  __device__ uint64_t flag() const { return f_.number() << 16 | static_cast<uint64_t>(agreed()); }
-  __device__ int64_t agreed() const { return static_cast<int64_t>(a_.element) << 14 | (vectors_ & 0x3fff); }
+  // On what both sides have to agree.
+  __device__ uint32_t agreed() const {
+    return static_cast<uint32_t>(max_tokens_) << kTokensShift | static_cast<uint32_t>(a_.element) << kElementShift |
+           (static_cast<uint32_t>(vectors_) & ((1U << kElementShift) - 1));
+  }
+  static constexpr int kElementShift = 14, kTokensShift = 16;
 
   // --- send ---
 
-  // `ranks`: bits of those that may be written.
-  __device__ void send(uint32_t ranks) {
-    constexpr int kDepth = kPieces - 2;  // the last two pieces of the warp's memory hold what is leaving
-    char* leaving = memory_ + kDepth * kPieceBytes;
-    const int lane = lane_id();
+  __device__ void send() {
+    const int lane = lane_id(), work = f_.world_size() * max_tokens_ * parts_;
+    // The lane's row of the first piece of work: asked for before the credits.
+    int row = begin() < work ? row_of_lane(begin()) : -1;
+    bool may_write = false;
+    const bool going = f_.wait_for_credits(may_write);
+    const uint32_t ranks = going ? __ballot_sync(kFullWarp, may_write) : 0;
+    if (blockIdx.x == 0 && warp_id() == 0) {
+      if (going && may_write) {
+        store_relaxed_system(f_.peer(lane, layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
+      }
+      if (lane == 0 && a_.part == Part::send) {
+        a_.ticket[0] = static_cast<int64_t>(f_.number());
+        a_.ticket[1] = max_tokens_;
+      }
+    }
     int parity = 0;
-    const int64_t work = int64_t{f_.world_size()} * a_.max_tokens * kParts;
-    for (int64_t i = begin(); i < work; i += step()) {
-      const int part = static_cast<int>(i % kParts);
-      const int64_t pair = i / kParts;
-      const int source = static_cast<int>(pair / a_.max_tokens), token = static_cast<int>(pair % a_.max_tokens);
-      const int64_t most = int64_t{a_.num_experts / f_.world_size()} * f_.world_size() * a_.max_tokens;
-      int64_t row = lane < a_.num_topk ? a_.recv_row[pair * a_.num_topk + lane] : -1;
-      row = row < most && (ranks >> source & 1) != 0 ? row : -1;
+    for (int i = begin(); i < work; i += step()) {
+      row = i == begin() ? row : row_of_lane(i);
+      const int part = i % parts_, source = i / parts_ / max_tokens_, token = i / parts_ % max_tokens_;
+      row = (ranks >> source & 1) != 0 ? row : -1;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
       if (lanes == 0) {
         continue;
       }
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
-      const Columns columns = columns_of(part);
-      const char* from = a_.y + row * a_.row_bytes + columns.begin * 16;
-      char* to = f_.peer(source, f_.layout().combine_row(f_.half(), f_.me(), token)) + columns.begin * 16;
-      const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
-        bulk_wait_read<1>();
-        __syncwarp();
-        char* stage = leaving + parity * kPieceBytes;
-        parity ^= 1;
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          reinterpret_cast<uint4*>(stage)[b * kWarp + lane] = vectors[b];
-        }
-        fence_async_shared();
-        __syncwarp();
-        if (lane == 0) {
-          const int bytes = min(kPieceBytes, columns.count * 16 - piece * kPieceBytes);
-          bulk_store(to + int64_t{piece} * kPieceBytes, stage, bytes);
-        }
-        bulk_commit();
-      };
-      sum_rows<T, true, kDepth>({1, 1, lanes}, from, weight, columns.count, memory_, sink);
-      bulk_wait<0>();
-      if (lane == 0) {
-        fence_async_global();
-        store_release_system(f_.peer(source, f_.layout().combine_flag(f_.half(), f_.me(), token, part)), flag());
+      const char* y = a_.y + int64_t{row} * a_.row_bytes;
+      if (is_packed_) {
+        send_packed(source, token, part, lanes, y, weight);
+      } else {
+        send_part(source, token, part, lanes, y, weight, parity);
       }
     }
     fence_async_shared();  // this memory is for sums next
     __syncwarp();
   }
 
+  // Of the lane's slot; -1: none here.
+  __device__ int row_of_lane(int work) const {
+    const int64_t most = int64_t{a_.num_experts} * max_tokens_;
+    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{work / parts_} * a_.num_topk + lane_id()] : -1;
+    return row < most ? row : -1;
+  }
+
+  // `lanes`: those that have a row, at `y`.
+  __device__ void send_packed(int source, int token, int chunk, uint32_t lanes, const char* y, float weight) const {
+    const int unit = chunk * kUnitsAChunk + lane_id();
+    Sum<T> sums[kUnitVectors] = {};
+    bool is_first = true;
+    while (lanes != 0) {
+      Unit rows[kSendAhead];
+      float weights[kSendAhead];
+      int count = 0;
+#pragma unroll
+      for (int j = 0; j < kSendAhead; ++j) {
+        if (lanes != 0) {
+          const int lane = __ffs(static_cast<int>(lanes)) - 1;
+          const auto* from = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), lane));
+          rows[j] = load_unit(from, unit, vectors_);
+          weights[j] = __shfl_sync(kFullWarp, weight, lane);
+          lanes &= lanes - 1;
+          count = j + 1;
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSendAhead; ++j) {
+        if (j < count) {
+          add_unit<true>(sums, rows[j], weights[j], is_first);
+          is_first = false;
+        }
+      }
+    }
+    if (unit * kUnitVectors < vectors_) {
+      char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
+      send_unit(packs, unit, rounded(sums), f_.tag());
+    }
+  }
+
+  template <bool weighted>
+  __device__ static void add_unit(Sum<T> (&sums)[kUnitVectors], const Unit& u, float weight, bool is_first) {
+#pragma unroll
+    for (int i = 0; i < kUnitVectors; ++i) {
+      sums[i].template add_term<weighted>(u.vectors[i], weight, is_first);
+    }
+  }
+
+  __device__ static Unit rounded(const Sum<T> (&sums)[kUnitVectors]) {
+    Unit u;
+#pragma unroll
+    for (int i = 0; i < kUnitVectors; ++i) {
+      u.vectors[i] = sums[i].rounded();
+    }
+    return u;
+  }
+
+  __device__ void send_part(int source, int token, int part, uint32_t lanes, const char* y, float weight, int& parity)
+      const {
+    constexpr int kDepth = kPieces - 2;  // the last two pieces of the warp's memory hold what is leaving
+    char* leaving = memory_ + kDepth * kPieceBytes;
+    const int lane = lane_id();
+    const Columns columns = columns_of(part);
+    char* to = f_.peer(source, layout().combine_row(f_.half(), f_.me(), token)) + columns.begin * 16;
+    const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
+      bulk_wait_read<1>();
+      __syncwarp();
+      char* stage = leaving + parity * kPieceBytes;
+      parity ^= 1;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        reinterpret_cast<uint4*>(stage)[b * kWarp + lane] = vectors[b];
+      }
+      fence_async_shared();
+      __syncwarp();
+      if (lane == 0) {
+        const int bytes = min(kPieceBytes, columns.count * 16 - piece * kPieceBytes);
+        bulk_store(to + int64_t{piece} * kPieceBytes, stage, bytes);
+      }
+      bulk_commit();
+    };
+    sum_rows<T, true, kDepth>({1, 1, lanes}, y + columns.begin * 16, weight, columns.count, memory_, sink);
+    bulk_wait<0>();
+    if (lane == 0) {
+      fence_async_global();
+      store_release_system(f_.peer(source, layout().combine_flag(f_.half(), f_.me(), token, part)), f_.number());
+    }
+  }
+
   // --- receive ---
 
   __device__ void receive() {
     const int lane = lane_id(), num_local = a_.num_experts / f_.world_size();
-    for (int64_t i = begin(); i < int64_t{a_.num_tokens} * kParts; i += step()) {
-      const int part = static_cast<int>(i % kParts), token = static_cast<int>(i / kParts);
+    for (int i = begin(); i < a_.num_tokens * parts_; i += step()) {
+      const int part = i % parts_, token = i / parts_;
       const int entry = lane < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane] : -1;
       const int rank = entry >= 0 && entry < a_.num_experts ? entry / num_local : -1;
       const uint32_t same = __match_any_sync(kFullWarp, rank);
       bool counts = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == lane && f_.is_active(rank);
-      if (!await(counts, rank, token, part)) {
+      if (!await_rank(counts, rank)) {
         return;
       }
-      const uint32_t terms = __ballot_sync(kFullWarp, counts);
-      const Columns columns = columns_of(part);
-      const char* row = f_.own(f_.layout().combine_row(f_.half(), max(rank, 0), token)) + columns.begin * 16;
-      char* result = a_.out + int64_t{token} * a_.row_bytes + (columns.begin + lane) * 16;
-      const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const int v = piece * kPieceVectors + b * kWarp;
-          if (v + lane < columns.count) {
-            *reinterpret_cast<uint4*>(result + int64_t{v} * 16) = vectors[b];
-          }
-        }
-      };
-      sum_rows<T, false, kPieces>({terms, 0, 0}, row, 1, columns.count, memory_, sink);
+      const bool going =
+          is_packed_ ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
+      if (!going) {
+        return;
+      }
     }
   }
 
-  // Of a whole warp: until what `rank` sent is there, where `counts`, which is false after that where nothing came.
-  __device__ bool await(bool& counts, int rank, int token, int part) const {
+  // Of a whole warp: until `rank` has entered the same exchange, where `counts`, which is false after that where it did
+  // not come.
+  __device__ bool await_rank(bool& counts, int rank) const {
     bool going = true;
     if (counts) {
-      const char* word = f_.own(f_.layout().combine_flag(f_.half(), rank, token, part));
+      const char* word = f_.own(layout().entered(f_.half(), rank));
       uint64_t seen = 0;
-      const auto outcome = f_.wait(Phase::rows, rank, [&] {
-        seen = load_acquire_system(word);
-        return seen >> 16 == (f_.number() & (~0ULL >> 16));
+      const auto outcome = f_.wait(Phase::header, rank, true, [&] {
+        seen = load_relaxed_system(word);
+        return f_.is_word(seen);
       });
       counts = outcome == Outcome::there;
       going = outcome != Outcome::failed;
-      if (counts && seen != flag()) {
-        const auto theirs = static_cast<int64_t>(seen & 0xffff);
-        f_.record({Failure::mismatch, Phase::rows, rank, 1, agreed(), theirs, static_cast<int64_t>(f_.number())});
+      if (const auto theirs = static_cast<uint32_t>(seen); counts && theirs != agreed()) {
+        const bool of_tokens = (theirs ^ agreed()) >> kTokensShift != 0;
+        const auto shown = [&](uint32_t word) -> int64_t {
+          return of_tokens ? word >> kTokensShift : word & ((1U << kTokensShift) - 1);
+        };
+        const auto number = static_cast<int64_t>(f_.number());
+        f_.record({Failure::mismatch, Phase::header, rank, of_tokens ? 3 : 1, shown(agreed()), shown(theirs), number});
         going = false;
       }
     }
-    going = __all_sync(kFullWarp, going) != 0;
+    return __all_sync(kFullWarp, going) != 0;
+  }
+
+  // Of a whole warp: lane by lane, whether `outcome` is that something came; false: failed.
+  __device__ static bool go_on(Outcome outcome, bool& counts) {
+    counts = counts && outcome == Outcome::there;
+    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
     __syncwarp();  // what one lane acquired is there for all
     return going;
+  }
+
+  // Terms are added in the order of the lanes that they are of.
+  __device__ bool receive_packed(bool counts, int rank, int token, int chunk) const {
+    const int unit = chunk * kUnitsAChunk + lane_id();
+    const bool has_unit = unit * kUnitVectors < vectors_;
+    uint32_t lanes = __ballot_sync(kFullWarp, counts);
+    Sum<T> sums[kUnitVectors] = {};
+    bool is_first = true;
+    while (lanes != 0) {
+      Packs packs[kReceiveAhead];
+      int ranks[kReceiveAhead], count = 0;
+#pragma unroll
+      for (int j = 0; j < kReceiveAhead; ++j) {
+        ranks[j] = __shfl_sync(kFullWarp, rank, lanes != 0 ? __ffs(static_cast<int>(lanes)) - 1 : 0);
+        if (lanes != 0) {
+          lanes &= lanes - 1;
+          count = j + 1;
+          if (has_unit) {
+            packs[j].look(packs_of(ranks[j], token), unit);  // the first look at each, before any is waited for
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kReceiveAhead; ++j) {
+        if (j < count) {
+          auto outcome = Outcome::there;
+          if (has_unit && !packs[j].arrived(f_.tag())) {
+            outcome = f_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
+              packs[j].look(packs_of(ranks[j], token), unit);
+              return packs[j].arrived(f_.tag());
+            });
+          }
+          if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
+            return false;
+          }
+          if (outcome == Outcome::there) {
+            add_unit<false>(sums, packs[j].unit(), 1, is_first);
+            is_first = false;
+          }
+        }
+      }
+    }
+    const Unit result = rounded(sums);
+    auto* out = reinterpret_cast<uint4*>(a_.out + int64_t{token} * a_.row_bytes);
+#pragma unroll
+    for (int v = 0; v < kUnitVectors; ++v) {
+      if (unit * kUnitVectors + v < vectors_) {
+        out[unit * kUnitVectors + v] = result.vectors[v];
+      }
+    }
+    return true;
+  }
+
+  __device__ const char* packs_of(int rank, int token) const {
+    return f_.own(layout().combine_packs(f_.half(), rank, token));
+  }
+
+  __device__ bool receive_part(bool counts, int rank, int token, int part) const {
+    auto outcome = Outcome::there;
+    if (counts) {
+      const char* flag = f_.own(layout().combine_flag(f_.half(), rank, token, part));
+      outcome = f_.wait(Phase::rows, rank, true, [&] { return load_acquire_system(flag) == f_.number(); });
+    }
+    if (!go_on(outcome, counts)) {
+      return false;
+    }
+    const uint32_t terms = __ballot_sync(kFullWarp, counts);
+    const Columns columns = columns_of(part);
+    const char* row = f_.own(layout().combine_row(f_.half(), max(rank, 0), token)) + columns.begin * 16;
+    char* result = a_.out + int64_t{token} * a_.row_bytes + (columns.begin + lane_id()) * 16;
+    const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int v = piece * kPieceVectors + b * kWarp;
+        if (v + lane_id() < columns.count) {
+          *reinterpret_cast<uint4*>(result + int64_t{v} * 16) = vectors[b];
+        }
+      }
+    };
+    sum_rows<T, false, kPieces>({terms, 0, 0}, row, 1, columns.count, memory_, sink);
+    return true;
   }
 
   const LowLatencyCombineArgs& a_;
   const Flight f_;
   const Entries entries_;
-  const int vectors_, part_vectors_;
-  char* memory_;  // of this warp
+  unsigned long long* waited_;
+  const int vectors_;
+  const int max_tokens_;  // of the dispatch
+  const bool is_packed_;
+  const int parts_;  // of a row
+  char* memory_;     // of this warp
 };
 
 template <class T>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineArgs args) {
-  if (fresh(args.comm.state->failed) == 0) {
-    LowLatencyCombine<T>(args).run();
-  }
+  __shared__ unsigned long long waited[kMaxRanks];
+  LowLatencyCombine<T>(args, waited).run();
 }
 
-// Enough for a warp to each part of a row; a token visits most ranks.
+// Enough for a few warps to each part of a row, whichever way it travels; a token visits most ranks.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;
   const int64_t to_receive = args.part == Part::send ? 0 : args.num_tokens;
-  const int64_t warps = std::max(to_send, to_receive) * kParts;
-  return static_cast<int>(std::clamp<int64_t>((warps + kMaxWarps - 1) / kMaxWarps, 1, multiprocessors));
+  const int64_t warps = std::max(to_send, to_receive) * std::max(kRowParts, chunks_of(args.row_bytes / 16));
+  return static_cast<int>(std::clamp<int64_t>((warps + kMaxWarps / 2 - 1) / (kMaxWarps / 2), 1, multiprocessors));
 }
 
 template <class T>

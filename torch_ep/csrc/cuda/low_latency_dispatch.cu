@@ -1,10 +1,12 @@
 // ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
 //   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
 //   send       the other blocks, a token each: row (quantised here) and where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each: arrived row -> its places in the result
+//   receive    warps of all blocks, a token each, or a part of one: arrived row -> its places in the result
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
-// before it send, so it has to wait for nothing but the announcements.
+// before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
+// many by bulk copies, each followed by a flag.
 #include "device/low_latency.cuh"
+#include "device/packs.cuh"
 #include "device/rows.cuh"
 #include "device/sums.cuh"
 
@@ -26,8 +28,9 @@ constexpr float kLeastMaximum = 1e-4F;
 
 // Of the launch.
 struct LowLatencyShape {
-  int stage_bytes;  // a record, padded
-  int receive_warps;
+  bool is_packed;
+  int stage_bytes;    // a record, padded
+  int receive_warps;  // of a block, each with a stage; none if rows are packed
 };
 
 // --- quantisation: docstring of torch_ep.low_latency_dispatch ---
@@ -65,32 +68,45 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
 
 class LowLatencyDispatch {
  public:
-  __device__ LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape)
+  __device__
+  LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, unsigned long long* waited)
       : a_(args),
-        f_(args.comm, kDispatchKind, args.part, args.ticket),
+        f_(args.comm, kDispatchKind, args.part, args.ticket, waited),
         entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
         places_at_(static_cast<int>(args.places_at())),
         record_bytes_(static_cast<int>(args.record_bytes())),
-        receive_warps_(shape.receive_warps) {
+        shape_(shape),
+        waited_(waited) {
     extern __shared__ __align__(128) char shared[];
     stages_ = shared;
-    stage_bytes_ = shape.stage_bytes;
-    barriers_ = reinterpret_cast<uint64_t*>(stages_ + int64_t{stage_bytes_} * max(receive_warps_, kSendStages));
+    barriers_ = reinterpret_cast<uint64_t*>(stages_ + stages_bytes(shape));
     words_ = reinterpret_cast<int*>(barriers_ + kMaxWarps);
   }
 
-  static int64_t shared_bytes(const LowLatencyShape& shape, int num_experts, int words) {
-    return int64_t{shape.stage_bytes} * std::max(shape.receive_warps, kSendStages) +
-           kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) + (int64_t{2} * num_experts + words) * 4;
+  static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
+    const int64_t world_size = args.comm.low_latency.world_size;
+    // Of announce: counts and visits of all; of receive: words of all, and where rows of each begin.
+    const int64_t words = world_size * args.comm.low_latency.words() + args.num_experts;
+    return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) + words * 4;
   }
 
   template <class T>
   __device__ void run() {
+    const auto tid = static_cast<int>(threadIdx.x);
+    if (f_.has_failed()) {
+      return;
+    }
     if (lane_id() == 0) {
       barrier_init(&barriers_[warp_id()]);
       fence_barrier_init();
+    }
+    if (tid < kMaxRanks) {
+      waited_[tid] = 0;
+    }
+    if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
+      f_.give_credits();
     }
     __syncthreads();
     if (a_.part != Part::send && !f_.is_next()) {
@@ -99,32 +115,45 @@ class LowLatencyDispatch {
     if (a_.part != Part::receive) {
       if (blockIdx.x == 0) {
         announce();
+      } else if (shape_.is_packed) {
+        send_packed<T>();
       } else {
         send<T>();
       }
-      f_.end_send(a_.part, a_.ticket);
+      f_.end_send();
     }
     if (a_.part != Part::send) {
       receive();
-      f_.end_receive(a_.wait_ns);
+      f_.end_receive();
     }
   }
 
  private:
+  // One is enough for packed rows: of what is quantised.
+  EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
+    return int64_t{shape.stage_bytes} * (shape.is_packed                     ? 1
+                                         : shape.receive_warps > kSendStages ? shape.receive_warps
+                                                                             : kSendStages);
+  }
   __device__ int rank_of(int expert) const { return expert / num_local_; }
+  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
 
   // --- announce ---
 
   __device__ void announce() {
     __shared__ int tile[kThreads];
+    __shared__ bool may_write[kWarp];
     const auto tid = static_cast<int>(threadIdx.x);
-    const int words = f_.layout().visit_words(), world_size = f_.world_size();
+    const int words = layout().words(), visit_words = layout().visit_words(), world_size = f_.world_size();
     int* counts = words_;                                                 // [experts]
-    auto* visits = reinterpret_cast<uint32_t*>(words_ + a_.num_experts);  // [world_size][words]
-    for (int i = tid; i < a_.num_experts + world_size * words; i += kThreads) {
+    auto* visits = reinterpret_cast<uint32_t*>(words_ + a_.num_experts);  // [world_size][visit words]
+    bool going = true;
+    if (warp_id() == kMaxWarps - 2) {
+      going = f_.wait_for_credits(may_write[lane_id()]);
+    }
+    for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
       words_[i] = 0;
     }
-    __syncthreads();
     const int tile_tokens = kThreads / a_.num_topk;
     for (int first = 0; first < a_.num_tokens; first += tile_tokens) {
       const int begin = first * a_.num_topk, count = min(tile_tokens, a_.num_tokens - first) * a_.num_topk;
@@ -137,7 +166,7 @@ class LowLatencyDispatch {
         const int fault = entries_.fault(tile + tid - slot, slot);
         if (fault == Entries::kGood && expert >= 0) {
           atomicAdd(&counts[expert], 1);
-          atomicOr(&visits[rank_of(expert) * words + token / 32], 1U << token % 32);
+          atomicOr(&visits[rank_of(expert) * visit_words + token / 32], 1U << token % 32);
         } else if (fault != Entries::kGood) {
           const int64_t cause = fault == Entries::kOutside ? kOutOfRange : fault;
           const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
@@ -146,108 +175,197 @@ class LowLatencyDispatch {
       }
       __syncthreads();
     }
-    __shared__ bool may_write[kWarp];
-    if (!__syncthreads_and(warp_id() != 0 || f_.wait_for_credits(may_write[lane_id()]))) {
+    if (!__syncthreads_and(going)) {
       return;
     }
-    for (int i = tid; i < world_size * (num_local_ + words); i += kThreads) {
-      const int p = i / (num_local_ + words), word = i % (num_local_ + words);
+    for (int i = tid; i < world_size * words; i += kThreads) {
+      const int p = i / words, word = i % words, expert = word - kNumAgreed,
+                visit = expert - layout().num_local_experts;
       if (!may_write[p]) {
         continue;
       }
-      auto* to = reinterpret_cast<int*>(f_.peer(p, f_.layout().header(f_.half(), f_.me())) + sizeof(Header));
-      to[word] =
-          word < num_local_ ? counts[p * num_local_ + word] : static_cast<int>(visits[p * words + word - num_local_]);
-    }
-    const bool tells = tid < world_size && may_write[tid % kWarp];
-    if (tells) {
-      auto* header = reinterpret_cast<Header*>(f_.peer(tid, f_.layout().header(f_.half(), f_.me())));
-      header->op = static_cast<int64_t>(Op::low_latency_dispatch);
-      for (int i = 0; i < kNumAgreed; ++i) {
-        header->agreed[i] = agreed(i);
+      uint32_t value = 0;
+      if (expert < 0) {
+        value = agreed(word);
+      } else if (visit >= 0) {
+        value = visits[p * visit_words + visit];
+      } else if (expert < num_local_) {
+        value = counts[p * num_local_ + expert];
       }
+      store_relaxed_system(
+          f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{word} * 8, f_.word_of(value));
     }
-    __syncthreads();
-    if (tells) {
-      // Releases what the whole block wrote: it is ordered before this by the barrier.
-      store_release_system(f_.peer(tid, f_.layout().header(f_.half(), f_.me())), f_.number());
+    if (tid == 0 && a_.part == Part::send) {
+      *a_.ticket = static_cast<int64_t>(f_.number());
     }
   }
 
-  __device__ int64_t agreed(int i) const {
-    const int64_t words[kNumAgreed] = {
-        int64_t{a_.num_topk} << 32 | a_.num_experts,
-        a_.hidden,
-        a_.max_tokens,
-        int64_t{static_cast<int>(a_.element)} << 32 | static_cast<int>(a_.quantize)};
-    return words[i];
+  __device__ uint32_t agreed(int i) const {
+    static_assert(kNumAgreed == 4);
+    switch (i) {
+      case 0:
+        return static_cast<uint32_t>(a_.num_topk) << kTopkShift | static_cast<uint32_t>(a_.num_experts);
+      case 1:
+        return static_cast<uint32_t>(a_.hidden);
+      case 2:
+        return static_cast<uint32_t>(a_.max_tokens);
+      default:
+        return static_cast<uint32_t>(a_.element) << kTopkShift | static_cast<uint32_t>(a_.quantize);
+    }
+  }
+  // As the host prints it.
+  static constexpr int kTopkShift = 24;
+  __device__ static int64_t shown(int i, uint32_t agreed) {
+    const bool is_two = i == 0 || i == kNumAgreed - 1;
+    return is_two ? int64_t{agreed >> kTopkShift} << 32 | (agreed & ((1U << kTopkShift) - 1)) : int64_t{agreed};
   }
 
   // --- send ---
 
+  // What the entries of one token say, in lane k of slot k.
+  struct Token {
+    int expert;      // -1: none
+    uint32_t ranks;  // bits of those that it visits
+  };
+
+  // Of a whole warp. `entry`: of the lane's slot; -1 beyond the last.
+  __device__ Token token_of(int entry) const {
+    const uint32_t same = __match_any_sync(kFullWarp, entry);
+    const bool is_good = entry >= 0 && entry < a_.num_experts && __ffs(static_cast<int>(same)) - 1 == lane_id();
+    const int expert = is_good ? entry : -1;
+    return {expert, __reduce_or_sync(kFullWarp, is_good ? 1U << rank_of(expert) : 0)};
+  }
+
+  __device__ int entry_of(int token) const {
+    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
+  }
+
+  // Of a whole block: counts, for the slots of a token, the rows of the tokens before it that go to the same expert.
+  // `experts`, `indices`: of the block, the latter zeros.
+  __device__ void count_before(int token, const int* experts, int* indices) const {
+    for (int i = static_cast<int>(threadIdx.x); i < token * a_.num_topk; i += kThreads) {
+      const int other = entries_[i];
+      for (int k = 0; k < a_.num_topk; ++k) {
+        if (other == experts[k]) {
+          atomicAdd(&indices[k], 1);
+        }
+      }
+    }
+  }
+
+  __device__ float weight_of(int token, int slot) const {
+    return a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + slot];
+  }
+
+  template <class T>
+  __device__ void send_packed() {
+    __shared__ int experts[kMaxTopk], indices[kMaxTopk];
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = static_cast<int>(gridDim.x) - 1;
+    const bool as_is = a_.quantize == Quantize::none;
+    const int vectors = places_at_ / 16;  // all but the places
+    uint32_t may_write = 0;
+    bool has_credit = false;
+    for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks) {
+      // What is asked for here arrives while others are waited for.
+      const int entry = entry_of(token);
+      const char* x = a_.x + int64_t{token} * a_.row_bytes;
+      Unit ahead{};
+      if (as_is) {
+        ahead = load_unit(x, tid, vectors);
+      }
+      if (!has_credit) {
+        bool may = false;
+        may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
+        has_credit = true;
+      }
+      const Token t = token_of(entry);
+      if (warp_id() == 0 && lane < a_.num_topk) {
+        experts[lane] = t.expert;
+        indices[lane] = 0;
+      }
+      __syncthreads();
+      count_before(token, experts, indices);
+      if (!as_is) {
+        quantize_row(reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden, stages_);
+      }
+      __syncthreads();
+      const uint32_t ranks = t.ranks & may_write;
+      for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
+        const Unit u = as_is && unit == tid ? ahead : load_unit(as_is ? x : stages_, unit, vectors);
+        for (uint32_t left = ranks; left != 0; left &= left - 1) {
+          send_unit(
+              packs_at(__ffs(static_cast<int>(left)) - 1, token) + layout().place_packs_bytes(), unit, u, f_.tag());
+        }
+      }
+      if (warp_id() == 0 && lane < a_.num_topk) {
+        const uint4 place{
+            static_cast<uint32_t>(t.expert),
+            static_cast<uint32_t>(indices[lane]),
+            __float_as_uint(weight_of(token, lane)),
+            f_.tag()};
+        for (uint32_t left = ranks; left != 0; left &= left - 1) {
+          store_relaxed_system_16(packs_at(__ffs(static_cast<int>(left)) - 1, token) + lane * kPackBytes, place);
+        }
+      }
+      __syncthreads();  // all have read the stage
+    }
+  }
+
+  // Of this rank's token, at `rank`.
+  __device__ char* packs_at(int rank, int token) const {
+    return f_.peer(rank, layout().dispatch_packs(f_.half(), f_.me(), token));
+  }
+
   template <class T>
   __device__ void send() {
-    __shared__ int entries[kMaxTopk], experts[kMaxTopk], indices[kMaxTopk];
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
+    __shared__ int experts[kMaxTopk], indices[kMaxTopk];
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = static_cast<int>(gridDim.x) - 1;
+    const bool as_is = a_.quantize == Quantize::none;
     int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
     const auto tell = [&](int token) {
       if (token >= 0) {
         fence_async_global();
-        store_release_system(f_.peer(lane, f_.layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
+        store_release_system(f_.peer(lane, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
       }
     };
     int n = 0;
-    bool has_credit = false, may = false, may_write = false;  // the latter two: of this lane's rank
-    const auto blocks = static_cast<int>(gridDim.x) - 1;
+    bool has_credit = false, may_write = false;  // the latter: the rank of this lane
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
-      char* stage = stages_ + n % kSendStages * stage_bytes_;
-      const int first = token * a_.num_topk;
-      if (tid < a_.num_topk) {
-        entries[tid] = entries_[first + tid];
-        indices[tid] = 0;
-      }
-      __syncthreads();
-      if (a_.quantize == Quantize::none && tid == 0) {
+      char* stage = stages_ + int64_t{n % kSendStages} * shape_.stage_bytes;
+      __syncwarp();  // all lanes have seen the load before
+      if (as_is && tid == 0) {
         barrier_expect(&barriers_[0], a_.row_bytes);
         bulk_load(stage, a_.x + int64_t{token} * a_.row_bytes, a_.row_bytes, &barriers_[0]);
       }
-      if (tid < a_.num_topk) {
-        experts[tid] = entries_.fault(entries, tid) == Entries::kGood ? entries[tid] : -1;
+      const Token t = token_of(entry_of(token));
+      if (warp_id() == 0 && lane < a_.num_topk) {
+        experts[lane] = t.expert;
+        indices[lane] = 0;
       }
-      for (int i = tid; i < first; i += kThreads) {
-        const int other = entries_[i];
-        for (int k = 0; k < a_.num_topk; ++k) {
-          if (other == entries[k]) {
-            atomicAdd(&indices[k], 1);
-          }
-        }
-      }
-      if (a_.quantize != Quantize::none) {
+      __syncthreads();
+      count_before(token, experts, indices);
+      if (!as_is) {
         quantize_row(reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden, stage);
       }
       __syncthreads();
-      if (tid < a_.num_topk) {
-        const float weight = a_.topk_weights == nullptr ? 1 : a_.topk_weights[first + tid];
-        reinterpret_cast<Place*>(stage + places_at_)[tid] = {experts[tid], indices[tid], weight, 0};
+      if (warp_id() == 0 && lane < a_.num_topk) {
+        reinterpret_cast<Place*>(stage + places_at_)[lane] = {t.expert, indices[lane], weight_of(token, lane), 0};
       }
       fence_async_shared();
       __syncthreads();
       if (warp_id() != 0) {
         continue;
       }
-      if (a_.quantize == Quantize::none) {
-        barrier_wait(&barriers_[0], n % 2);
-      }
       if (!has_credit) {
         has_credit = true;
-        may = f_.wait_for_credits(may_write) && may_write;
+        may_write = f_.wait_for_credits(may_write) && may_write;
       }
-      bool visits = false;
-      for (int k = 0; may && k < a_.num_topk; ++k) {
-        visits = visits || (experts[k] >= 0 && rank_of(experts[k]) == lane);
+      if (as_is) {
+        barrier_wait(&barriers_[0], n % 2);
       }
+      const bool visits = may_write && (t.ranks >> lane & 1) != 0;
       if (visits) {
-        bulk_store(f_.peer(lane, f_.layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
+        bulk_store(f_.peer(lane, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
       }
       bulk_commit();
       bulk_wait<1>();  // all but this token's
@@ -299,63 +417,98 @@ class LowLatencyDispatch {
 
   // --- receive ---
 
-  __device__ const Header* header_of(int source) const {
-    return reinterpret_cast<const Header*>(f_.own(f_.layout().header(f_.half(), source)));
+  // What has arrived of the plan, in shared memory.
+  struct Heard {
+    const int* words;   // [world_size][words of an announcement]
+    const int* begins;  // [world_size][local experts]: rows that come before those of the source
+    int stride;
+
+    __device__ int count(int source, int expert) const { return words[source * stride + kNumAgreed + expert]; }
+    __device__ bool visits(const LowLatencyLayout& layout, int source, int token) const {
+      const int word = kNumAgreed + layout.num_local_experts + token / 32;
+      return (words[source * stride + word] >> token % 32 & 1) != 0;
+    }
+  };
+
+  __device__ const char* word_at(int source, int i) const {
+    return f_.own(layout().announcement(f_.half(), source)) + int64_t{i} * 8;
   }
 
-  // Of one warp: false if it failed, or not all announced the same exchange. `is_there`: whether the lane's rank did.
-  __device__ bool hear(bool& is_there) const {
-    const int s = lane_id(), world_size = f_.world_size();
-    const Header* header = header_of(s % world_size);
-    const bool came = f_.wait_lanes(
-        Phase::header,
-        s < world_size && f_.is_active(s),
-        [&] { return load_acquire_system(&header->epoch) == f_.number(); },
-        is_there);
-    is_there = s < world_size && f_.decide(s, is_there);
+  // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange.
+  __device__ bool hear(int* heard) const {
+    __shared__ bool is_lost[kMaxRanks], is_there[kWarp];
+    const auto tid = static_cast<int>(threadIdx.x);
+    const int words = layout().words(), world_size = f_.world_size();
+    if (tid < world_size) {
+      is_lost[tid] = !f_.is_active(tid);
+    }
+    __syncthreads();
+    bool going = true;
+    for (int i = tid; going && i < world_size * words; i += kThreads) {
+      const int s = i / words, word = i % words;
+      const char* from = word_at(s, word);
+      uint64_t value = 0;
+      auto outcome = Outcome::absent;
+      if (f_.is_active(s)) {
+        outcome = f_.wait(Phase::header, s, word == 0, [&] {
+          value = load_relaxed_system(from);
+          return f_.is_word(value);
+        });
+      }
+      if (outcome == Outcome::absent) {
+        is_lost[s] = true;
+      }
+      going = outcome != Outcome::failed;
+      heard[i] = static_cast<int>(value);
+    }
+    going = __syncthreads_and(going) != 0;
     bool same = true;
-    for (int i = 0; came && same && is_there && i < kNumAgreed; ++i) {
-      same = header->agreed[i] == agreed(i);
-      if (!same && blockIdx.x == 0) {
-        f_.record(
-            {Failure::mismatch,
-             Phase::header,
-             s,
-             1 + i,
-             agreed(i),
-             header->agreed[i],
-             static_cast<int64_t>(f_.number())});
+    if (going && warp_id() == 0) {
+      const int s = lane_id();
+      const bool heard_it = s < world_size && !is_lost[s], there = s < world_size && f_.decide(s, heard_it);
+      is_there[s] = there;
+      // Where another block has heard it meanwhile, it is there.
+      for (int i = 0; there && !heard_it && i < words; ++i) {
+        heard[s * words + i] = static_cast<int>(load_relaxed_system(word_at(s, i)));
+      }
+      for (int i = 0; there && same && i < kNumAgreed; ++i) {
+        const auto theirs = static_cast<uint32_t>(heard[s * words + i]);
+        same = theirs == agreed(i);
+        if (!same && blockIdx.x == 0) {
+          const auto number = static_cast<int64_t>(f_.number());
+          f_.record({Failure::mismatch, Phase::header, s, 1 + i, shown(i, agreed(i)), shown(i, theirs), number});
+        }
       }
     }
-    return __all_sync(kFullWarp, came && same) != 0;
-  }
-
-  __device__ void receive() {
-    __shared__ bool is_there[kWarp];
-    const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-    const int world_size = f_.world_size(), words = f_.layout().visit_words();
-    const int rows_of_expert = world_size * a_.max_tokens;  // C
-    int* counts = words_;                                   // [world_size][local experts]
-    int* begins = counts + a_.num_experts;                  // likewise: rows that come before those of the source
-    auto* visits = reinterpret_cast<uint32_t*>(begins + a_.num_experts);  // [world_size][words]
-    if (!__syncthreads_and(warp_id() != 0 || hear(is_there[lane_id()]))) {
-      return;
-    }
-    for (int i = tid; i < world_size * (num_local_ + words); i += kThreads) {
-      const int s = i / (num_local_ + words), word = i % (num_local_ + words);
-      const int value = is_there[s] ? reinterpret_cast<const int*>(header_of(s) + 1)[word] : 0;
-      if (word < num_local_) {
-        counts[s * num_local_ + word] = min(max(value, 0), a_.max_tokens);
-      } else {
-        visits[s * words + word - num_local_] = static_cast<uint32_t>(value);
+    going = __syncthreads_and(going && same) != 0;
+    for (int i = tid; going && i < world_size * words; i += kThreads) {
+      const bool is_count = i % words >= kNumAgreed && i % words < kNumAgreed + num_local_;
+      if (!is_there[i / words]) {
+        heard[i] = 0;
+      } else if (is_count) {
+        heard[i] = min(max(heard[i], 0), a_.max_tokens);
       }
     }
     __syncthreads();
+    return going;
+  }
+
+  __device__ void receive() {
+    const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    const int world_size = f_.world_size(), words = layout().words();
+    int* begins = words_ + world_size * words;
+    const Heard heard{words_, begins, words};
+    if (block == 0 && warp_id() == kMaxWarps - 1) {
+      f_.tell_waits(a_.wait_ns);
+    }
+    if (!hear(words_)) {
+      return;
+    }
     for (int e = tid; e < num_local_; e += kThreads) {
       int end = 0;
       for (int s = 0; s < world_size; ++s) {
         begins[s * num_local_ + e] = end;
-        end += counts[s * num_local_ + e];
+        end += heard.count(s, e);
         if (block == 0) {
           a_.source_offsets[e * world_size + s] = end;
         }
@@ -365,33 +518,139 @@ class LowLatencyDispatch {
       }
     }
     __syncthreads();
-    const int last = (world_size - 1) * num_local_;
-    for (int e = block; e < num_local_; e += static_cast<int>(gridDim.x)) {
-      for (int i = begins[last + e] + counts[last + e] + tid; i < rows_of_expert; i += kThreads) {
+    if (shape_.is_packed) {
+      receive_packed(heard);
+    } else if (warp_id() < shape_.receive_warps) {
+      receive_rows(heard);
+    }
+    fill_slots(heard);
+  }
+
+  // Slots of rows that nobody sent.
+  __device__ void fill_slots(const Heard& heard) const {
+    const int rows_of_expert = f_.world_size() * a_.max_tokens, last = f_.world_size() - 1;  // C
+    const auto warps = static_cast<int>(gridDim.x) * kMaxWarps;
+    for (int e = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); e < num_local_; e += warps) {
+      const int end = heard.begins[last * num_local_ + e] + heard.count(last, e);
+      for (int i = end + lane_id(); i < rows_of_expert; i += kWarp) {
         a_.recv_slot[int64_t{e} * rows_of_expert + i] = -1;
       }
     }
-    if (warp_id() < receive_warps_) {
-      receive_rows(counts, begins, visits);
+  }
+
+  // The row of a slot whose place is known, or -1.
+  __device__ int64_t row_at(const Heard& heard, int source, int expert_of_all, int index) const {
+    const int expert = expert_of_all - f_.me() * num_local_;
+    if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 || index >= heard.count(source, expert)) {
+      return -1;
+    }
+    const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
+    return expert * rows_of_expert + heard.begins[source * num_local_ + expert] + index;
+  }
+
+  // Of lane k for slot k of a token. `i`: source * max_tokens + token.
+  __device__ void write_slot(int i, int64_t row, float weight) const {
+    const int64_t slot = int64_t{i} * a_.num_topk + lane_id();
+    if (lane_id() < a_.num_topk) {
+      a_.recv_row[slot] = static_cast<int>(row);
+    }
+    if (row >= 0) {
+      a_.recv_slot[row] = static_cast<int>(slot);
+      a_.row_weights[row] = weight;
     }
   }
 
-  __device__ void receive_rows(const int* counts, const int* begins, const uint32_t* visits) {
-    const int lane = lane_id(), words = f_.layout().visit_words(), rows_of_expert = f_.world_size() * a_.max_tokens;
-    char* stage = stages_ + int64_t{warp_id()} * stage_bytes_;
+  // The first word of the scales of a row; the next is scale_rows further.
+  __device__ int* scales_of(int64_t row) const {
+    const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
+    return static_cast<int*>(a_.scales) + row / rows_of_expert * a_.num_scales * a_.scale_rows + row % rows_of_expert;
+  }
+
+  // Warps, each a chunk of one row.
+  __device__ void receive_packed(const Heard& heard) const {
+    const int lane = lane_id(), vectors = places_at_ / 16, chunks = chunks_of(vectors);
+    const int work = f_.world_size() * a_.max_tokens * chunks, step = static_cast<int>(gridDim.x) * kMaxWarps;
+    for (int n = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); n < work; n += step) {
+      const int chunk = n % chunks, i = n / chunks, source = i / a_.max_tokens, token = i % a_.max_tokens;
+      int64_t row = -1;
+      float weight = 0;
+      if (heard.visits(layout(), source, token)) {
+        const char* places = f_.own(layout().dispatch_packs(f_.half(), source, token));
+        const int unit = chunk * kUnitsAChunk + lane;
+        const bool has_place = lane < a_.num_topk, has_unit = unit * kUnitVectors < vectors;
+        uint4 place{};
+        Packs packs{};
+        const auto outcome = f_.wait(Phase::rows, source, lane == 0, [&] {
+          if (has_place) {
+            place = load_relaxed_system_16(places + lane * kPackBytes);
+          }
+          if (has_unit) {
+            packs.look(places + layout().place_packs_bytes(), unit);
+          }
+          return (!has_place || place.w == f_.tag()) && (!has_unit || packs.arrived(f_.tag()));
+        });
+        if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
+          break;
+        }
+        if (__all_sync(kFullWarp, outcome == Outcome::there)) {
+          row = has_place ? row_at(heard, source, static_cast<int>(place.x), static_cast<int>(place.y)) : -1;
+          weight = __uint_as_float(place.z);
+          place_unit(row, unit, vectors, packs.unit());
+        }
+      }
+      if (chunk == 0) {
+        write_slot(i, row, weight);
+      }
+    }
+  }
+
+  // Of a whole warp: this lane's unit, to the rows of all lanes.
+  __device__ void place_unit(int64_t row, int unit, int vectors, const Unit& u) const {
+    const int row_vectors = a_.row_bytes / 16;
+    for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
+      const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1);
+      auto* result = reinterpret_cast<uint4*>(a_.rows + to * a_.row_bytes);
+#pragma unroll
+      for (int j = 0; j < kUnitVectors; ++j) {
+        const int v = unit * kUnitVectors + j;
+        if (v < row_vectors) {
+          result[v] = u.vectors[j];
+        } else if (v < vectors) {
+          place_scales(scales_of(to), v - row_vectors, u.vectors[j]);
+        }
+      }
+    }
+  }
+
+  // Vector `v` of the scales of a row.
+  __device__ void place_scales(int* scales, int v, const uint4& four) const {
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (v * 4 + i < a_.num_scales) {
+        scales[(v * 4 + i) * a_.scale_rows] = static_cast<int>(words[i]);
+      }
+    }
+  }
+
+  // Warps, each a row.
+  __device__ void receive_rows(const Heard& heard) const {
+    const int lane = lane_id(), rows_of_expert = f_.world_size() * a_.max_tokens;
+    char* stage = stages_ + int64_t{warp_id()} * shape_.stage_bytes;
     uint64_t* barrier = &barriers_[warp_id()];
     // Loads that the barrier has counted: warp 0 of a block that sent has used it before.
     int n = a_.part == Part::both && warp_id() == 0 ? sent_here() : 0;
-    const auto stride = static_cast<int>(gridDim.x) * receive_warps_;
+    const int step = static_cast<int>(gridDim.x) * shape_.receive_warps;
     for (int i = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); i < rows_of_expert;
-         i += stride) {
+         i += step) {
       const int source = i / a_.max_tokens, token = i % a_.max_tokens;
       int64_t row = -1;
-      if ((visits[source * words + token / 32] >> token % 32 & 1) != 0) {
-        const char* flag = f_.own(f_.layout().dispatch_flag(f_.half(), source, token));
+      float weight = 0;
+      if (heard.visits(layout(), source, token)) {
+        const char* flag = f_.own(layout().dispatch_flag(f_.half(), source, token));
         auto outcome = Outcome::there;
         if (lane == 0) {
-          outcome = f_.wait(Phase::rows, source, [&] { return load_acquire_system(flag) == f_.number(); });
+          outcome = f_.wait(Phase::rows, source, true, [&] { return load_acquire_system(flag) == f_.number(); });
         }
         if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
           break;
@@ -403,15 +662,18 @@ class LowLatencyDispatch {
             fence_async_global();  // between the flag and the bulk copy of what it tells of
             fence_async_shared();
             barrier_expect(barrier, record_bytes_);
-            bulk_load(stage, f_.own(f_.layout().dispatch_row(f_.half(), source, token)), record_bytes_, barrier);
+            bulk_load(stage, f_.own(layout().dispatch_row(f_.half(), source, token)), record_bytes_, barrier);
           }
           barrier_wait(barrier, n++ % 2);
-          row = place_row(stage, i, source, counts, begins);
+          if (lane < a_.num_topk) {
+            const Place place = reinterpret_cast<const Place*>(stage + places_at_)[lane];
+            row = row_at(heard, source, place.expert, place.index);
+            weight = place.weight;
+          }
+          place_row(stage, row);
         }
       }
-      if (lane < a_.num_topk) {
-        a_.recv_row[int64_t{i} * a_.num_topk + lane] = static_cast<int>(row);
-      }
+      write_slot(i, row, weight);
     }
     bulk_wait<0>();
   }
@@ -424,34 +686,19 @@ class LowLatencyDispatch {
                : (a_.num_tokens - first + blocks - 1) / blocks;
   }
 
-  // Of a whole warp. `i`: source * max_tokens + token. Returns the row of this lane's slot, or -1.
-  __device__ int64_t place_row(const char* stage, int i, int source, const int* counts, const int* begins) const {
-    const int lane = lane_id(), rows_of_expert = f_.world_size() * a_.max_tokens;
-    Place place{-1, 0, 0, 0};
-    if (lane < a_.num_topk) {
-      place = reinterpret_cast<const Place*>(stage + places_at_)[lane];
-    }
-    int64_t row = -1;
-    const int expert = place.expert - f_.me() * num_local_;
-    if (place.expert >= 0 && expert >= 0 && expert < num_local_) {
-      const int at = source * num_local_ + expert;
-      if (place.index >= 0 && place.index < counts[at]) {
-        row = int64_t{expert} * rows_of_expert + begins[at] + place.index;
-        a_.recv_slot[row] = i * a_.num_topk + lane;
-        a_.row_weights[row] = place.weight;
-        bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);
-      }
+  // Of a whole warp: a record to the rows of all lanes.
+  __device__ void place_row(const char* stage, int64_t row) const {
+    if (row >= 0) {
+      bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);
     }
     bulk_commit();
     for (uint32_t left = a_.num_scales != 0 ? __ballot_sync(kFullWarp, row >= 0) : 0; left != 0; left &= left - 1) {
-      const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1);
-      const int64_t first = to / rows_of_expert * a_.num_scales * a_.scale_rows + to % rows_of_expert;
-      for (int j = lane; j < a_.num_scales; j += kWarp) {
-        static_cast<int*>(a_.scales)[first + j * a_.scale_rows] = reinterpret_cast<const int*>(stage + scales_at_)[j];
+      int* scales = scales_of(__shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1));
+      for (int j = lane_id(); j < a_.num_scales; j += kWarp) {
+        scales[j * a_.scale_rows] = reinterpret_cast<const int*>(stage + scales_at_)[j];
       }
     }
     __syncwarp();  // all have read the stage
-    return row;
   }
 
   const LowLatencyDispatchArgs& a_;
@@ -459,9 +706,9 @@ class LowLatencyDispatch {
   const Entries entries_;
   const int num_local_;
   const int scales_at_, places_at_, record_bytes_;
-  const int receive_warps_;
+  const LowLatencyShape& shape_;
+  unsigned long long* waited_;
   char* stages_;
-  int stage_bytes_;
   uint64_t* barriers_;  // of each warp
   int* words_;
 };
@@ -470,35 +717,35 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
-  if (fresh(args.comm.state->failed) == 0) {
-    LowLatencyDispatch(args, shape).run<T>();
-  }
-}
-
-int words_of(const LowLatencyDispatchArgs& args) {
-  return args.comm.low_latency.world_size * args.comm.low_latency.visit_words();
+  __shared__ unsigned long long waited[kMaxRanks];
+  LowLatencyDispatch(args, shape, waited).run<T>();
 }
 
 LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
-  LowLatencyShape shape{static_cast<int>(round_up(args.record_bytes(), 128)), 0};
-  const int64_t rest = kSharedBytes - LowLatencyDispatch::shared_bytes({0, 0}, args.num_experts, words_of(args));
-  shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
+  const bool is_packed = args.max_tokens <= args.comm.low_latency.packed_tokens;
+  LowLatencyShape shape{is_packed, static_cast<int>(round_up(args.record_bytes(), 128)), 0};
+  if (!is_packed) {
+    const int64_t rest = kSharedBytes - LowLatencyDispatch::shared_bytes({true, 0, 0}, args);
+    shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
+  }
   return shape;
 }
 
-// A block more than there are tokens, which announces them; and enough for a warp to each row that may come.
+// A block more than there are tokens, which announces them; and enough for a warp to each row that may come, or to a
+// few parts of it.
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  const int64_t to_receive = (rows + shape.receive_warps - 1) / shape.receive_warps;
+  const int64_t work = rows * (shape.is_packed ? chunks_of(static_cast<int>(args.places_at() / 16)) : 1);
+  const int64_t warps = shape.is_packed ? kMaxWarps / 2 : shape.receive_warps;
+  const int64_t to_receive = args.part == Part::send ? 0 : (work + warps - 1) / warps;
   const int64_t to_send = args.part == Part::receive ? 0 : args.num_tokens + 1;
-  const int64_t wanted = std::max({args.part == Part::send ? 0 : to_receive, to_send, int64_t{2}});
-  return static_cast<int>(std::min<int64_t>(wanted, multiprocessors));
+  return static_cast<int>(std::min<int64_t>(std::max({to_receive, to_send, int64_t{2}}), multiprocessors));
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
   const LowLatencyShape shape = shape_of(args);
-  const auto shared = static_cast<int>(LowLatencyDispatch::shared_bytes(shape, args.num_experts, words_of(args)));
+  const auto shared = static_cast<int>(LowLatencyDispatch::shared_bytes(shape, args));
   const int blocks = blocks_of(args, shape, multiprocessors);
   const auto kernel = low_latency_dispatch_kernel<T>;
   kernel<<<blocks, kThreads, shared, stream>>>(args, shape);

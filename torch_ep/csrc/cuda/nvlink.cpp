@@ -328,7 +328,7 @@ class Nvlink final : public Transport {
     C10_CUDA_CHECK(cudaMemcpy(&state, comm_.state, sizeof(state), cudaMemcpyDeviceToHost));
     uint64_t epoch = state.epoch;
     for (const auto& kind : state.low_latency) {
-      epoch = std::max(epoch, kind.sent);
+      epoch = std::max(epoch, kind.sent >> kShareBits);
     }
     return static_cast<int64_t>(epoch);
   }
@@ -338,7 +338,7 @@ class Nvlink final : public Transport {
     State state{};
     state.epoch = static_cast<uint64_t>(epoch);
     for (auto& kind : state.low_latency) {
-      kind.sent = kind.received = static_cast<uint64_t>(epoch);
+      kind.sent = kind.received = static_cast<uint64_t>(epoch) << kShareBits;
     }
     C10_CUDA_CHECK(cudaMemcpy(comm_.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     C10_CUDA_CHECK(cudaDeviceSynchronize());

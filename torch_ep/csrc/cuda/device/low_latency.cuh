@@ -1,11 +1,17 @@
-// What both low-latency exchanges have in common: numbers, credits, waits, ends.
+// What both low-latency exchanges have in common: numbers, credits, waits.
 //
 // Note [Two on their way]
 // Exchanges of one kind are numbered, on the device, and every rank numbers the same. The n-th uses half n % 2 of the
 // buffers. A rank sends once its peers are done with what that half held before; so the n-th may leave while the one
 // before it is still to be received, and no third. What a rank sends is complete without anything from its peers, so
-// that it may be a kernel of its own, and the wait for theirs another one, later. Nothing is cleaned: flags hold the
-// number, and only a flag that equals it counts. docs/design.md has the table of signals.
+// that it may be a kernel of its own, and the wait for theirs another one, later. Nothing is cleaned: words and flags
+// hold the number, and only what equals it counts. docs/design.md has the table of signals.
+//
+// Note [Latency]
+// What these kernels do for few tokens is a chain of trips to memory and to the peers, of half a microsecond each. So:
+// what does not depend on each other is asked for together, first of all the state; words that travel are complete in
+// themselves, where a flag would follow a fence; no block waits for the last one (Note [Shares]); and that a rank is
+// done with an exchange its next kernel tells, of either kind, at its start, beside what else it does.
 #pragma once
 
 #include "exchange.cuh"
@@ -25,96 +31,92 @@ enum class Outcome : int { there, absent, failed };
 // One exchange, from the point of view of one rank.
 class Flight {
  public:
-  // `ticket`: of the half that receives alone.
-  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket)
-      : state_(comm.state->low_latency[kind]),
-        kind_(kind),
-        x_(comm,
-           kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine,
-           part == Part::receive ? static_cast<uint64_t>(*ticket) : fresh(state_.sent) + 1) {}
+  // `ticket`: of the half that receives alone. `waited`: of the block, for each rank, zeros.
+  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket, unsigned long long* waited)
+      : Flight(comm, kind, part, look(comm, kind, part, ticket), waited) {}
 
   __device__ const LowLatencyLayout& layout() const { return x_.comm.low_latency; }
   __device__ uint64_t number() const { return x_.epoch; }
+  // What words and packs hold of the number; never 0, which is there before the first.
+  __device__ uint32_t tag() const { return max(static_cast<uint32_t>(x_.epoch), 1U); }
+  __device__ uint64_t word_of(uint32_t value) const { return uint64_t{tag()} << 32 | value; }
+  __device__ bool is_word(uint64_t word) const { return word >> 32 == tag(); }
   __device__ int half() const { return static_cast<int>(x_.epoch % 2); }
   __device__ int me() const { return x_.comm.rank; }
   __device__ int world_size() const { return layout().world_size; }
   __device__ char* own(int64_t offset) const { return x_.own(offset); }
   __device__ char* peer(int rank, int64_t offset) const { return x_.peer(rank, offset); }
 
-  __device__ bool is_active(int rank) const {
-    const State& state = *x_.comm.state;
-    return ((fresh(state.masked_by_host) | fresh(state.masked_by_timeout)) >> rank & 1) == 0;
-  }
+  // As this kernel began.
+  __device__ bool has_failed() const { return seen_.failed != 0; }
+  __device__ bool is_active(int rank) const { return (seen_.masked >> rank & 1) == 0; }
 
-  __device__ void record(const Trouble& trouble) const { ::ep::cuda::record(x_, trouble, &state_.recorded); }
+  __device__ void record(const Trouble& trouble) const { record(x_.comm, kind_, number(), trouble); }
 
-  // Of one thread, until `ready()`.
+  // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
   template <class Ready>
-  __device__ Outcome wait(Phase phase, int peer, Ready ready) const {
-    int64_t since = 0;
-    for (int looks = 0; !ready(); ++looks) {
-      if (looks % kLooksPerGlance != 0) {
-        continue;
-      }
-      const auto now = static_cast<int64_t>(global_timer_ns());
-      if (since == 0) {
-        since = now;
-      }
-      if (fresh(x_.comm.state->failed) != 0) {
-        return Outcome::failed;
-      }
-      if (!is_active(peer)) {
-        return Outcome::absent;
-      }
-      if (now - since > x_.comm.timeout_ns) {
-        if (x_.comm.masks && peer != me()) {
-          atomicOr(&x_.comm.state->masked_by_timeout, 1U << peer);
-          return Outcome::absent;
+  __device__ Outcome wait(Phase phase, int peer, bool measures, Ready ready) const {
+    if (ready()) {
+      return Outcome::there;
+    }
+    const uint64_t since = global_timer_ns();
+    for (int looks = 1; !ready(); ++looks) {
+      if (looks % kLooksPerGlance == 0) {
+        const auto outcome = glance(x_.comm, kind_, number(), phase, peer, since);
+        if (outcome != Outcome::there) {
+          return outcome;
         }
-        record({Failure::timeout, phase, peer, 0, 0, 0, 0});
-        stop(x_);
-        return Outcome::failed;
       }
     }
-    if (since != 0 && phase != Phase::credit && peer != me()) {
-      const uint64_t waited = global_timer_ns() - static_cast<uint64_t>(since);
-      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[peer]), waited);
+    if (measures && peer != me()) {
+      atomicMax(&waited_[peer], static_cast<unsigned long long>(global_timer_ns() - since));
     }
     return Outcome::there;
   }
 
-  // Of a whole warp: lane p for peer p. False: failed; else `is_there` says of each lane whether it may go on.
-  template <class Ready>
-  __device__ bool wait_lanes(Phase phase, bool waits, Ready ready, bool& is_there) const {
-    const auto outcome = waits ? wait(phase, lane_id(), ready) : Outcome::absent;
-    is_there = outcome == Outcome::there;
-    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
-    __syncwarp();  // what one lane acquired is there for all
-    return going;
+  // Of a whole warp, as the first thing that a kernel does: tells every peer what earlier kernels have received.
+  __device__ void give_credits() const {
+    const int p = lane_id();
+    const State& state = *x_.comm.state;
+    const uint64_t received[LowLatencyLayout::kKinds] = {
+        fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
+        fresh(state.low_latency[kCombineKind].received) >> kShareBits};
+    fence_system();  // between what those kernels read and what peers will write there
+    if (p < world_size() && p != me() && is_active(p)) {
+      store_relaxed_system(peer(p, layout().done(kDispatchKind, me())), received[kDispatchKind]);
+      store_relaxed_system(peer(p, layout().done(kCombineKind, me())), received[kCombineKind]);
+    }
   }
 
-  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. The own half first: who has not
-  // received what it sent itself is not to blame others.
+  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. False: failed. Who has not
+  // received what it sent itself is told so at once, and not to blame others.
   __device__ bool wait_for_credits(bool& may_write) const {
-    const uint64_t last = fresh(state_.last_use[half()]);
     const int p = lane_id();
-    const auto has_read = [&] { return load_acquire_system(own(layout().done(kind_, p))) >= last; };
-    const bool is_wanted = p < world_size() && is_active(p);
-    may_write = is_wanted && has_read();
-    bool going = true;
-    if (!__all_sync(kFullWarp, may_write == is_wanted)) {
-      bool is_there = false, own_is_there = false;
-      going = wait_lanes(Phase::credit, p == me(), has_read, own_is_there);
-      going = going && wait_lanes(Phase::credit, is_wanted && p != me(), has_read, is_there);
-      may_write = is_there || own_is_there;
+    may_write = false;
+    if (seen_.received + 2 < number()) {
+      if (blockIdx.x == 0 && p == 0) {
+        record({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
+        stop(x_);
+      }
+      return false;
     }
+    auto outcome = Outcome::absent;
+    if (p == me()) {
+      outcome = Outcome::there;
+    } else if (p < world_size() && is_active(p)) {
+      outcome = wait(
+          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
+    }
+    may_write = outcome == Outcome::there;
+    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
+    __syncwarp();          // what one lane acquired is there for all
     fence_async_global();  // between the credit and the bulk copies that it allows
     return going;
   }
 
   // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
   __device__ bool is_next() const {
-    const uint64_t next = fresh(state_.received) + 1;
+    const uint64_t next = seen_.received + 1;
     if (next == number()) {
       return true;
     }
@@ -141,51 +143,102 @@ class Flight {
     return (seen & 1) != 0;
   }
 
-  // Of a whole block, when it has sent everything. The last one counts the exchange.
-  __device__ void end_send(Part part, int64_t* ticket) const {
-    if (is_last_block(&state_.blocks_sent)) {
-      state_.last_use[half()] = number();
-      state_.sent = number();
-      if (part == Part::send) {
-        *ticket = static_cast<int64_t>(number());
-      }
+  // Of a whole block, when it has sent everything.
+  __device__ void end_send() const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      add_share(&state_.sent);
     }
   }
 
-  // Of a whole block, when it has read everything. The last one returns the credit.
-  __device__ void end_receive(int64_t* wait_ns) const {
-    if (!is_last_block(&state_.blocks_received)) {
-      return;
+  // Of a whole warp of a kernel that receives: the waits of the exchange before, all of which are known.
+  __device__ void tell_waits(int64_t* wait_ns) const {
+    const int p = lane_id();
+    if (p < world_size()) {
+      uint64_t& before = state_.wait_ns[1 - half()][p];
+      wait_ns[p] = static_cast<int64_t>(fresh(before));
+      before = 0;
     }
-    for (int p = 0; p < world_size(); ++p) {
-      wait_ns[p] = static_cast<int64_t>(fresh(state_.wait_ns[p]));
-      state_.wait_ns[p] = 0;
+  }
+
+  // Of a whole block, when it has read everything.
+  __device__ void end_receive() const {
+    __syncthreads();
+    const auto tid = static_cast<int>(threadIdx.x);
+    if (tid < world_size() && waited_[tid] != 0) {
+      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][tid]), waited_[tid]);
     }
-    state_.received = number();
-    fence_system();
-    for (int p = 0; p < world_size(); ++p) {
-      if (is_active(p)) {
-        store_relaxed_system(peer(p, layout().done(kind_, me())), number());
-      }
+    if (tid == 0) {
+      add_share(&state_.received);
     }
   }
 
  private:
   static constexpr int kLooksPerGlance = 64;
 
-  // Of a whole block: one thread of the last one to come here, unless the exchange failed: a reset has to put things in
-  // order then.
-  __device__ bool is_last_block(uint32_t* blocks) const {
-    __syncthreads();
-    if (threadIdx.x != 0 || fetch_add_acq_rel_device(blocks, 1) != gridDim.x - 1) {
-      return false;
-    }
-    *blocks = 0;
-    return fresh(x_.comm.state->failed) == 0;
+  // What is not on the way of a healthy exchange takes no registers there.
+  __device__ static __noinline__ void record(const Comm& comm, int kind, uint64_t number, const Trouble& trouble) {
+    const Exchange x(comm, op_of(kind), number);
+    ::ep::cuda::record(x, trouble, &comm.state->low_latency[kind].recorded);
   }
 
+  // Whether to go on waiting (there), to go on without the peer, or not to go on.
+  __device__ static __noinline__ Outcome
+  glance(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
+    State& state = *comm.state;
+    if (fresh(state.failed) != 0) {
+      return Outcome::failed;
+    }
+    if (((fresh(state.masked_by_host) | fresh(state.masked_by_timeout)) >> peer & 1) != 0) {
+      return Outcome::absent;
+    }
+    if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
+      return Outcome::there;
+    }
+    if (comm.masks && peer != comm.rank) {
+      atomicOr(&state.masked_by_timeout, 1U << peer);
+      return Outcome::absent;
+    }
+    record(comm, kind, number, {Failure::timeout, phase, peer, 0, 0, 0, 0});
+    stop(Exchange(comm, op_of(kind), number));
+    return Outcome::failed;
+  }
+
+  __device__ static Op op_of(int kind) {
+    return kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine;
+  }
+
+  struct Seen {
+    uint32_t failed, masked;
+    uint64_t number, received;
+  };
+
+  // All at once: Note [Latency].
+  __device__ static Seen look(const Comm& comm, int kind, Part part, const int64_t* ticket) {
+    const State& state = *comm.state;
+    const uint32_t failed = fresh(state.failed);
+    const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
+    const uint64_t sent = fresh(state.low_latency[kind].sent), received = fresh(state.low_latency[kind].received);
+    const uint64_t number = part == Part::receive ? static_cast<uint64_t>(*ticket) : (sent >> kShareBits) + 1;
+    return {failed, by_host | by_timeout, number, received >> kShareBits};
+  }
+
+  __device__ Flight(const Comm& comm, int kind, Part part, const Seen& seen, unsigned long long* waited)
+      : seen_(seen),
+        state_(comm.state->low_latency[kind]),
+        kind_(kind),
+        waited_(waited),
+        x_(comm, op_of(kind), seen.number) {}
+
+  __device__ static void add_share(uint64_t* number) {
+    constexpr uint64_t kWhole = uint64_t{1} << kShareBits;
+    add_relaxed_device(number, kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0));
+  }
+
+  const Seen seen_;
   LowLatencyState& state_;
   const int kind_;
+  unsigned long long* waited_;
   const Exchange x_;
 };
 

@@ -33,6 +33,27 @@ __device__ __forceinline__ void store_release_system(void* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
+// Sixteen bytes, read and written as one (PTX ISA, "Scalar Data-types": .b128).
+__device__ __forceinline__ uint4 load_relaxed_system_16(const void* p) {
+  uint64_t low, high;
+  asm volatile("{ .reg .b128 v; ld.relaxed.sys.global.b128 v, [%2]; mov.b128 {%0, %1}, v; }"
+               : "=l"(low), "=l"(high)
+               : "l"(p)
+               : "memory");
+  return {
+      static_cast<uint32_t>(low),
+      static_cast<uint32_t>(low >> 32),
+      static_cast<uint32_t>(high),
+      static_cast<uint32_t>(high >> 32)};
+}
+
+__device__ __forceinline__ void store_relaxed_system_16(void* p, const uint4& v) {
+  asm volatile("{ .reg .b128 v; mov.b128 v, {%1, %2}; st.relaxed.sys.global.b128 [%0], v; }" ::"l"(p),
+               "l"(static_cast<uint64_t>(v.y) << 32 | v.x),
+               "l"(static_cast<uint64_t>(v.w) << 32 | v.z)
+               : "memory");
+}
+
 // --- words that the blocks of one kernel share: device scope ---
 
 __device__ __forceinline__ uint64_t load_relaxed_device(const uint64_t* p) {
@@ -49,6 +70,10 @@ __device__ __forceinline__ uint32_t load_acquire_device(const uint32_t* p) {
 
 __device__ __forceinline__ void add_release_device(uint32_t* p, uint32_t v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+__device__ __forceinline__ void add_relaxed_device(uint64_t* p, uint64_t v) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 
 __device__ __forceinline__ uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32_t v) {
