@@ -237,6 +237,9 @@ inline void __syncthreads() {
 inline int __syncthreads_and(int value) {
   return emulator::meet(emulator::block->barrier, static_cast<int>(blockDim.x), value != 0);
 }
+inline int __syncthreads_or(int value) {
+  return !__syncthreads_and(value == 0);
+}
 inline void __syncwarp() {
   emulator::exchange(0);
 }

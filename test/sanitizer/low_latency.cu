@@ -15,11 +15,32 @@ using namespace ::ep::cuda;
 
 namespace ep::cuda {
 
-template <class T>
+template <class T, bool is_packed>
 __global__ void __launch_bounds__(kThreads, 1)
     virtual_dispatch(const LowLatencyDispatchArgs* ranks, const __grid_constant__ LowLatencyShape shape) {
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyDispatch(ranks[blockIdx.y], shape, waited).run<T>();
+  LowLatencyDispatch<is_packed>(ranks[blockIdx.y], shape, waited).template run<T>();
+}
+
+template <class T, bool is_packed>
+cudaError_t launch_virtual_as(
+    const std::vector<LowLatencyDispatchArgs>& ranks,
+    const LowLatencyDispatchArgs* on_device,
+    int multiprocessors) {
+  const LowLatencyShape shape = shape_of<is_packed>(ranks[0]);
+  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, ranks[0]));
+  const auto kernel = virtual_dispatch<T, is_packed>;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  int blocks = 0;
+  for (const auto& args : ranks) {
+    blocks = std::max(blocks, blocks_of<is_packed>(args, shape, multiprocessors));
+  }
+  const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
+  kernel<<<grid, kThreads, shared>>>(on_device, shape);
+  return cudaGetLastError();
 }
 
 template <class T>
@@ -27,20 +48,8 @@ cudaError_t launch_virtual(
     const std::vector<LowLatencyDispatchArgs>& ranks,
     const LowLatencyDispatchArgs* on_device,
     int multiprocessors) {
-  const LowLatencyShape shape = shape_of(ranks[0]);
-  const auto shared = static_cast<int>(LowLatencyDispatch::shared_bytes(shape, ranks[0]));
-  const auto kernel = virtual_dispatch<T>;
-  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) {
-    return error;
-  }
-  int blocks = 0;
-  for (const auto& args : ranks) {
-    blocks = std::max(blocks, blocks_of(args, shape, multiprocessors));
-  }
-  const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
-  kernel<<<grid, kThreads, shared>>>(on_device, shape);
-  return cudaGetLastError();
+  return is_packed(ranks[0]) ? launch_virtual_as<T, true>(ranks, on_device, multiprocessors)
+                             : launch_virtual_as<T, false>(ranks, on_device, multiprocessors);
 }
 
 }  // namespace ep::cuda
@@ -52,10 +61,10 @@ using namespace ::ep::cuda;
 
 namespace ep::cuda {
 
-template <class T>
+template <class T, Way way>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) virtual_combine(const LowLatencyCombineArgs* ranks) {
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T>(ranks[blockIdx.y], waited).run();
+  LowLatencyCombine<T, way>(ranks[blockIdx.y], waited).run();
 }
 
 template <class T>
@@ -63,7 +72,10 @@ cudaError_t launch_virtual(
     const std::vector<LowLatencyCombineArgs>& ranks,
     const LowLatencyCombineArgs* on_device,
     int multiprocessors) {
-  const auto kernel = virtual_combine<T>;
+  const Way way = way_of(ranks[0]);
+  const auto kernel = way == Way::packed ? virtual_combine<T, Way::packed>
+                      : way == Way::bulk ? virtual_combine<T, Way::bulk>
+                                         : virtual_combine<T, Way::either>;
   const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) {
     return error;
@@ -73,7 +85,7 @@ cudaError_t launch_virtual(
     blocks = std::max(blocks, blocks_of(args, multiprocessors));
   }
   const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
-  kernel<<<grid, kMaxWarps * kWarp, kSharedBytes>>>(on_device);
+  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way)>>>(on_device);
   return cudaGetLastError();
 }
 
@@ -97,7 +109,7 @@ constexpr int kMultiprocessors = 5;  // of each rank, so that blocks have more t
 class World {
  public:
   explicit World(int world_size, bool masks = false, int64_t timeout_ns = kTimeoutNs) {
-    const LowLatencyLayout layout{256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes, kPackedTokens};
+    const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes, kPackedTokens);
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
       comm.state = memory_.zeros<State>(1);

@@ -135,64 +135,90 @@ constexpr int64_t kMostPackedBytes = int64_t{2} << 20;
 // has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
 // reader's own included: nothing has to be counted before they leave.
 struct LowLatencyLayout {
-  static constexpr int kKinds = 2;       // dispatch, combine
+  static constexpr int kKinds = 2;  // dispatch, combine
+  static constexpr int kHalves = 2;
   static constexpr int kRowFlags = 4;    // of a row of combine: column by column, so that several warps share a row
   static constexpr int kVisitBits = 32;  // tokens a word
-  int64_t begin;                         // in the symmetric buffer
+
+  int64_t begin;  // in the symmetric buffer
   int world_size;
   int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
   int num_topk;
   int num_local_experts;
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packed_tokens;   // of a rank: up to so many, rows are packed; see most_packed_tokens
+  int packed_tokens;   // of a rank: up to so many, rows are packed
 
-  EP_HOST_DEVICE int64_t num_rows() const { return int64_t{world_size} * max_tokens; }
-  EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
-  // Of an announcement: what has to be the same on both sides, the counts of each local expert, the bits of the tokens
-  // that come. As many in every exchange, so that none is awaited in vain where sizes differ. Each with the number of
-  // the exchange in its upper half, written and read as one.
-  EP_HOST_DEVICE int words() const { return kNumAgreed + num_local_experts + visit_words(); }
+  // What follows from these, worked out once.
+  int words;  // of an announcement
+  int64_t announcement_bytes, place_packs_bytes, packed_bytes;
+  int64_t entered_at, announcements_at, dispatch_flags_at, combine_flags_at, dispatch_rows_at, combine_rows_at,
+      dispatch_packs_at, combine_packs_at, end;
 
-  EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (int64_t{kind} * world_size + source) * 8; }
-  // Of combine: what has to be the same on both sides, likewise.
-  EP_HOST_DEVICE int64_t entered(int half, int source) const {
-    return done(kKinds, 0) + (int64_t{half} * world_size + source) * 8;
+  LowLatencyLayout() = default;
+  // `packed_tokens`: if not given, as many as fit into kMostPackedBytes.
+  LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
+      : begin(begin_at),
+        world_size(ranks),
+        max_tokens(tokens),
+        num_topk(topk),
+        num_local_experts(local_experts),
+        slot_bytes(slot),
+        words(kNumAgreed + local_experts + visit_words()),
+        announcement_bytes(round_up(words * int64_t{8}, 128)),
+        place_packs_bytes(round_up(topk * int64_t{kPackBytes}, 128)),
+        packed_bytes(place_packs_bytes + chunks_of(static_cast<int>(slot / 16)) * int64_t{kChunkBytes}) {
+    const int64_t most = kMostPackedBytes / ((ranks > 1 ? ranks - 1 : 1) * packed_bytes);
+    packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
+    const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;
+    entered_at = begin + int64_t{kKinds} * ranks * 8;
+    announcements_at = round_up(entered_at + sources * 8, 128);
+    dispatch_flags_at = announcements_at + sources * announcement_bytes;
+    combine_flags_at = dispatch_flags_at + rows * 8;
+    dispatch_rows_at = round_up(combine_flags_at + rows * kRowFlags * 8, 128);
+    combine_rows_at = dispatch_rows_at + rows * slot_bytes;
+    dispatch_packs_at = combine_rows_at + rows * slot_bytes;
+    combine_packs_at = dispatch_packs_at + packed_rows * packed_bytes;
+    end = combine_packs_at + packed_rows * packed_bytes;
   }
+
+  EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
+  EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
+
+  EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
+  // Of combine: what has to be the same on both sides, with the number of the exchange in the upper half.
+  EP_HOST_DEVICE int64_t entered(int half, int source) const { return entered_at + (half * world_size + source) * 8; }
+  // What has to be the same on both sides, the counts of each local expert, the bits of the tokens that come. As many
+  // words in every exchange, so that none is awaited in vain where sizes differ; likewise with the number.
   EP_HOST_DEVICE int64_t announcement(int half, int source) const {
-    return round_up(entered(2, 0), 128) + (int64_t{half} * world_size + source) * round_up(words() * int64_t{8}, 128);
+    return announcements_at + (half * world_size + source) * announcement_bytes;
   }
   EP_HOST_DEVICE int64_t dispatch_flag(int half, int source, int token) const {
-    return announcement(2, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * 8;
+    return dispatch_flags_at + row(half, source, token) * 8;
   }
   EP_HOST_DEVICE int64_t combine_flag(int half, int source, int token, int part) const {
-    return dispatch_flag(2, 0, 0) +
-           (((int64_t{half} * world_size + source) * max_tokens + token) * kRowFlags + part) * 8;
+    return combine_flags_at + (row(half, source, token) * kRowFlags + part) * 8;
   }
   EP_HOST_DEVICE int64_t dispatch_row(int half, int source, int token) const {
-    return round_up(combine_flag(2, 0, 0, 0), 128) +
-           ((int64_t{half} * world_size + source) * max_tokens + token) * slot_bytes;
+    return dispatch_rows_at + row(half, source, token) * slot_bytes;
   }
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
-    return dispatch_row(2, 0, 0) + ((int64_t{half} * world_size + source) * max_tokens + token) * slot_bytes;
+    return combine_rows_at + row(half, source, token) * slot_bytes;
   }
-
   // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
-  EP_HOST_DEVICE int64_t place_packs_bytes() const { return round_up(num_topk * int64_t{kPackBytes}, 128); }
-  EP_HOST_DEVICE int64_t packed_bytes() const {
-    return place_packs_bytes() + chunks_of(static_cast<int>(slot_bytes / 16)) * int64_t{kChunkBytes};
-  }
-  // For packed_tokens.
-  EP_HOST_DEVICE int most_packed_tokens() const {
-    const int64_t most = kMostPackedBytes / ((world_size > 1 ? world_size - 1 : 1) * packed_bytes());
-    return most < max_tokens ? static_cast<int>(most) : max_tokens;
-  }
   EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token) const {
-    return combine_row(2, 0, 0) + ((int64_t{half} * world_size + source) * packed_tokens + token) * packed_bytes();
+    return dispatch_packs_at + packed_row(half, source, token) * packed_bytes;
   }
   EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
-    return dispatch_packs(2, 0, 0) + ((int64_t{half} * world_size + source) * packed_tokens + token) * packed_bytes();
+    return combine_packs_at + packed_row(half, source, token) * packed_bytes;
   }
-  EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : combine_packs(2, 0, 0) - begin; }
+
+ private:
+  EP_HOST_DEVICE int64_t row(int half, int source, int token) const {
+    return (half * world_size + source) * max_tokens + token;
+  }
+  EP_HOST_DEVICE int64_t packed_row(int half, int source, int token) const {
+    return (half * world_size + source) * packed_tokens + token;
+  }
 };
 
 }  // namespace ep::cuda

@@ -22,7 +22,10 @@ constexpr int kRowParts = LowLatencyLayout::kRowFlags;
 // Rows that a lane has on their way at once: as many as there are registers for.
 constexpr int kSendAhead = 4, kReceiveAhead = 2;
 
-template <class T>
+// How rows travel. What receives alone learns it from its ticket.
+enum class Way { packed, bulk, either };
+
+template <class T, Way way>
 class LowLatencyCombine {
  public:
   __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, unsigned long long* waited)
@@ -32,23 +35,22 @@ class LowLatencyCombine {
         waited_(waited),
         vectors_(args.row_bytes / 16),
         max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
-        is_packed_(max_tokens_ <= args.comm.low_latency.packed_tokens),
-        parts_(is_packed_ ? chunks_of(vectors_) : kRowParts) {
+        parts_(is_packed() ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
     memory_ = shared + warp_id() * kWarpBytes;
   }
 
   __device__ void run() {
-    if (f_.has_failed()) {
-      return;
-    }
     if (threadIdx.x < kMaxRanks) {
       waited_[threadIdx.x] = 0;
     }
-    if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
-      f_.give_credits();
+    if (__syncthreads_or(f_.has_failed())) {
+      return;
     }
-    __syncthreads();
+    if (f_.is_teller()) {
+      f_.tell(a_.part, a_.wait_ns);
+      return;
+    }
     if (a_.part != Part::send && !f_.is_next()) {
       return;
     }
@@ -57,9 +59,6 @@ class LowLatencyCombine {
       f_.end_send();
     }
     if (a_.part != Part::send) {
-      if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
-        f_.tell_waits(a_.wait_ns);
-      }
       receive();
       f_.end_receive();
     }
@@ -67,9 +66,12 @@ class LowLatencyCombine {
 
  private:
   // This warp's work: every so manieth of (row, part).
-  __device__ int begin() const { return static_cast<int>(blockIdx.x + gridDim.x * warp_id()); }
-  __device__ int step() const { return static_cast<int>(gridDim.x) * kMaxWarps; }
+  __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
+  __device__ int step() const { return f_.workers() * kMaxWarps; }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+  __device__ bool is_packed() const {
+    return way == Way::packed || (way == Way::either && max_tokens_ <= layout().packed_tokens);
+  }
 
   // Of a row that is not packed.
   struct Columns {
@@ -96,6 +98,9 @@ class LowLatencyCombine {
     bool may_write = false;
     const bool going = f_.wait_for_credits(may_write);
     const uint32_t ranks = going ? __ballot_sync(kFullWarp, may_write) : 0;
+    if (!is_packed()) {
+      fence_async_global();  // between the credit and the bulk copies that it allows
+    }
     if (blockIdx.x == 0 && warp_id() == 0) {
       if (going && may_write) {
         store_relaxed_system(f_.peer(lane, layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
@@ -116,14 +121,16 @@ class LowLatencyCombine {
       }
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
-      if (is_packed_) {
+      if (is_packed()) {
         send_packed(source, token, part, lanes, y, weight);
       } else {
         send_part(source, token, part, lanes, y, weight, parity);
       }
     }
-    fence_async_shared();  // this memory is for sums next
-    __syncwarp();
+    if (!is_packed()) {
+      fence_async_shared();  // this memory is for sums next
+      __syncwarp();
+    }
   }
 
   // Of the lane's slot; -1: none here.
@@ -230,7 +237,7 @@ class LowLatencyCombine {
         return;
       }
       const bool going =
-          is_packed_ ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
+          is_packed() ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
         return;
       }
@@ -359,42 +366,67 @@ class LowLatencyCombine {
   unsigned long long* waited_;
   const int vectors_;
   const int max_tokens_;  // of the dispatch
-  const bool is_packed_;
-  const int parts_;  // of a row
-  char* memory_;     // of this warp
+  const int parts_;       // of a row
+  char* memory_;          // of this warp
 };
 
-template <class T>
+template <class T, Way way>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineArgs args) {
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T>(args, waited).run();
+  LowLatencyCombine<T, way>(args, waited).run();
 }
 
-// Enough for a few warps to each part of a row, whichever way it travels; a token visits most ranks.
+Way way_of(const LowLatencyCombineArgs& args) {
+  if (args.part == Part::receive) {
+    return Way::either;
+  }
+  return args.max_tokens <= args.comm.low_latency.packed_tokens ? Way::packed : Way::bulk;
+}
+
+int shared_bytes(Way way) {
+  return way == Way::packed ? 0 : kSharedBytes;
+}
+
+// A warp for each part of a row, whichever way it travels, some warps to a block; and a block that tells.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
+  constexpr int kWarpsABlock = kMaxWarps / 2;
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;
   const int64_t to_receive = args.part == Part::send ? 0 : args.num_tokens;
-  const int64_t warps = std::max(to_send, to_receive) * std::max(kRowParts, chunks_of(args.row_bytes / 16));
-  return static_cast<int>(std::clamp<int64_t>((warps + kMaxWarps / 2 - 1) / (kMaxWarps / 2), 1, multiprocessors));
+  const int64_t parts = std::max(to_send, to_receive) * std::max(kRowParts, chunks_of(args.row_bytes / 16));
+  const int64_t workers = std::max<int64_t>((parts + kWarpsABlock - 1) / kWarpsABlock, 1);
+  return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 2)));
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream) {
-  const auto kernel = low_latency_combine_kernel<T>;
-  kernel<<<blocks_of(args, multiprocessors), kMaxWarps * kWarp, kSharedBytes, stream>>>(args);
+  const Way way = way_of(args);
+  const auto kernel = way == Way::packed ? low_latency_combine_kernel<T, Way::packed>
+                      : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
+                                         : low_latency_combine_kernel<T, Way::either>;
+  kernel<<<blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream>>>(args);
   return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t prepare() {
+  for (const auto kernel :
+       {low_latency_combine_kernel<T, Way::packed>,
+        low_latency_combine_kernel<T, Way::bulk>,
+        low_latency_combine_kernel<T, Way::either>}) {
+    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+        error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 cudaError_t prepare_low_latency_combine() {
-  constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  for (const auto kernel :
-       {low_latency_combine_kernel<float>,
-        low_latency_combine_kernel<__nv_bfloat16>,
-        low_latency_combine_kernel<__half>}) {
-    if (const auto error = cudaFuncSetAttribute(kernel, attribute, kSharedBytes); error != cudaSuccess) {
+  for (const auto prepare : {prepare<float>, prepare<__nv_bfloat16>, prepare<__half>}) {
+    if (const auto error = prepare(); error != cudaSuccess) {
       return error;
     }
   }

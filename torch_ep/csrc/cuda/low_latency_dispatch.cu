@@ -28,7 +28,6 @@ constexpr float kLeastMaximum = 1e-4F;
 
 // Of the launch.
 struct LowLatencyShape {
-  bool is_packed;
   int stage_bytes;    // a record, padded
   int receive_warps;  // of a block, each with a stage; none if rows are packed
 };
@@ -66,6 +65,9 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   return {scale, __fdiv_rn(1, scale)};
 }
 
+// `is_packed`: how rows travel. A kernel of its own for each way, since instructions that are not at hand take long
+// too; for the same reason loops that are run through a few times only are not unrolled.
+template <bool is_packed>
 class LowLatencyDispatch {
  public:
   __device__
@@ -88,16 +90,13 @@ class LowLatencyDispatch {
   static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
     const int64_t world_size = args.comm.low_latency.world_size;
     // Of announce: counts and visits of all; of receive: words of all, and where rows of each begin.
-    const int64_t words = world_size * args.comm.low_latency.words() + args.num_experts;
+    const int64_t words = world_size * args.comm.low_latency.words + args.num_experts;
     return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) + words * 4;
   }
 
   template <class T>
   __device__ void run() {
     const auto tid = static_cast<int>(threadIdx.x);
-    if (f_.has_failed()) {
-      return;
-    }
     if (lane_id() == 0) {
       barrier_init(&barriers_[warp_id()]);
       fence_barrier_init();
@@ -105,17 +104,20 @@ class LowLatencyDispatch {
     if (tid < kMaxRanks) {
       waited_[tid] = 0;
     }
-    if (blockIdx.x == 0 && warp_id() == kMaxWarps - 1) {
-      f_.give_credits();
+    if (__syncthreads_or(f_.has_failed())) {
+      return;
     }
-    __syncthreads();
+    if (f_.is_teller()) {
+      f_.tell(a_.part, a_.wait_ns);
+      return;
+    }
     if (a_.part != Part::send && !f_.is_next()) {
       return;
     }
     if (a_.part != Part::receive) {
       if (blockIdx.x == 0) {
         announce();
-      } else if (shape_.is_packed) {
+      } else if constexpr (is_packed) {
         send_packed<T>();
       } else {
         send<T>();
@@ -131,9 +133,8 @@ class LowLatencyDispatch {
  private:
   // One is enough for packed rows: of what is quantised.
   EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
-    return int64_t{shape.stage_bytes} * (shape.is_packed                     ? 1
-                                         : shape.receive_warps > kSendStages ? shape.receive_warps
-                                                                             : kSendStages);
+    const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
+    return int64_t{shape.stage_bytes} * (is_packed ? 1 : stages);
   }
   __device__ int rank_of(int expert) const { return expert / num_local_; }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
@@ -144,17 +145,19 @@ class LowLatencyDispatch {
     __shared__ int tile[kThreads];
     __shared__ bool may_write[kWarp];
     const auto tid = static_cast<int>(threadIdx.x);
-    const int words = layout().words(), visit_words = layout().visit_words(), world_size = f_.world_size();
+    const int words = layout().words, visit_words = layout().visit_words(), world_size = f_.world_size();
     int* counts = words_;                                                 // [experts]
     auto* visits = reinterpret_cast<uint32_t*>(words_ + a_.num_experts);  // [world_size][visit words]
     bool going = true;
     if (warp_id() == kMaxWarps - 2) {
       going = f_.wait_for_credits(may_write[lane_id()]);
     }
+#pragma unroll 1
     for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
       words_[i] = 0;
     }
     const int tile_tokens = kThreads / a_.num_topk;
+#pragma unroll 1
     for (int first = 0; first < a_.num_tokens; first += tile_tokens) {
       const int begin = first * a_.num_topk, count = min(tile_tokens, a_.num_tokens - first) * a_.num_topk;
       if (tid < count) {
@@ -178,6 +181,7 @@ class LowLatencyDispatch {
     if (!__syncthreads_and(going)) {
       return;
     }
+#pragma unroll 1
     for (int i = tid; i < world_size * words; i += kThreads) {
       const int p = i / words, word = i % words, expert = word - kNumAgreed,
                 visit = expert - layout().num_local_experts;
@@ -243,8 +247,10 @@ class LowLatencyDispatch {
   // Of a whole block: counts, for the slots of a token, the rows of the tokens before it that go to the same expert.
   // `experts`, `indices`: of the block, the latter zeros.
   __device__ void count_before(int token, const int* experts, int* indices) const {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < token * a_.num_topk; i += kThreads) {
       const int other = entries_[i];
+#pragma unroll 1
       for (int k = 0; k < a_.num_topk; ++k) {
         if (other == experts[k]) {
           atomicAdd(&indices[k], 1);
@@ -260,11 +266,12 @@ class LowLatencyDispatch {
   template <class T>
   __device__ void send_packed() {
     __shared__ int experts[kMaxTopk], indices[kMaxTopk];
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = static_cast<int>(gridDim.x) - 1;
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
     const int vectors = places_at_ / 16;  // all but the places
     uint32_t may_write = 0;
     bool has_credit = false;
+#pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks) {
       // What is asked for here arrives while others are waited for.
       const int entry = entry_of(token);
@@ -290,11 +297,12 @@ class LowLatencyDispatch {
       }
       __syncthreads();
       const uint32_t ranks = t.ranks & may_write;
+#pragma unroll 1
       for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
         const Unit u = as_is && unit == tid ? ahead : load_unit(as_is ? x : stages_, unit, vectors);
+#pragma unroll 1
         for (uint32_t left = ranks; left != 0; left &= left - 1) {
-          send_unit(
-              packs_at(__ffs(static_cast<int>(left)) - 1, token) + layout().place_packs_bytes(), unit, u, f_.tag());
+          send_unit(packs_at(__ffs(static_cast<int>(left)) - 1, token) + layout().place_packs_bytes, unit, u, f_.tag());
         }
       }
       if (warp_id() == 0 && lane < a_.num_topk) {
@@ -303,6 +311,7 @@ class LowLatencyDispatch {
             static_cast<uint32_t>(indices[lane]),
             __float_as_uint(weight_of(token, lane)),
             f_.tag()};
+#pragma unroll 1
         for (uint32_t left = ranks; left != 0; left &= left - 1) {
           store_relaxed_system_16(packs_at(__ffs(static_cast<int>(left)) - 1, token) + lane * kPackBytes, place);
         }
@@ -319,7 +328,7 @@ class LowLatencyDispatch {
   template <class T>
   __device__ void send() {
     __shared__ int experts[kMaxTopk], indices[kMaxTopk];
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = static_cast<int>(gridDim.x) - 1;
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
     int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
     const auto tell = [&](int token) {
@@ -330,6 +339,7 @@ class LowLatencyDispatch {
     };
     int n = 0;
     bool has_credit = false, may_write = false;  // the latter: the rank of this lane
+#pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = stages_ + int64_t{n % kSendStages} * shape_.stage_bytes;
       __syncwarp();  // all lanes have seen the load before
@@ -359,6 +369,7 @@ class LowLatencyDispatch {
       if (!has_credit) {
         has_credit = true;
         may_write = f_.wait_for_credits(may_write) && may_write;
+        fence_async_global();  // between the credit and the bulk copies that it allows
       }
       if (as_is) {
         barrier_wait(&barriers_[0], n % 2);
@@ -383,28 +394,32 @@ class LowLatencyDispatch {
   // Of a whole block: each warp some groups, each lane four channels of a group.
   template <class T>
   __device__ void quantize_row(const T* x, char* stage) const {
+    constexpr int kAhead = 4;  // groups that a warp has on their way at once
     const int groups = (a_.hidden + kGroup - 1) / kGroup;
-    for (int g = warp_id(); g < groups; g += kMaxWarps) {
-      const int channel = g * kGroup + lane_id() * 4;
-      const bool has = channel < a_.hidden;
-      const float4 v = has ? load_four(x + channel) : float4{0, 0, 0, 0};
-      float maximum = larger(larger(fabsf(v.x), fabsf(v.y)), larger(fabsf(v.z), fabsf(v.w)));
+#pragma unroll 1
+    for (int first = warp_id(); first < groups; first += kAhead * kMaxWarps) {
+      float4 four[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int channel = (first + i * kMaxWarps) * kGroup + lane_id() * 4;
+        four[i] = channel < a_.hidden ? load_four(x + channel) : float4{0, 0, 0, 0};
+      }
+      float maxima[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        maxima[i] = larger(larger(fabsf(four[i].x), fabsf(four[i].y)), larger(fabsf(four[i].z), fabsf(four[i].w)));
+      }
+#pragma unroll
       for (int step = kWarp / 2; step > 0; step /= 2) {
-        maximum = larger(maximum, __shfl_xor_sync(kFullWarp, maximum, step));
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          maxima[i] = larger(maxima[i], __shfl_xor_sync(kFullWarp, maxima[i], step));
+        }
       }
-      const Scale s = scale_of(larger(maximum, kLeastMaximum), a_.quantize);
-      if (has) {
-        const auto low =
-            __nv_cvt_float2_to_fp8x2({multiply(v.x, s.inverse), multiply(v.y, s.inverse)}, __NV_SATFINITE, __NV_E4M3);
-        const auto high =
-            __nv_cvt_float2_to_fp8x2({multiply(v.z, s.inverse), multiply(v.w, s.inverse)}, __NV_SATFINITE, __NV_E4M3);
-        *reinterpret_cast<uint32_t*>(stage + channel) = static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
-      }
-      if (lane_id() == 0) {
-        if (a_.quantize == Quantize::fp8_ue8m0) {
-          stage[scales_at_ + g] = static_cast<char>(__float_as_uint(s.scale) >> 23);
-        } else {
-          reinterpret_cast<float*>(stage + scales_at_)[g] = s.scale;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (const int g = first + i * kMaxWarps; g < groups) {
+          quantize_group(g, four[i], scale_of(larger(maxima[i], kLeastMaximum), a_.quantize), stage);
         }
       }
     }
@@ -412,6 +427,24 @@ class LowLatencyDispatch {
     const auto tid = static_cast<int>(threadIdx.x);
     if (a_.quantize == Quantize::fp8_ue8m0 && tid < 4 && groups + tid < a_.num_scales * 4) {
       stage[scales_at_ + groups + tid] = 0;
+    }
+  }
+
+  __device__ void quantize_group(int g, const float4& v, const Scale& s, char* stage) const {
+    const int channel = g * kGroup + lane_id() * 4;
+    if (channel < a_.hidden) {
+      const auto low =
+          __nv_cvt_float2_to_fp8x2({multiply(v.x, s.inverse), multiply(v.y, s.inverse)}, __NV_SATFINITE, __NV_E4M3);
+      const auto high =
+          __nv_cvt_float2_to_fp8x2({multiply(v.z, s.inverse), multiply(v.w, s.inverse)}, __NV_SATFINITE, __NV_E4M3);
+      *reinterpret_cast<uint32_t*>(stage + channel) = static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
+    }
+    if (lane_id() == 0) {
+      if (a_.quantize == Quantize::fp8_ue8m0) {
+        stage[scales_at_ + g] = static_cast<char>(__float_as_uint(s.scale) >> 23);
+      } else {
+        reinterpret_cast<float*>(stage + scales_at_)[g] = s.scale;
+      }
     }
   }
 
@@ -438,12 +471,13 @@ class LowLatencyDispatch {
   __device__ bool hear(int* heard) const {
     __shared__ bool is_lost[kMaxRanks], is_there[kWarp];
     const auto tid = static_cast<int>(threadIdx.x);
-    const int words = layout().words(), world_size = f_.world_size();
+    const int words = layout().words, world_size = f_.world_size();
     if (tid < world_size) {
       is_lost[tid] = !f_.is_active(tid);
     }
     __syncthreads();
     bool going = true;
+#pragma unroll 1
     for (int i = tid; going && i < world_size * words; i += kThreads) {
       const int s = i / words, word = i % words;
       const char* from = word_at(s, word);
@@ -468,9 +502,11 @@ class LowLatencyDispatch {
       const bool heard_it = s < world_size && !is_lost[s], there = s < world_size && f_.decide(s, heard_it);
       is_there[s] = there;
       // Where another block has heard it meanwhile, it is there.
+#pragma unroll 1
       for (int i = 0; there && !heard_it && i < words; ++i) {
         heard[s * words + i] = static_cast<int>(load_relaxed_system(word_at(s, i)));
       }
+#pragma unroll 1
       for (int i = 0; there && same && i < kNumAgreed; ++i) {
         const auto theirs = static_cast<uint32_t>(heard[s * words + i]);
         same = theirs == agreed(i);
@@ -481,6 +517,7 @@ class LowLatencyDispatch {
       }
     }
     going = __syncthreads_and(going && same) != 0;
+#pragma unroll 1
     for (int i = tid; going && i < world_size * words; i += kThreads) {
       const bool is_count = i % words >= kNumAgreed && i % words < kNumAgreed + num_local_;
       if (!is_there[i / words]) {
@@ -495,17 +532,16 @@ class LowLatencyDispatch {
 
   __device__ void receive() {
     const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-    const int world_size = f_.world_size(), words = layout().words();
+    const int world_size = f_.world_size(), words = layout().words;
     int* begins = words_ + world_size * words;
     const Heard heard{words_, begins, words};
-    if (block == 0 && warp_id() == kMaxWarps - 1) {
-      f_.tell_waits(a_.wait_ns);
-    }
     if (!hear(words_)) {
       return;
     }
+#pragma unroll 1
     for (int e = tid; e < num_local_; e += kThreads) {
       int end = 0;
+#pragma unroll 1
       for (int s = 0; s < world_size; ++s) {
         begins[s * num_local_ + e] = end;
         end += heard.count(s, e);
@@ -518,7 +554,7 @@ class LowLatencyDispatch {
       }
     }
     __syncthreads();
-    if (shape_.is_packed) {
+    if constexpr (is_packed) {
       receive_packed(heard);
     } else if (warp_id() < shape_.receive_warps) {
       receive_rows(heard);
@@ -529,9 +565,11 @@ class LowLatencyDispatch {
   // Slots of rows that nobody sent.
   __device__ void fill_slots(const Heard& heard) const {
     const int rows_of_expert = f_.world_size() * a_.max_tokens, last = f_.world_size() - 1;  // C
-    const auto warps = static_cast<int>(gridDim.x) * kMaxWarps;
-    for (int e = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); e < num_local_; e += warps) {
+    const auto warps = f_.workers() * kMaxWarps;
+#pragma unroll 1
+    for (int e = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); e < num_local_; e += warps) {
       const int end = heard.begins[last * num_local_ + e] + heard.count(last, e);
+#pragma unroll 1
       for (int i = end + lane_id(); i < rows_of_expert; i += kWarp) {
         a_.recv_slot[int64_t{e} * rows_of_expert + i] = -1;
       }
@@ -569,8 +607,9 @@ class LowLatencyDispatch {
   // Warps, each a chunk of one row.
   __device__ void receive_packed(const Heard& heard) const {
     const int lane = lane_id(), vectors = places_at_ / 16, chunks = chunks_of(vectors);
-    const int work = f_.world_size() * a_.max_tokens * chunks, step = static_cast<int>(gridDim.x) * kMaxWarps;
-    for (int n = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); n < work; n += step) {
+    const int work = f_.world_size() * a_.max_tokens * chunks, step = f_.workers() * kMaxWarps;
+#pragma unroll 1
+    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < work; n += step) {
       const int chunk = n % chunks, i = n / chunks, source = i / a_.max_tokens, token = i % a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
@@ -585,7 +624,7 @@ class LowLatencyDispatch {
             place = load_relaxed_system_16(places + lane * kPackBytes);
           }
           if (has_unit) {
-            packs.look(places + layout().place_packs_bytes(), unit);
+            packs.look(places + layout().place_packs_bytes, unit);
           }
           return (!has_place || place.w == f_.tag()) && (!has_unit || packs.arrived(f_.tag()));
         });
@@ -607,6 +646,7 @@ class LowLatencyDispatch {
   // Of a whole warp: this lane's unit, to the rows of all lanes.
   __device__ void place_unit(int64_t row, int unit, int vectors, const Unit& u) const {
     const int row_vectors = a_.row_bytes / 16;
+#pragma unroll 1
     for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
       const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1);
       auto* result = reinterpret_cast<uint4*>(a_.rows + to * a_.row_bytes);
@@ -640,9 +680,9 @@ class LowLatencyDispatch {
     uint64_t* barrier = &barriers_[warp_id()];
     // Loads that the barrier has counted: warp 0 of a block that sent has used it before.
     int n = a_.part == Part::both && warp_id() == 0 ? sent_here() : 0;
-    const int step = static_cast<int>(gridDim.x) * shape_.receive_warps;
-    for (int i = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(); i < rows_of_expert;
-         i += step) {
+    const int step = f_.workers() * shape_.receive_warps;
+#pragma unroll 1
+    for (int i = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); i < rows_of_expert; i += step) {
       const int source = i / a_.max_tokens, token = i % a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
@@ -680,7 +720,7 @@ class LowLatencyDispatch {
 
   // Rows that this block has sent, by the first of its warps' barriers.
   __device__ int sent_here() const {
-    const int first = static_cast<int>(blockIdx.x) - 1, blocks = static_cast<int>(gridDim.x) - 1;
+    const int first = static_cast<int>(blockIdx.x) - 1, blocks = f_.workers() - 1;
     return a_.quantize != Quantize::none || first < 0 || first >= a_.num_tokens
                ? 0
                : (a_.num_tokens - first + blocks - 1) / blocks;
@@ -692,8 +732,10 @@ class LowLatencyDispatch {
       bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);
     }
     bulk_commit();
+#pragma unroll 1
     for (uint32_t left = a_.num_scales != 0 ? __ballot_sync(kFullWarp, row >= 0) : 0; left != 0; left &= left - 1) {
       int* scales = scales_of(__shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1));
+#pragma unroll 1
       for (int j = lane_id(); j < a_.num_scales; j += kWarp) {
         scales[j * a_.scale_rows] = reinterpret_cast<const int*>(stage + scales_at_)[j];
       }
@@ -713,43 +755,56 @@ class LowLatencyDispatch {
   int* words_;
 };
 
-template <class T>
+template <class T, bool is_packed>
 __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyDispatch(args, shape, waited).run<T>();
+  LowLatencyDispatch<is_packed>(args, shape, waited).template run<T>();
 }
 
+bool is_packed(const LowLatencyDispatchArgs& args) {
+  return args.max_tokens <= args.comm.low_latency.packed_tokens;
+}
+
+template <bool is_packed>
 LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
-  const bool is_packed = args.max_tokens <= args.comm.low_latency.packed_tokens;
-  LowLatencyShape shape{is_packed, static_cast<int>(round_up(args.record_bytes(), 128)), 0};
+  LowLatencyShape shape{static_cast<int>(round_up(args.record_bytes(), 128)), 0};
   if (!is_packed) {
-    const int64_t rest = kSharedBytes - LowLatencyDispatch::shared_bytes({true, 0, 0}, args);
+    const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes({0, 0}, args);
     shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
   }
   return shape;
 }
 
-// A block more than there are tokens, which announces them; and enough for a warp to each row that may come, or to a
-// few parts of it.
+// A block for each token and for each row that may come, or for some parts of it; one that announces them; one that
+// tells.
+template <bool is_packed>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  const int64_t work = rows * (shape.is_packed ? chunks_of(static_cast<int>(args.places_at() / 16)) : 1);
-  const int64_t warps = shape.is_packed ? kMaxWarps / 2 : shape.receive_warps;
-  const int64_t to_receive = args.part == Part::send ? 0 : (work + warps - 1) / warps;
-  const int64_t to_send = args.part == Part::receive ? 0 : args.num_tokens + 1;
-  return static_cast<int>(std::min<int64_t>(std::max({to_receive, to_send, int64_t{2}}), multiprocessors));
+  constexpr int kWarpsAPart = kMaxWarps / 2;
+  const int64_t parts = rows * chunks_of(static_cast<int>(args.places_at() / 16));
+  const int64_t to_receive = is_packed ? (parts + kWarpsAPart - 1) / kWarpsAPart : rows;
+  const int64_t to_send = args.num_tokens + 1;
+  const int64_t workers =
+      std::max({args.part == Part::send ? 0 : to_receive, args.part == Part::receive ? 0 : to_send, int64_t{2}});
+  return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 3)));
+}
+
+template <class T, bool is_packed>
+cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
+  const LowLatencyShape shape = shape_of<is_packed>(args);
+  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
+  const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
+  const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
+  kernel<<<blocks, kThreads, shared, stream>>>(args, shape);
+  return cudaGetLastError();
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
-  const LowLatencyShape shape = shape_of(args);
-  const auto shared = static_cast<int>(LowLatencyDispatch::shared_bytes(shape, args));
-  const int blocks = blocks_of(args, shape, multiprocessors);
-  const auto kernel = low_latency_dispatch_kernel<T>;
-  kernel<<<blocks, kThreads, shared, stream>>>(args, shape);
-  return cudaGetLastError();
+  return is_packed(args) ? launch_as<T, true>(args, multiprocessors, stream)
+                         : launch_as<T, false>(args, multiprocessors, stream);
 }
 
 }  // namespace
@@ -757,9 +812,12 @@ cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cuda
 cudaError_t prepare_low_latency_dispatch() {
   constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
   for (const auto kernel :
-       {low_latency_dispatch_kernel<float>,
-        low_latency_dispatch_kernel<__nv_bfloat16>,
-        low_latency_dispatch_kernel<__half>}) {
+       {low_latency_dispatch_kernel<float, true>,
+        low_latency_dispatch_kernel<float, false>,
+        low_latency_dispatch_kernel<__nv_bfloat16, true>,
+        low_latency_dispatch_kernel<__nv_bfloat16, false>,
+        low_latency_dispatch_kernel<__half, true>,
+        low_latency_dispatch_kernel<__half, false>}) {
     if (const auto error = cudaFuncSetAttribute(kernel, attribute, kSharedBytes); error != cudaSuccess) {
       return error;
     }

@@ -22,16 +22,13 @@ inline Layout layout_of(int64_t world_size, at::IntArrayRef limits, int64_t num_
 
 inline LowLatencyLayout low_latency_layout_of(const Layout& layout, at::IntArrayRef limits) {
   const int64_t hidden = limits[1], num_topk = limits[2];
-  LowLatencyLayout result{
+  return {
       round_up(layout.bytes(), 128),
       layout.world_size,
       static_cast<int>(limits[4]),
       layout.num_topk,
       layout.num_local_experts(),
-      round_up(round_up(2 * hidden, 16) + kPlaceBytes * num_topk, 128),
-      0};
-  result.packed_tokens = result.most_packed_tokens();
-  return result;
+      round_up(round_up(2 * hidden, 16) + kPlaceBytes * num_topk, 128)};
 }
 
 // Whether the kernels were built for the current device.

@@ -74,17 +74,24 @@ class Flight {
     return Outcome::there;
   }
 
-  // Of a whole warp, as the first thing that a kernel does: tells every peer what earlier kernels have received.
-  __device__ void give_credits() const {
-    const int p = lane_id();
-    const State& state = *x_.comm.state;
-    const uint64_t received[LowLatencyLayout::kKinds] = {
-        fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
-        fresh(state.low_latency[kCombineKind].received) >> kShareBits};
-    fence_system();  // between what those kernels read and what peers will write there
-    if (p < world_size() && p != me() && is_active(p)) {
-      store_relaxed_system(peer(p, layout().done(kDispatchKind, me())), received[kDispatchKind]);
-      store_relaxed_system(peer(p, layout().done(kCombineKind, me())), received[kCombineKind]);
+  // The last block does nothing but tell: its fence takes about as long as a small exchange.
+  __device__ bool is_teller() const { return blockIdx.x == gridDim.x - 1; }
+  __device__ int workers() const { return static_cast<int>(gridDim.x) - 1; }
+
+  // Of the whole teller: to peers, what earlier kernels have received; to the host, how long the exchange before
+  // waited.
+  __device__ void tell(Part part, int64_t* wait_ns) const {
+    if (warp_id() == 0) {
+      give_credits();
+      if (part != Part::send) {
+        tell_waits(wait_ns);
+      }
+    }
+    if (part != Part::receive) {
+      end_send();
+    }
+    if (part != Part::send) {
+      end_receive();
     }
   }
 
@@ -109,8 +116,7 @@ class Flight {
     }
     may_write = outcome == Outcome::there;
     const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
-    __syncwarp();          // what one lane acquired is there for all
-    fence_async_global();  // between the credit and the bulk copies that it allows
+    __syncwarp();  // what one lane acquired is there for all
     return going;
   }
 
@@ -151,16 +157,6 @@ class Flight {
     }
   }
 
-  // Of a whole warp of a kernel that receives: the waits of the exchange before, all of which are known.
-  __device__ void tell_waits(int64_t* wait_ns) const {
-    const int p = lane_id();
-    if (p < world_size()) {
-      uint64_t& before = state_.wait_ns[1 - half()][p];
-      wait_ns[p] = static_cast<int64_t>(fresh(before));
-      before = 0;
-    }
-  }
-
   // Of a whole block, when it has read everything.
   __device__ void end_receive() const {
     __syncthreads();
@@ -175,6 +171,30 @@ class Flight {
 
  private:
   static constexpr int kLooksPerGlance = 64;
+
+  // Of a whole warp.
+  __device__ void give_credits() const {
+    const int p = lane_id();
+    const State& state = *x_.comm.state;
+    const uint64_t received[LowLatencyLayout::kKinds] = {
+        fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
+        fresh(state.low_latency[kCombineKind].received) >> kShareBits};
+    fence_system();  // between what those kernels read and what peers will write there
+    if (p < world_size() && p != me() && is_active(p)) {
+      store_relaxed_system(peer(p, layout().done(kDispatchKind, me())), received[kDispatchKind]);
+      store_relaxed_system(peer(p, layout().done(kCombineKind, me())), received[kCombineKind]);
+    }
+  }
+
+  // Of a whole warp. All waits of the exchange before are known.
+  __device__ void tell_waits(int64_t* wait_ns) const {
+    const int p = lane_id();
+    if (p < world_size()) {
+      uint64_t& before = state_.wait_ns[1 - half()][p];
+      wait_ns[p] = static_cast<int64_t>(fresh(before));
+      before = 0;
+    }
+  }
 
   // What is not on the way of a healthy exchange takes no registers there.
   __device__ static __noinline__ void record(const Comm& comm, int kind, uint64_t number, const Trouble& trouble) {
