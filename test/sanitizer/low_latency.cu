@@ -18,8 +18,8 @@ namespace ep::cuda {
 template <class T, bool is_packed>
 __global__ void __launch_bounds__(kThreads, 1)
     virtual_dispatch(const LowLatencyDispatchArgs* ranks, const __grid_constant__ LowLatencyShape shape) {
-  __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyDispatch<is_packed>(ranks[blockIdx.y], shape, waited).template run<T>();
+  __shared__ LowLatencyShared shared;
+  LowLatencyDispatch<is_packed>(ranks[blockIdx.y], shape, shared).template run<T>();
 }
 
 template <class T, bool is_packed>
@@ -62,9 +62,10 @@ using namespace ::ep::cuda;
 namespace ep::cuda {
 
 template <class T, Way way>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) virtual_combine(const LowLatencyCombineArgs* ranks) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    virtual_combine(const LowLatencyCombineArgs* ranks, const __grid_constant__ CombineShape shape) {
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T, way>(ranks[blockIdx.y], waited).run();
+  LowLatencyCombine<T, way>(ranks[blockIdx.y], shape, waited).run();
 }
 
 template <class T>
@@ -85,7 +86,7 @@ cudaError_t launch_virtual(
     blocks = std::max(blocks, blocks_of(args, multiprocessors));
   }
   const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
-  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way)>>>(on_device);
+  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way)>>>(on_device, shape_of(ranks[0]));
   return cudaGetLastError();
 }
 

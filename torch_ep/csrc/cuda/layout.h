@@ -115,17 +115,19 @@ constexpr int64_t kPlaceBytes = sizeof(Place);
 // Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
 // of the exchange. So they need neither a flag nor a fence before it, which would cost a round trip; a third more bytes
 // are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
-// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any.
+// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Scales have
+// packs of their own, a lane each, since every word of them has another place in the result; so do Places.
 constexpr int kPackBytes = 16;
 constexpr int kPackData = 12;
 constexpr int kUnitPacks = 4;
 constexpr int kUnitVectors = 3;  // of 16 bytes
 constexpr int kUnitsAChunk = 32;
+constexpr int kChunkVectors = kUnitsAChunk * kUnitVectors;
 constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
 
 // Chunks of `vectors` of 16 bytes.
 EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
-  return (vectors + kUnitVectors * kUnitsAChunk - 1) / (kUnitVectors * kUnitsAChunk);
+  return (vectors + kChunkVectors - 1) / kChunkVectors;
 }
 
 // Rows are packed as long as those of all peers take no more than this on their way.
@@ -150,7 +152,8 @@ struct LowLatencyLayout {
 
   // What follows from these, worked out once.
   int words;  // of an announcement
-  int64_t announcement_bytes, place_packs_bytes, packed_bytes;
+  int64_t announcement_bytes;
+  int64_t scale_packs_at, row_packs_at, packed_bytes;  // of a packed row, which begins with its Places
   int64_t entered_at, announcements_at, dispatch_flags_at, combine_flags_at, dispatch_rows_at, combine_rows_at,
       dispatch_packs_at, combine_packs_at, end;
 
@@ -165,8 +168,9 @@ struct LowLatencyLayout {
         slot_bytes(slot),
         words(kNumAgreed + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
-        place_packs_bytes(round_up(topk * int64_t{kPackBytes}, 128)),
-        packed_bytes(place_packs_bytes + chunks_of(static_cast<int>(slot / 16)) * int64_t{kChunkBytes}) {
+        scale_packs_at(round_up(topk * int64_t{kPackBytes}, 128)),
+        row_packs_at(scale_packs_at + round_up((slot / (2 * 128 * 3) + 1) * kPackBytes, 128)),
+        packed_bytes(row_packs_at + chunks_of(static_cast<int>(slot / 16)) * int64_t{kChunkBytes}) {
     const int64_t most = kMostPackedBytes / ((ranks > 1 ? ranks - 1 : 1) * packed_bytes);
     packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
     const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;

@@ -25,11 +25,18 @@ constexpr int kSendAhead = 4, kReceiveAhead = 2;
 // How rows travel. What receives alone learns it from its ticket.
 enum class Way { packed, bulk, either };
 
+// Of the launch.
+struct CombineShape {
+  Divisor by_tokens;  // of the dispatch
+  Divisor by_chunks, by_local;
+};
+
 template <class T, Way way>
 class LowLatencyCombine {
  public:
-  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, unsigned long long* waited)
+  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, unsigned long long* waited)
       : a_(args),
+        shape_(shape),
         f_(args.comm, kCombineKind, args.part, args.ticket, waited),
         entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
         waited_(waited),
@@ -68,6 +75,8 @@ class LowLatencyCombine {
   // This warp's work: every so manieth of (row, part).
   __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
   __device__ int step() const { return f_.workers() * kMaxWarps; }
+  // Of a piece of work, counted from 0.
+  __device__ int row_of(int work) const { return is_packed() ? shape_.by_chunks.quotient(work) : work / kRowParts; }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
   __device__ bool is_packed() const {
     return way == Way::packed || (way == Way::either && max_tokens_ <= layout().packed_tokens);
@@ -113,7 +122,8 @@ class LowLatencyCombine {
     int parity = 0;
     for (int i = begin(); i < work; i += step()) {
       row = i == begin() ? row : row_of_lane(i);
-      const int part = i % parts_, source = i / parts_ / max_tokens_, token = i / parts_ % max_tokens_;
+      const int pair = row_of(i), part = i - pair * parts_;
+      const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       row = (ranks >> source & 1) != 0 ? row : -1;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
       if (lanes == 0) {
@@ -136,7 +146,7 @@ class LowLatencyCombine {
   // Of the lane's slot; -1: none here.
   __device__ int row_of_lane(int work) const {
     const int64_t most = int64_t{a_.num_experts} * max_tokens_;
-    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{work / parts_} * a_.num_topk + lane_id()] : -1;
+    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
     return row < most ? row : -1;
   }
 
@@ -145,6 +155,7 @@ class LowLatencyCombine {
     const int unit = chunk * kUnitsAChunk + lane_id();
     Sum<T> sums[kUnitVectors] = {};
     bool is_first = true;
+#pragma unroll 1
     while (lanes != 0) {
       Unit rows[kSendAhead];
       float weights[kSendAhead];
@@ -162,9 +173,11 @@ class LowLatencyCombine {
       }
 #pragma unroll
       for (int j = 0; j < kSendAhead; ++j) {
-        if (j < count) {
-          add_unit<true>(sums, rows[j], weights[j], is_first);
+        if (j == 0 && is_first) {
+          add_unit<true>(sums, rows[j], weights[j], true);
           is_first = false;
+        } else if (j < count) {
+          add_unit<true>(sums, rows[j], weights[j], false);
         }
       }
     }
@@ -226,11 +239,11 @@ class LowLatencyCombine {
   // --- receive ---
 
   __device__ void receive() {
-    const int lane = lane_id(), num_local = a_.num_experts / f_.world_size();
+    const int lane = lane_id();
     for (int i = begin(); i < a_.num_tokens * parts_; i += step()) {
-      const int part = i % parts_, token = i / parts_;
+      const int token = row_of(i), part = i - token * parts_;
       const int entry = lane < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane] : -1;
-      const int rank = entry >= 0 && entry < a_.num_experts ? entry / num_local : -1;
+      const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : -1;
       const uint32_t same = __match_any_sync(kFullWarp, rank);
       bool counts = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == lane && f_.is_active(rank);
       if (!await_rank(counts, rank)) {
@@ -312,9 +325,11 @@ class LowLatencyCombine {
           if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
             return false;
           }
-          if (outcome == Outcome::there) {
-            add_unit<false>(sums, packs[j].unit(), 1, is_first);
+          if (outcome == Outcome::there && is_first) {
+            add_unit<false>(sums, packs[j].unit(), 1, true);
             is_first = false;
+          } else if (outcome == Outcome::there) {
+            add_unit<false>(sums, packs[j].unit(), 1, false);
           }
         }
       }
@@ -361,6 +376,7 @@ class LowLatencyCombine {
   }
 
   const LowLatencyCombineArgs& a_;
+  const CombineShape& shape_;
   const Flight f_;
   const Entries entries_;
   unsigned long long* waited_;
@@ -371,10 +387,19 @@ class LowLatencyCombine {
 };
 
 template <class T, Way way>
-__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineArgs args) {
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kernel(
+    const __grid_constant__ LowLatencyCombineArgs args,
+    const __grid_constant__ CombineShape shape) {
+  ask_for(args);
   __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T, way>(args, waited).run();
+  LowLatencyCombine<T, way>(args, shape, waited).run();
+}
+
+CombineShape shape_of(const LowLatencyCombineArgs& args) {
+  return {
+      Divisor(std::max(args.max_tokens, 1)),
+      Divisor(chunks_of(args.row_bytes / 16)),
+      Divisor(args.num_experts / args.comm.low_latency.world_size)};
 }
 
 Way way_of(const LowLatencyCombineArgs& args) {
@@ -404,7 +429,7 @@ cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaS
   const auto kernel = way == Way::packed ? low_latency_combine_kernel<T, Way::packed>
                       : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
                                          : low_latency_combine_kernel<T, Way::either>;
-  kernel<<<blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream>>>(args);
+  kernel<<<blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream>>>(args, shape_of(args));
   return cudaGetLastError();
 }
 

@@ -13,6 +13,8 @@
 #include <cuda_fp8.h>
 
 #include <algorithm>
+#include <climits>
+#include <type_traits>
 
 namespace ep::cuda {
 namespace {
@@ -26,22 +28,29 @@ constexpr int kGroup = 128;      // channels that share a scale
 constexpr float kLargest = 448;  // of e4m3
 constexpr float kLeastMaximum = 1e-4F;
 
+constexpr int kNowhere = INT_MIN;  // no expert
+
 // Of the launch.
 struct LowLatencyShape {
   int stage_bytes;    // a record, padded
   int receive_warps;  // of a block, each with a stage; none if rows are packed
+  int parts;          // of a packed row, a warp each
+  Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
 // --- quantisation: docstring of torch_ep.low_latency_dispatch ---
 
-__device__ inline float4 load_four(const float* from) {
-  return *reinterpret_cast<const float4*>(from);
+// Four channels.
+template <class T>
+using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+
+__device__ inline float4 widen_four(const float4& four, const float*) {
+  return four;
 }
 
 template <class T>
-__device__ float4 load_four(const T* from) {
-  const uint2 packed = *reinterpret_cast<const uint2*>(from);
-  const T* v = reinterpret_cast<const T*>(&packed);
+__device__ float4 widen_four(const uint2& four, const T*) {
+  const T* v = reinterpret_cast<const T*>(&four);
   return {widen(v[0]), widen(v[1]), widen(v[2]), widen(v[3])};
 }
 
@@ -65,24 +74,31 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   return {scale, __fdiv_rn(1, scale)};
 }
 
+// Of a block, one of each rank.
+struct LowLatencyShared {
+  unsigned long long waited[kMaxRanks];
+  bool is_lost[kMaxRanks];
+};
+
 // `is_packed`: how rows travel. A kernel of its own for each way, since instructions that are not at hand take long
 // too; for the same reason loops that are run through a few times only are not unrolled.
 template <bool is_packed>
 class LowLatencyDispatch {
  public:
   __device__
-  LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, unsigned long long* waited)
+  LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        f_(args.comm, kDispatchKind, args.part, args.ticket, waited),
+        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.waited),
         entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
         places_at_(static_cast<int>(args.places_at())),
         record_bytes_(static_cast<int>(args.record_bytes())),
         shape_(shape),
-        waited_(waited) {
-    extern __shared__ __align__(128) char shared[];
-    stages_ = shared;
+        waited_(shared.waited),
+        is_lost_(shared.is_lost) {
+    extern __shared__ __align__(128) char memory[];
+    stages_ = memory;
     barriers_ = reinterpret_cast<uint64_t*>(stages_ + stages_bytes(shape));
     words_ = reinterpret_cast<int*>(barriers_ + kMaxWarps);
   }
@@ -103,6 +119,7 @@ class LowLatencyDispatch {
     }
     if (tid < kMaxRanks) {
       waited_[tid] = 0;
+      is_lost_[tid] = false;
     }
     if (__syncthreads_or(f_.has_failed())) {
       return;
@@ -136,55 +153,59 @@ class LowLatencyDispatch {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
     return int64_t{shape.stage_bytes} * (is_packed ? 1 : stages);
   }
-  __device__ int rank_of(int expert) const { return expert / num_local_; }
+  __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
 
   // --- announce ---
 
   __device__ void announce() {
-    __shared__ int tile[kThreads];
     __shared__ bool may_write[kWarp];
-    const auto tid = static_cast<int>(threadIdx.x);
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
     const int words = layout().words, visit_words = layout().visit_words(), world_size = f_.world_size();
     int* counts = words_;                                                 // [experts]
     auto* visits = reinterpret_cast<uint32_t*>(words_ + a_.num_experts);  // [world_size][visit words]
-    bool going = true;
-    if (warp_id() == kMaxWarps - 2) {
-      going = f_.wait_for_credits(may_write[lane_id()]);
-    }
+    constexpr int kAhead = 4;                                             // tokens that a warp has on their way at once
+    int entries[kAhead];
+    const auto load = [&](int first) {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int token = first + j * kMaxWarps;
+        entries[j] = token < a_.num_tokens ? entry_of(token) : -1;
+      }
+    };
+    load(warp);
 #pragma unroll 1
     for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
       words_[i] = 0;
     }
-    const int tile_tokens = kThreads / a_.num_topk;
+    const bool going = warp != kMaxWarps - 1 || f_.wait_for_credits(may_write[lane]);
+    __syncthreads();
 #pragma unroll 1
-    for (int first = 0; first < a_.num_tokens; first += tile_tokens) {
-      const int begin = first * a_.num_topk, count = min(tile_tokens, a_.num_tokens - first) * a_.num_topk;
-      if (tid < count) {
-        tile[tid] = entries_[begin + tid];
+    for (int first = warp; first < a_.num_tokens; first += kAhead * kMaxWarps) {
+      if (first != warp) {
+        load(first);
       }
-      __syncthreads();
-      if (tid < count) {
-        const int slot = tid % a_.num_topk, token = first + tid / a_.num_topk, expert = tile[tid];
-        const int fault = entries_.fault(tile + tid - slot, slot);
-        if (fault == Entries::kGood && expert >= 0) {
-          atomicAdd(&counts[expert], 1);
-          atomicOr(&visits[rank_of(expert) * visit_words + token / 32], 1U << token % 32);
-        } else if (fault != Entries::kGood) {
-          const int64_t cause = fault == Entries::kOutside ? kOutOfRange : fault;
-          const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-          f_.record({Failure::bad_topk, Phase::counts, f_.me(), begin + tid, cause, expert, shape});
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int token = first + j * kMaxWarps;
+        const Token t = token_of(entries[j]);
+        if (t.expert >= 0) {
+          atomicAdd(&counts[t.expert], 1);
+        } else if (entries[j] != -1) {
+          record_fault(token, entries[j], t.first_same);
+        }
+        if ((t.ranks >> lane & 1) != 0) {
+          atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);
         }
       }
-      __syncthreads();
     }
     if (!__syncthreads_and(going)) {
       return;
     }
 #pragma unroll 1
     for (int i = tid; i < world_size * words; i += kThreads) {
-      const int p = i / words, word = i % words, expert = word - kNumAgreed,
-                visit = expert - layout().num_local_experts;
+      const int p = shape_.by_words.quotient(i), word = i - p * words;
+      const int expert = word - kNumAgreed, visit = expert - layout().num_local_experts;
       if (!may_write[p]) {
         continue;
       }
@@ -202,6 +223,13 @@ class LowLatencyDispatch {
     if (tid == 0 && a_.part == Part::send) {
       *a_.ticket = static_cast<int64_t>(f_.number());
     }
+  }
+
+  // Of a slot of a token whose entry is bad: out of range, or the same as that of an earlier slot.
+  __device__ void record_fault(int token, int entry, int earlier) const {
+    const int64_t cause = entry < -1 || entry >= a_.num_experts ? kOutOfRange : earlier;
+    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
+    f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
   }
 
   __device__ uint32_t agreed(int i) const {
@@ -228,32 +256,49 @@ class LowLatencyDispatch {
 
   // What the entries of one token say, in lane k of slot k.
   struct Token {
-    int expert;      // -1: none
-    uint32_t ranks;  // bits of those that it visits
+    int expert;      // kNowhere: none
+    int first_same;  // the first slot with that entry
+    uint32_t ranks;  // bits of those that the token visits
   };
 
   // Of a whole warp. `entry`: of the lane's slot; -1 beyond the last.
   __device__ Token token_of(int entry) const {
-    const uint32_t same = __match_any_sync(kFullWarp, entry);
-    const bool is_good = entry >= 0 && entry < a_.num_experts && __ffs(static_cast<int>(same)) - 1 == lane_id();
-    const int expert = is_good ? entry : -1;
-    return {expert, __reduce_or_sync(kFullWarp, is_good ? 1U << rank_of(expert) : 0)};
+    const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
+    const bool is_good = entry >= 0 && entry < a_.num_experts && first_same == lane_id();
+    const uint32_t ranks = __reduce_or_sync(kFullWarp, is_good ? 1U << rank_of(entry) : 0);
+    return {is_good ? entry : kNowhere, first_same, ranks};
   }
 
   __device__ int entry_of(int token) const {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
   }
 
+  // Of this thread, some of the entries before those of a token.
+  static constexpr int kEntriesAhead = 4;
+  __device__ void load_before(int token, int begin, int (&entries)[kEntriesAhead]) const {
+#pragma unroll
+    for (int j = 0; j < kEntriesAhead; ++j) {
+      const int i = begin + static_cast<int>(threadIdx.x) + j * kThreads;
+      entries[j] = i < token * a_.num_topk ? entries_[i] : -1;
+    }
+  }
+
   // Of a whole block: counts, for the slots of a token, the rows of the tokens before it that go to the same expert.
-  // `experts`, `indices`: of the block, the latter zeros.
-  __device__ void count_before(int token, const int* experts, int* indices) const {
+  // `experts`, `indices`: of the block, the latter zeros. `entries`: the first that load_before gives.
+  __device__ void count_before(int token, const int* experts, int* indices, int (&entries)[kEntriesAhead]) const {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < token * a_.num_topk; i += kThreads) {
-      const int other = entries_[i];
+    for (int begin = 0; begin < token * a_.num_topk; begin += kEntriesAhead * kThreads) {
+      if (begin != 0) {
+        load_before(token, begin, entries);
+      }
 #pragma unroll 1
       for (int k = 0; k < a_.num_topk; ++k) {
-        if (other == experts[k]) {
-          atomicAdd(&indices[k], 1);
+        const int expert = experts[k];
+#pragma unroll
+        for (int j = 0; j < kEntriesAhead; ++j) {
+          if (entries[j] == expert) {
+            atomicAdd(&indices[k], 1);
+          }
         }
       }
     }
@@ -268,18 +313,24 @@ class LowLatencyDispatch {
     __shared__ int experts[kMaxTopk], indices[kMaxTopk];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    const int vectors = places_at_ / 16;  // all but the places
+    const int vectors = a_.row_bytes / 16;
     uint32_t may_write = 0;
     bool has_credit = false;
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks) {
       // What is asked for here arrives while others are waited for.
       const int entry = entry_of(token);
-      const char* x = a_.x + int64_t{token} * a_.row_bytes;
-      Unit ahead{};
+      const char* x = a_.x + int64_t{token} * a_.hidden * static_cast<int>(sizeof(T));
+      Unit unit_ahead{};
+      Four<T> groups_ahead[kGroupsAhead] = {};
       if (as_is) {
-        ahead = load_unit(x, tid, vectors);
+        unit_ahead = load_unit(x, tid, vectors);
+      } else {
+        load_groups(reinterpret_cast<const T*>(x), warp_id(), groups_ahead);
       }
+      int before[kEntriesAhead];
+      load_before(token, 0, before);
+      const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
       if (!has_credit) {
         bool may = false;
         may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
@@ -291,38 +342,44 @@ class LowLatencyDispatch {
         indices[lane] = 0;
       }
       __syncthreads();
-      count_before(token, experts, indices);
+      count_before(token, experts, indices, before);
       if (!as_is) {
-        quantize_row(reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden, stages_);
+        quantize_row(reinterpret_cast<const T*>(x), stages_, groups_ahead);
       }
       __syncthreads();
-      const uint32_t ranks = t.ranks & may_write;
 #pragma unroll 1
-      for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
-        const Unit u = as_is && unit == tid ? ahead : load_unit(as_is ? x : stages_, unit, vectors);
-#pragma unroll 1
-        for (uint32_t left = ranks; left != 0; left &= left - 1) {
-          send_unit(packs_at(__ffs(static_cast<int>(left)) - 1, token) + layout().place_packs_bytes, unit, u, f_.tag());
+      for (uint32_t left = t.ranks & may_write; left != 0; left &= left - 1) {
+        char* packs = f_.peer(__ffs(static_cast<int>(left)) - 1, layout().dispatch_packs(f_.half(), f_.me(), token));
+        if (warp_id() == 0 && lane < a_.num_topk) {
+          store_relaxed_system_16(
+              packs + lane * kPackBytes,
+              {static_cast<uint32_t>(t.expert),
+               static_cast<uint32_t>(indices[lane]),
+               __float_as_uint(weight),
+               f_.tag()});
         }
-      }
-      if (warp_id() == 0 && lane < a_.num_topk) {
-        const uint4 place{
-            static_cast<uint32_t>(t.expert),
-            static_cast<uint32_t>(indices[lane]),
-            __float_as_uint(weight_of(token, lane)),
-            f_.tag()};
+        send_scales(packs + layout().scale_packs_at);
 #pragma unroll 1
-        for (uint32_t left = ranks; left != 0; left &= left - 1) {
-          store_relaxed_system_16(packs_at(__ffs(static_cast<int>(left)) - 1, token) + lane * kPackBytes, place);
+        for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
+          const Unit u = as_is && unit == tid ? unit_ahead : load_unit(as_is ? x : stages_, unit, vectors);
+          send_unit(packs + layout().row_packs_at, unit, u, f_.tag());
         }
       }
       __syncthreads();  // all have read the stage
     }
   }
 
-  // Of this rank's token, at `rank`.
-  __device__ char* packs_at(int rank, int token) const {
-    return f_.peer(rank, layout().dispatch_packs(f_.half(), f_.me(), token));
+  // Of the last warp, which has the least to do. Three words a pack.
+  __device__ void send_scales(char* packs) const {
+    if (warp_id() == kMaxWarps - 1) {
+      const auto* words = reinterpret_cast<const uint32_t*>(stages_ + scales_at_);
+#pragma unroll 1
+      for (int first = 3 * lane_id(); first < a_.num_scales; first += 3 * kWarp) {
+        const auto word = [&](int i) { return i < a_.num_scales ? words[i] : 0; };
+        store_relaxed_system_16(
+            packs + first / 3 * kPackBytes, {word(first), word(first + 1), word(first + 2), f_.tag()});
+      }
+    }
   }
 
   template <class T>
@@ -342,34 +399,44 @@ class LowLatencyDispatch {
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = stages_ + int64_t{n % kSendStages} * shape_.stage_bytes;
+      const auto* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
       __syncwarp();  // all lanes have seen the load before
       if (as_is && tid == 0) {
         barrier_expect(&barriers_[0], a_.row_bytes);
-        bulk_load(stage, a_.x + int64_t{token} * a_.row_bytes, a_.row_bytes, &barriers_[0]);
+        bulk_load(stage, x, a_.row_bytes, &barriers_[0]);
       }
-      const Token t = token_of(entry_of(token));
+      // What is asked for here arrives while others are waited for.
+      const int entry = entry_of(token);
+      Four<T> ahead[kGroupsAhead] = {};
+      if (!as_is) {
+        load_groups(x, warp_id(), ahead);
+      }
+      int before[kEntriesAhead];
+      load_before(token, 0, before);
+      const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
+      if (warp_id() == 0 && !has_credit) {
+        has_credit = true;
+        may_write = f_.wait_for_credits(may_write) && may_write;
+        fence_async_global();  // between the credit and the bulk copies that it allows
+      }
+      const Token t = token_of(entry);
       if (warp_id() == 0 && lane < a_.num_topk) {
         experts[lane] = t.expert;
         indices[lane] = 0;
       }
       __syncthreads();
-      count_before(token, experts, indices);
+      count_before(token, experts, indices, before);
       if (!as_is) {
-        quantize_row(reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden, stage);
+        quantize_row(x, stage, ahead);
       }
       __syncthreads();
       if (warp_id() == 0 && lane < a_.num_topk) {
-        reinterpret_cast<Place*>(stage + places_at_)[lane] = {t.expert, indices[lane], weight_of(token, lane), 0};
+        reinterpret_cast<Place*>(stage + places_at_)[lane] = {t.expert, indices[lane], weight, 0};
       }
       fence_async_shared();
       __syncthreads();
       if (warp_id() != 0) {
         continue;
-      }
-      if (!has_credit) {
-        has_credit = true;
-        may_write = f_.wait_for_credits(may_write) && may_write;
-        fence_async_global();  // between the credit and the bulk copies that it allows
       }
       if (as_is) {
         barrier_wait(&barriers_[0], n % 2);
@@ -391,33 +458,42 @@ class LowLatencyDispatch {
     fence_async_shared();  // this memory is for what arrives next
   }
 
-  // Of a whole block: each warp some groups, each lane four channels of a group.
+  // Groups of a row that a warp has on their way at once; each lane has four channels of each.
+  static constexpr int kGroupsAhead = 4;
   template <class T>
-  __device__ void quantize_row(const T* x, char* stage) const {
-    constexpr int kAhead = 4;  // groups that a warp has on their way at once
+  __device__ void load_groups(const T* x, int first, Four<T> (&groups)[kGroupsAhead]) const {
+#pragma unroll
+    for (int i = 0; i < kGroupsAhead; ++i) {
+      const int channel = (first + i * kMaxWarps) * kGroup + lane_id() * 4;
+      groups[i] = channel < a_.hidden ? *reinterpret_cast<const Four<T>*>(x + channel) : Four<T>{};
+    }
+  }
+
+  // Of a whole block. `ahead`: the first that load_groups gives this warp.
+  template <class T>
+  __device__ void quantize_row(const T* x, char* stage, Four<T> (&ahead)[kGroupsAhead]) const {
     const int groups = (a_.hidden + kGroup - 1) / kGroup;
 #pragma unroll 1
-    for (int first = warp_id(); first < groups; first += kAhead * kMaxWarps) {
-      float4 four[kAhead];
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int channel = (first + i * kMaxWarps) * kGroup + lane_id() * 4;
-        four[i] = channel < a_.hidden ? load_four(x + channel) : float4{0, 0, 0, 0};
+    for (int first = warp_id(); first < groups; first += kGroupsAhead * kMaxWarps) {
+      if (first != warp_id()) {
+        load_groups(x, first, ahead);
       }
-      float maxima[kAhead];
+      float4 four[kGroupsAhead];
+      float maxima[kGroupsAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i < kGroupsAhead; ++i) {
+        four[i] = widen_four(ahead[i], x);
         maxima[i] = larger(larger(fabsf(four[i].x), fabsf(four[i].y)), larger(fabsf(four[i].z), fabsf(four[i].w)));
       }
 #pragma unroll
       for (int step = kWarp / 2; step > 0; step /= 2) {
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
+        for (int i = 0; i < kGroupsAhead; ++i) {
           maxima[i] = larger(maxima[i], __shfl_xor_sync(kFullWarp, maxima[i], step));
         }
       }
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i < kGroupsAhead; ++i) {
         if (const int g = first + i * kMaxWarps; g < groups) {
           quantize_group(g, four[i], scale_of(larger(maxima[i], kLeastMaximum), a_.quantize), stage);
         }
@@ -467,19 +543,27 @@ class LowLatencyDispatch {
     return f_.own(layout().announcement(f_.half(), source)) + int64_t{i} * 8;
   }
 
+  // Word `i` of what `source` announced, as it is kept. False: another exchange.
+  __device__ bool keep(int& kept, int source, int i, uint32_t value) const {
+    const bool is_count = i >= kNumAgreed && i < kNumAgreed + num_local_;
+    kept = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
+    if (i >= kNumAgreed || value == agreed(i)) {
+      return true;
+    }
+    if (blockIdx.x == 0) {
+      const auto number = static_cast<int64_t>(f_.number());
+      f_.record({Failure::mismatch, Phase::header, source, 1 + i, shown(i, agreed(i)), shown(i, value), number});
+    }
+    return false;
+  }
+
   // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange.
   __device__ bool hear(int* heard) const {
-    __shared__ bool is_lost[kMaxRanks], is_there[kWarp];
-    const auto tid = static_cast<int>(threadIdx.x);
-    const int words = layout().words, world_size = f_.world_size();
-    if (tid < world_size) {
-      is_lost[tid] = !f_.is_active(tid);
-    }
-    __syncthreads();
+    const int words = layout().words, all = f_.world_size() * words;
     bool going = true;
 #pragma unroll 1
-    for (int i = tid; going && i < world_size * words; i += kThreads) {
-      const int s = i / words, word = i % words;
+    for (int i = static_cast<int>(threadIdx.x); going && i < all; i += kThreads) {
+      const int s = shape_.by_words.quotient(i), word = i - s * words;
       const char* from = word_at(s, word);
       uint64_t value = 0;
       auto outcome = Outcome::absent;
@@ -489,45 +573,38 @@ class LowLatencyDispatch {
           return f_.is_word(value);
         });
       }
-      if (outcome == Outcome::absent) {
-        is_lost[s] = true;
+      if (outcome == Outcome::there) {
+        going = keep(heard[i], s, word, static_cast<uint32_t>(value));
+      } else {
+        going = outcome == Outcome::absent;
+        is_lost_[s] = true;
+        heard[i] = 0;
       }
-      going = outcome != Outcome::failed;
-      heard[i] = static_cast<int>(value);
     }
     going = __syncthreads_and(going) != 0;
+    return going && (!f_.masks() || hear_together(heard));
+  }
+
+  // Where time-outs mask: of one mind with all other blocks on who takes part.
+  __device__ bool hear_together(int* heard) const {
+    __shared__ bool is_there[kMaxRanks];
+    const int words = layout().words, s = lane_id();
     bool same = true;
-    if (going && warp_id() == 0) {
-      const int s = lane_id();
-      const bool heard_it = s < world_size && !is_lost[s], there = s < world_size && f_.decide(s, heard_it);
-      is_there[s] = there;
-      // Where another block has heard it meanwhile, it is there.
+    if (warp_id() == 0 && s < f_.world_size()) {
+      is_there[s] = f_.decide(s, !is_lost_[s]);
 #pragma unroll 1
-      for (int i = 0; there && !heard_it && i < words; ++i) {
-        heard[s * words + i] = static_cast<int>(load_relaxed_system(word_at(s, i)));
-      }
-#pragma unroll 1
-      for (int i = 0; there && same && i < kNumAgreed; ++i) {
-        const auto theirs = static_cast<uint32_t>(heard[s * words + i]);
-        same = theirs == agreed(i);
-        if (!same && blockIdx.x == 0) {
-          const auto number = static_cast<int64_t>(f_.number());
-          f_.record({Failure::mismatch, Phase::header, s, 1 + i, shown(i, agreed(i)), shown(i, theirs), number});
-        }
+      for (int i = 0; is_there[s] && is_lost_[s] && i < words; ++i) {
+        // Another block has heard it, so it is there.
+        same = keep(heard[s * words + i], s, i, static_cast<uint32_t>(load_relaxed_system(word_at(s, i)))) && same;
       }
     }
-    going = __syncthreads_and(going && same) != 0;
+    same = __syncthreads_and(same) != 0;
 #pragma unroll 1
-    for (int i = tid; going && i < world_size * words; i += kThreads) {
-      const bool is_count = i % words >= kNumAgreed && i % words < kNumAgreed + num_local_;
-      if (!is_there[i / words]) {
-        heard[i] = 0;
-      } else if (is_count) {
-        heard[i] = min(max(heard[i], 0), a_.max_tokens);
-      }
+    for (int i = static_cast<int>(threadIdx.x); i < f_.world_size() * words; i += kThreads) {
+      heard[i] = is_there[shape_.by_words.quotient(i)] ? heard[i] : 0;
     }
     __syncthreads();
-    return going;
+    return same;
   }
 
   __device__ void receive() {
@@ -554,24 +631,23 @@ class LowLatencyDispatch {
       }
     }
     __syncthreads();
+    fill_slots(heard);
     if constexpr (is_packed) {
       receive_packed(heard);
     } else if (warp_id() < shape_.receive_warps) {
       receive_rows(heard);
     }
-    fill_slots(heard);
   }
 
   // Slots of rows that nobody sent.
   __device__ void fill_slots(const Heard& heard) const {
     const int rows_of_expert = f_.world_size() * a_.max_tokens, last = f_.world_size() - 1;  // C
-    const auto warps = f_.workers() * kMaxWarps;
+    const int begin = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
 #pragma unroll 1
-    for (int e = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); e < num_local_; e += warps) {
-      const int end = heard.begins[last * num_local_ + e] + heard.count(last, e);
-#pragma unroll 1
-      for (int i = end + lane_id(); i < rows_of_expert; i += kWarp) {
-        a_.recv_slot[int64_t{e} * rows_of_expert + i] = -1;
+    for (int i = begin; i < num_local_ * rows_of_expert; i += f_.workers() * kThreads) {
+      const int e = shape_.by_rows.quotient(i);
+      if (i - e * rows_of_expert >= heard.begins[last * num_local_ + e] + heard.count(last, e)) {
+        a_.recv_slot[i] = -1;
       }
     }
   }
@@ -600,77 +676,134 @@ class LowLatencyDispatch {
 
   // The first word of the scales of a row; the next is scale_rows further.
   __device__ int* scales_of(int64_t row) const {
-    const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
-    return static_cast<int*>(a_.scales) + row / rows_of_expert * a_.num_scales * a_.scale_rows + row % rows_of_expert;
+    const int rows_of_expert = f_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
+    return static_cast<int*>(a_.scales) + expert * a_.num_scales * a_.scale_rows +
+           (row - int64_t{expert} * rows_of_expert);
   }
 
-  // Warps, each a chunk of one row.
+  // Warps, each a part of one row: a chunk of it, or its scales.
   __device__ void receive_packed(const Heard& heard) const {
-    const int lane = lane_id(), vectors = places_at_ / 16, chunks = chunks_of(vectors);
-    const int work = f_.world_size() * a_.max_tokens * chunks, step = f_.workers() * kMaxWarps;
+    const int lane = lane_id(), work = f_.world_size() * a_.max_tokens * shape_.parts;
+    const bool has_place = lane < a_.num_topk;
 #pragma unroll 1
-    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < work; n += step) {
-      const int chunk = n % chunks, i = n / chunks, source = i / a_.max_tokens, token = i % a_.max_tokens;
+    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < work; n += f_.workers() * kMaxWarps) {
+      const int i = shape_.by_parts.quotient(n), part = n - i * shape_.parts;
+      const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
       if (heard.visits(layout(), source, token)) {
-        const char* places = f_.own(layout().dispatch_packs(f_.half(), source, token));
-        const int unit = chunk * kUnitsAChunk + lane;
-        const bool has_place = lane < a_.num_topk, has_unit = unit * kUnitVectors < vectors;
+        const char* packs = f_.own(layout().dispatch_packs(f_.half(), source, token));
         uint4 place{};
-        Packs packs{};
-        const auto outcome = f_.wait(Phase::rows, source, lane == 0, [&] {
+        const auto look = [&] {
           if (has_place) {
-            place = load_relaxed_system_16(places + lane * kPackBytes);
+            place = load_relaxed_system_16(packs + lane * kPackBytes);
           }
-          if (has_unit) {
-            packs.look(places + layout().place_packs_bytes, unit);
-          }
-          return (!has_place || place.w == f_.tag()) && (!has_unit || packs.arrived(f_.tag()));
-        });
-        if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
-          break;
-        }
-        if (__all_sync(kFullWarp, outcome == Outcome::there)) {
+        };
+        const auto arrived = [&] { return !has_place || place.w == f_.tag(); };
+        const auto find_row = [&] {
           row = has_place ? row_at(heard, source, static_cast<int>(place.x), static_cast<int>(place.y)) : -1;
           weight = __uint_as_float(place.z);
-          place_unit(row, unit, vectors, packs.unit());
+        };
+        const auto outcome = part * kChunkVectors < a_.row_bytes / 16
+                                 ? receive_chunk(packs, source, part, look, arrived, find_row, row)
+                                 : receive_scales(packs, source, look, arrived, find_row, row);
+        if (outcome == Outcome::failed) {
+          break;
         }
       }
-      if (chunk == 0) {
+      if (part == 0) {
         write_slot(i, row, weight);
       }
     }
   }
 
-  // Of a whole warp: this lane's unit, to the rows of all lanes.
-  __device__ void place_unit(int64_t row, int unit, int vectors, const Unit& u) const {
-    const int row_vectors = a_.row_bytes / 16;
+  // Of a whole warp: of all its lanes, whether they may go on.
+  __device__ static Outcome of_warp(Outcome outcome) {
+    if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
+      return Outcome::failed;
+    }
+    return __all_sync(kFullWarp, outcome == Outcome::there) ? Outcome::there : Outcome::absent;
+  }
+
+  // Of a whole warp: a chunk of a row, a unit a lane. `look`, `arrived`, `find_row`: of the places, which are looked at
+  // together with it.
+  template <class Look, class Arrived, class FindRow>
+  __device__ Outcome receive_chunk(
+      const char* from,
+      int source,
+      int chunk,
+      const Look& look,
+      const Arrived& arrived,
+      const FindRow& find_row,
+      const int64_t& row) const {
+    const int unit = chunk * kUnitsAChunk + lane_id(), left_vectors = a_.row_bytes / 16 - unit * kUnitVectors;
+    Packs packs{};
+    const auto outcome = of_warp(f_.wait(Phase::rows, source, lane_id() == 0, [&] {
+      look();
+      if (left_vectors > 0) {
+        packs.look(from + layout().row_packs_at, unit);
+      }
+      return arrived() && (left_vectors <= 0 || packs.arrived(f_.tag()));
+    }));
+    if (outcome == Outcome::there) {
+      find_row();
+      const Unit u = packs.unit();
+      const uint64_t first = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
 #pragma unroll 1
-    for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
-      const int64_t to = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1);
-      auto* result = reinterpret_cast<uint4*>(a_.rows + to * a_.row_bytes);
+      for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
+        auto* to = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, first, __ffs(static_cast<int>(left)) - 1)) +
+                   unit * kUnitVectors;
 #pragma unroll
-      for (int j = 0; j < kUnitVectors; ++j) {
-        const int v = unit * kUnitVectors + j;
-        if (v < row_vectors) {
-          result[v] = u.vectors[j];
-        } else if (v < vectors) {
-          place_scales(scales_of(to), v - row_vectors, u.vectors[j]);
+        for (int j = 0; j < kUnitVectors; ++j) {
+          if (j < left_vectors) {
+            to[j] = u.vectors[j];
+          }
         }
       }
     }
+    return outcome;
   }
 
-  // Vector `v` of the scales of a row.
-  __device__ void place_scales(int* scales, int v, const uint4& four) const {
-    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+  // Of a whole warp: the scales of a row, three words a lane.
+  template <class Look, class Arrived, class FindRow>
+  __device__ Outcome receive_scales(
+      const char* from,
+      int source,
+      const Look& look,
+      const Arrived& arrived,
+      const FindRow& find_row,
+      const int64_t& row) const {
+    auto outcome = Outcome::there;
+#pragma unroll 1
+    for (int begin = 0; outcome == Outcome::there && begin < a_.num_scales; begin += 3 * kWarp) {
+      const int first = begin + 3 * lane_id();
+      uint4 pack{};
+      outcome = of_warp(f_.wait(Phase::rows, source, false, [&] {
+        look();
+        if (first < a_.num_scales) {
+          pack = load_relaxed_system_16(from + layout().scale_packs_at + first / 3 * kPackBytes);
+        }
+        return arrived() && (first >= a_.num_scales || pack.w == f_.tag());
+      }));
+      if (outcome != Outcome::there) {
+        break;
+      }
+      find_row();
+      const uint64_t to_row = reinterpret_cast<uint64_t>(scales_of(max(row, int64_t{0})));
+      const uint32_t words[3] = {pack.x, pack.y, pack.z};
+#pragma unroll 1
+      for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
+        auto* to = reinterpret_cast<uint32_t*>(__shfl_sync(kFullWarp, to_row, __ffs(static_cast<int>(left)) - 1)) +
+                   first * a_.scale_rows;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (v * 4 + i < a_.num_scales) {
-        scales[(v * 4 + i) * a_.scale_rows] = static_cast<int>(words[i]);
+        for (int j = 0; j < 3; ++j) {
+          if (first + j < a_.num_scales) {
+            to[j * a_.scale_rows] = words[j];
+          }
+        }
       }
     }
+    return outcome;
   }
 
   // Warps, each a row.
@@ -683,7 +816,7 @@ class LowLatencyDispatch {
     const int step = f_.workers() * shape_.receive_warps;
 #pragma unroll 1
     for (int i = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); i < rows_of_expert; i += step) {
-      const int source = i / a_.max_tokens, token = i % a_.max_tokens;
+      const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
       if (heard.visits(layout(), source, token)) {
@@ -750,6 +883,7 @@ class LowLatencyDispatch {
   const int scales_at_, places_at_, record_bytes_;
   const LowLatencyShape& shape_;
   unsigned long long* waited_;
+  bool* is_lost_;  // ranks
   char* stages_;
   uint64_t* barriers_;  // of each warp
   int* words_;
@@ -759,8 +893,9 @@ template <class T, bool is_packed>
 __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
-  __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyDispatch<is_packed>(args, shape, waited).template run<T>();
+  ask_for(args);
+  __shared__ LowLatencyShared shared;
+  LowLatencyDispatch<is_packed>(args, shape, shared).template run<T>();
 }
 
 bool is_packed(const LowLatencyDispatchArgs& args) {
@@ -769,9 +904,17 @@ bool is_packed(const LowLatencyDispatchArgs& args) {
 
 template <bool is_packed>
 LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
-  LowLatencyShape shape{static_cast<int>(round_up(args.record_bytes(), 128)), 0};
+  const LowLatencyLayout& layout = args.comm.low_latency;
+  LowLatencyShape shape{};
+  shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
+  shape.parts = chunks_of(args.row_bytes / 16) + (args.num_scales > 0 ? 1 : 0);
+  shape.by_parts = Divisor(shape.parts);
+  shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
+  shape.by_local = Divisor(args.num_experts / layout.world_size);
+  shape.by_words = Divisor(layout.words);
+  shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
   if (!is_packed) {
-    const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes({0, 0}, args);
+    const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
     shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
   }
   return shape;
@@ -782,9 +925,8 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
 template <bool is_packed>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  constexpr int kWarpsAPart = kMaxWarps / 2;
-  const int64_t parts = rows * chunks_of(static_cast<int>(args.places_at() / 16));
-  const int64_t to_receive = is_packed ? (parts + kWarpsAPart - 1) / kWarpsAPart : rows;
+  constexpr int kWarpsABlock = kMaxWarps / 2;
+  const int64_t to_receive = is_packed ? (rows * shape.parts + kWarpsABlock - 1) / kWarpsABlock : rows;
   const int64_t to_send = args.num_tokens + 1;
   const int64_t workers =
       std::max({args.part == Part::send ? 0 : to_receive, args.part == Part::receive ? 0 : to_send, int64_t{2}});

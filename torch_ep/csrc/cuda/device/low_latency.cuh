@@ -28,6 +28,16 @@ constexpr int kDispatchKind = 0, kCombineKind = 1;
 
 enum class Outcome : int { there, absent, failed };
 
+// Asks for the arguments of the launch, each warp for some: one after the other they would be missed one at a time.
+template <class Args>
+__device__ __forceinline__ void ask_for(const Args& args) {
+  constexpr int kLineWords = 16;
+  if (const int word = warp_id() * kLineWords; word * 4 < static_cast<int>(sizeof(Args))) {
+    const int value = reinterpret_cast<const int*>(&args)[word];
+    asm volatile("" ::"r"(value));
+  }
+}
+
 // One exchange, from the point of view of one rank.
 class Flight {
  public:
@@ -50,6 +60,7 @@ class Flight {
   // As this kernel began.
   __device__ bool has_failed() const { return seen_.failed != 0; }
   __device__ bool is_active(int rank) const { return (seen_.masked >> rank & 1) == 0; }
+  __device__ bool masks() const { return x_.comm.masks; }
 
   __device__ void record(const Trouble& trouble) const { record(x_.comm, kind_, number(), trouble); }
 
@@ -134,11 +145,9 @@ class Flight {
     return false;
   }
 
-  // Whether a rank takes part, of which this thread thinks `is_there`: as the first block thought that knew.
+  // Where time-outs mask: whether a rank takes part, of which this thread thinks `is_there`: as the first block thought
+  // that knew.
   __device__ bool decide(int rank, bool is_there) const {
-    if (!x_.comm.masks) {
-      return is_there;
-    }
     auto* verdict = reinterpret_cast<unsigned long long*>(&state_.verdict[half()][rank]);
     unsigned long long seen = fresh(*verdict);
     while (seen >> 1 != number()) {
