@@ -568,6 +568,7 @@ class Run {
       a.num_tokens = c_.tokens[r];
       a.num_topk = c_.num_topk;
       a.num_experts = c_.num_experts();
+      a.by_local = Divisor(c_.num_experts() / c_.world_size());
       a.expert_major = c_.expert_major;
       a.alignment = c_.alignment;
       a.capacity = capacity_;

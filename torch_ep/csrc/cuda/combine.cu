@@ -414,7 +414,8 @@ class Combine {
 template <class T, bool weighted>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     combine_kernel(const __grid_constant__ CombineArgs args, int send_blocks) {
-  if (fresh(args.comm.state->failed) == 0) {
+  ask_for(args);
+  if (!has_failed(args.comm)) {
     Combine<T, weighted>(args, send_blocks).run();
   }
 }

@@ -449,7 +449,8 @@ class Dispatch {
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
-  if (fresh(args.comm.state->failed) == 0) {
+  ask_for(args);
+  if (!has_failed(args.comm)) {
     Dispatch(args, shape).run();
   }
 }

@@ -101,11 +101,34 @@ struct Comm {
   bool masks;  // low-latency pair: a time-out masks the peer, instead of failing
 };
 
+// Divides by what the host knows, by a multiplication where a division would take some thirty instructions. T. Granlund
+// and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int divisor) {
+    while (uint64_t{1} << shift_ < static_cast<uint64_t>(divisor)) {
+      ++shift_;
+    }
+    multiplier_ = static_cast<uint32_t>(
+        (((uint64_t{1} << shift_) - static_cast<uint64_t>(divisor)) << 32) / static_cast<uint64_t>(divisor) + 1);
+  }
+  // 0 <= n < 2^31.
+  EP_HOST_DEVICE int quotient(int n) const {
+    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier_) * static_cast<uint32_t>(n) >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
+  }
+
+ private:
+  uint32_t multiplier_ = 0, shift_ = 0;
+};
+
 struct PlanArgs {
   Comm comm;
   const void* topk_idx;
   bool wide_idx;  // int64, not int32
   int num_tokens, num_topk, num_experts;
+  Divisor by_local;  // by the number of local experts
   bool expert_major;
   int alignment;
   int64_t capacity;  // -1: exact
@@ -177,28 +200,6 @@ struct CombineArgs {
 };
 
 // --- the low-latency pair ---
-
-// Divides by what the host knows, by a multiplication where a division would take some thirty instructions. T. Granlund
-// and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
-class Divisor {
- public:
-  Divisor() = default;
-  explicit Divisor(int divisor) {
-    while (uint64_t{1} << shift_ < static_cast<uint64_t>(divisor)) {
-      ++shift_;
-    }
-    multiplier_ = static_cast<uint32_t>(
-        (((uint64_t{1} << shift_) - static_cast<uint64_t>(divisor)) << 32) / static_cast<uint64_t>(divisor) + 1);
-  }
-  // 0 <= n < 2^31.
-  EP_HOST_DEVICE int quotient(int n) const {
-    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier_) * static_cast<uint32_t>(n) >> 32);
-    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
-  }
-
- private:
-  uint32_t multiplier_ = 0, shift_ = 0;
-};
 
 enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
 

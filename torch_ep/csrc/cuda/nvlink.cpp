@@ -165,6 +165,7 @@ class Nvlink final : public Transport {
     args.num_tokens = static_cast<int>(num_tokens);
     args.num_topk = static_cast<int>(num_topk);
     args.num_experts = static_cast<int>(options.num_experts);
+    args.by_local = Divisor(static_cast<int>(num_local_experts));
     args.expert_major = options.expert_major;
     args.alignment = static_cast<int>(options.alignment);
     args.capacity = options.capacity.value_or(-1);
@@ -523,7 +524,11 @@ class Nvlink final : public Transport {
       C10_THROW_ERROR(DistError, fatal_);
     }
     std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
-    const bool own_argument = kind == Failure::bad_plan || (kind == Failure::bad_topk && report.peer == comm_.rank);
+    // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
+    const bool all_refused =
+        kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
+    const bool own_argument =
+        kind == Failure::bad_plan || all_refused || (kind == Failure::bad_topk && report.peer == comm_.rank);
     if (!own_argument) {
       C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
     }

@@ -1,8 +1,8 @@
 // ep::plan: who sends what where, in one kernel and one message to every peer.
-//   tell    each block checks and counts its share of this rank's tokens, and writes them and the counts into every
-//   peer hear    every block waits for every block of every rank count   every block adds up the counts: how many rows
-//   go and come, where each expert's rows begin, how many of
-//           them come before its own share of each rank's tokens
+//   tell    each block checks and counts its share of this rank's tokens, and writes them and the counts to every peer
+//   hear    every block waits for every block of every rank
+//   count   every block adds up the counts: how many rows go and come, where each expert's rows begin, how many of them
+//           come before its own share of each rank's tokens
 //   place   each block places its share of every rank's tokens
 // Every rank gets the experts of all tokens, not of those alone that visit it: they are small, and so nothing has to be
 // counted before they leave.
@@ -119,7 +119,7 @@ class PlanBlock {
       __syncthreads();
       if (tid < count) {
         bool good = entry >= -1 && entry < a_.num_experts;
-        const int rank = good && entry >= 0 ? static_cast<int>(entry) / num_local_ : 0;
+        const int rank = good && entry >= 0 ? a_.by_local.quotient(static_cast<int>(entry)) : 0;
         const int from = rank * num_local_, to = from + num_local_;
         bool first_of_rank = true;
         for (int i = tid / num_topk * num_topk; i < tid; ++i) {
@@ -456,7 +456,7 @@ class PlanBlock {
       if (t < own.end) {
         each_slot(entries, [&](int, int expert) {
           if (expert >= 0) {
-            visits |= 1U << expert / num_local_;
+            visits |= 1U << a_.by_local.quotient(expert);
             const int local = expert - first_local;
             if (local >= 0 && local < num_local_) {
               atomicOr(&bits[local * kWords + tid / 32], 1U << tid % 32);
@@ -514,7 +514,7 @@ class PlanBlock {
     each_slot(entries, [&](int k, int expert) {
       int row = -1;
       if (expert >= 0) {
-        const int to = expert / num_local_;
+        const int to = a_.by_local.quotient(expert);
         row = ranks_[to].send_begin + ranks_[to].send_before + rank_in(visits_bits[to], at);
       }
       a_.send_slot[t * a_.num_topk + k] = row;
@@ -595,9 +595,10 @@ class PlanBlock {
 };
 
 __global__ void __launch_bounds__(kThreads, 1) plan_kernel(const __grid_constant__ PlanArgs args) {
+  ask_for(args);
   extern __shared__ int words[];
   __shared__ RankCounts ranks[kMaxRanks];
-  if (fresh(args.comm.state->failed) == 0) {
+  if (!has_failed(args.comm)) {
     PlanBlock(args, ranks, words).run();
   } else if (args.capacity < 0 && blockIdx.x == 0 && threadIdx.x == 0) {
     fresh(args.comm.mailbox->plan_failed) = 1;

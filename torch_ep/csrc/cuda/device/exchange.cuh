@@ -31,6 +31,21 @@ __device__ __forceinline__ volatile T& fresh(T& value) {
   return value;
 }
 
+// Asks for the arguments of the launch, each warp for some: one after the other they would be missed one at a time.
+template <class Args>
+__device__ __forceinline__ void ask_for(const Args& args) {
+  constexpr int kLineWords = 16;
+  if (const int word = warp_id() * kLineWords; word * 4 < static_cast<int>(sizeof(Args))) {
+    const int value = reinterpret_cast<const int*>(&args)[word];
+    asm volatile("" ::"r"(value));
+  }
+}
+
+// Of a whole block, whose threads are of one mind: another block may fail meanwhile.
+__device__ inline bool has_failed(const Comm& comm) {
+  return __syncthreads_or(static_cast<int>(fresh(comm.state->failed))) != 0;
+}
+
 // One exchange of this rank, as its kernel knows it.
 struct Exchange {
   const Comm& comm;

@@ -28,16 +28,6 @@ constexpr int kDispatchKind = 0, kCombineKind = 1;
 
 enum class Outcome : int { there, absent, failed };
 
-// Asks for the arguments of the launch, each warp for some: one after the other they would be missed one at a time.
-template <class Args>
-__device__ __forceinline__ void ask_for(const Args& args) {
-  constexpr int kLineWords = 16;
-  if (const int word = warp_id() * kLineWords; word * 4 < static_cast<int>(sizeof(Args))) {
-    const int value = reinterpret_cast<const int*>(&args)[word];
-    asm volatile("" ::"r"(value));
-  }
-}
-
 // One exchange, from the point of view of one rank.
 class Flight {
  public:
