@@ -125,8 +125,8 @@ def init(
         num_topk: most experts of a token. None: no limit.
         num_experts: most experts. None: no limit.
         low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which transport nvlink
-            sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes. None: there, none at all;
-            elsewhere no limit.
+            sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes, and at most 16 MiB more for
+            rows of few tokens. None: there, none at all; elsewhere no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         transport: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
             four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
