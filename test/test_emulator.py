@@ -70,9 +70,9 @@ FAULTS = {
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
     ),
     "low latency: rows of the ranks before": Fault(
-        "low_latency", "low_latency_dispatch.cu", "end += heard.count(s, e);", "end += 1;"
+        "low_latency", "device/low_latency_receive.cuh", "end += heard.count(s, e);", "end += 1;"
     ),
-    "low latency: rounding of a scale": Fault("low_latency", "low_latency_dispatch.cu", "(bits + 0x7fffff)", "bits"),
+    "low latency: rounding of a scale": Fault("low_latency", "device/quantize.cuh", "(bits + 0x7fffff)", "bits"),
     "low latency: not counted as received": Fault(
         "low_latency", "device/low_latency.cuh", "add_share(&state_.received);", ""
     ),
