@@ -38,7 +38,7 @@ class LowLatencyCombine {
       : a_(args),
         shape_(shape),
         f_(args.comm, kCombineKind, args.part, args.ticket, waited),
-        entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
+        entries_{args.topk_idx, args.wide_idx},
         waited_(waited),
         vectors_(args.row_bytes / 16),
         max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
@@ -283,14 +283,6 @@ class LowLatencyCombine {
     return __all_sync(kFullWarp, going) != 0;
   }
 
-  // Of a whole warp: lane by lane, whether `outcome` is that something came; false: failed.
-  __device__ static bool go_on(Outcome outcome, bool& counts) {
-    counts = counts && outcome == Outcome::there;
-    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
-    __syncwarp();  // what one lane acquired is there for all
-    return going;
-  }
-
   // Terms are added in the order of the lanes that they are of.
   __device__ bool receive_packed(bool counts, int rank, int token, int chunk) const {
     const int unit = chunk * kUnitsAChunk + lane_id();
@@ -355,10 +347,11 @@ class LowLatencyCombine {
       const char* flag = f_.own(layout().combine_flag(f_.half(), rank, token, part));
       outcome = f_.wait(Phase::rows, rank, true, [&] { return load_acquire_system(flag) == f_.number(); });
     }
-    if (!go_on(outcome, counts)) {
+    if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
       return false;
     }
-    const uint32_t terms = __ballot_sync(kFullWarp, counts);
+    __syncwarp();  // what one lane acquired is there for all
+    const uint32_t terms = __ballot_sync(kFullWarp, counts && outcome == Outcome::there);
     const Columns columns = columns_of(part);
     const char* row = f_.own(layout().combine_row(f_.half(), max(rank, 0), token)) + columns.begin * 16;
     char* result = a_.out + int64_t{token} * a_.row_bytes + (columns.begin + lane_id()) * 16;

@@ -37,7 +37,7 @@ class LowLatencyDispatch {
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
         f_(args.comm, kDispatchKind, args.part, args.ticket, shared.waited),
-        entries_{args.topk_idx, args.wide_idx, args.num_topk, args.num_experts},
+        entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
         places_at_(static_cast<int>(args.places_at())),
@@ -131,14 +131,18 @@ class LowLatencyDispatch {
       if (first != warp) {
         load(first);
       }
+#pragma unroll 1
+      for (int token = first; token < min(first + kAhead * kMaxWarps, a_.num_tokens); token += kMaxWarps) {
+        const int entry = entries[0];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int token = first + j * kMaxWarps;
-        const Token t = token_of(entries[j]);
+        for (int j = 1; j < kAhead; ++j) {
+          entries[j - 1] = entries[j];
+        }
+        const Token t = token_of(entry);
         if (t.expert >= 0) {
           atomicAdd(&counts[t.expert], 1);
-        } else if (entries[j] != -1) {
-          record_fault(token, entries[j], t.first_same);
+        } else if (entry != -1) {
+          record_fault(token, entry, t.first_same);
         }
         if ((t.ranks >> lane & 1) != 0) {
           atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);

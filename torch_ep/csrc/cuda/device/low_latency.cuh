@@ -52,7 +52,9 @@ class Flight {
   __device__ bool is_active(int rank) const { return (seen_.masked >> rank & 1) == 0; }
   __device__ bool masks() const { return x_.comm.masks; }
 
-  __device__ void record(const Trouble& trouble) const { record(x_.comm, kind_, number(), trouble); }
+  __device__ void record(const Trouble& t) const {
+    record(x_.comm, kind_, number(), t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  }
 
   // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
   template <class Ready>
@@ -195,9 +197,20 @@ class Flight {
     }
   }
 
-  // What is not on the way of a healthy exchange takes no registers there.
-  __device__ static __noinline__ void record(const Comm& comm, int kind, uint64_t number, const Trouble& trouble) {
+  // What is not on the way of a healthy exchange takes neither registers nor instructions there.
+  __device__ static __noinline__ void record(
+      const Comm& comm,
+      int kind,
+      uint64_t number,
+      Failure failure,
+      Phase phase,
+      int64_t peer,
+      int64_t detail,
+      int64_t ours,
+      int64_t theirs,
+      int64_t theirs_epoch) {
     const Exchange x(comm, op_of(kind), number);
+    const Trouble trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
     ::ep::cuda::record(x, trouble, &comm.state->low_latency[kind].recorded);
   }
 
@@ -218,7 +231,7 @@ class Flight {
       atomicOr(&state.masked_by_timeout, 1U << peer);
       return Outcome::absent;
     }
-    record(comm, kind, number, {Failure::timeout, phase, peer, 0, 0, 0, 0});
+    record(comm, kind, number, Failure::timeout, phase, peer, 0, 0, 0, 0);
     stop(Exchange(comm, op_of(kind), number));
     return Outcome::failed;
   }
@@ -250,7 +263,7 @@ class Flight {
         x_(comm, op_of(kind), seen.number) {}
 
   __device__ static void add_share(uint64_t* number) {
-    constexpr uint64_t kWhole = uint64_t{1} << kShareBits;
+    constexpr uint32_t kWhole = uint32_t{1} << kShareBits;
     add_relaxed_device(number, kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0));
   }
 
@@ -265,7 +278,6 @@ class Flight {
 struct Entries {
   const void* topk_idx;
   bool wide;
-  int num_topk, num_experts;
 
   // A bad value stays bad.
   __device__ int operator[](int64_t i) const {
@@ -274,21 +286,6 @@ struct Entries {
     }
     const int64_t entry = static_cast<const int64_t*>(topk_idx)[i];
     return static_cast<int>(min(max(entry, int64_t{INT32_MIN}), int64_t{INT32_MAX}));
-  }
-
-  static constexpr int kGood = -1, kOutside = -2;
-  // Of a slot of a token whose entries those are: kGood, kOutside, or the earlier slot that names the same expert.
-  __device__ int fault(const int* token, int slot) const {
-    const int entry = token[slot];
-    if (entry < -1 || entry >= num_experts) {
-      return kOutside;
-    }
-    for (int k = 0; entry >= 0 && k < slot; ++k) {
-      if (token[k] == entry) {
-        return k;
-      }
-    }
-    return kGood;
   }
 };
 
