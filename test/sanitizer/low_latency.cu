@@ -7,6 +7,7 @@
 // bit by bit, with what the lines below work out on the host as torch_ep/reference.py does.
 #include "common.cuh"
 
+#include <climits>
 #include <memory>
 
 namespace dispatch_file {
@@ -109,11 +110,16 @@ constexpr int kMultiprocessors = 5;  // of each rank, so that blocks have more t
 
 class World {
  public:
-  explicit World(int world_size, bool masks = false, int64_t timeout_ns = kTimeoutNs) {
+  // `number`: of the last exchange of each kind, as if there had been so many.
+  explicit World(int world_size, bool masks = false, int64_t timeout_ns = kTimeoutNs, uint64_t number = 0) {
     const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes, kPackedTokens);
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
-      comm.state = memory_.zeros<State>(1);
+      State state{};
+      for (auto& kind : state.low_latency) {
+        kind.sent = kind.received = number << kShareBits;
+      }
+      comm.state = memory_.copy(vector<State>{state});
       comm.layout.world_size = world_size;
       comm.low_latency = layout;
       comm.rank = r;
@@ -601,6 +607,23 @@ void misuse(int world_size, Failure failure) {
   }
 }
 
+void divide() {
+  now_running = "divisors";
+  Random random(0);
+  for (int divisor = 1; divisor < 1 << 20; divisor += divisor < 600 ? 1 : divisor / 3) {
+    const Divisor by(divisor);
+    for (int i = 0; i < 200; ++i) {
+      const int factor = random.below(INT_MAX / divisor) + 1;
+      for (const int n : {i, INT_MAX - i, random.below(INT_MAX), divisor * factor - 1, divisor * factor}) {
+        if (by.quotient(n) != n / divisor) {
+          fail(
+              std::to_string(n) + " / " + std::to_string(divisor) + " is said to be " + std::to_string(by.quotient(n)));
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 void run_as(World& world, const Case& c, Random& random) {
   Run<T> first(world, c, random);
@@ -664,6 +687,13 @@ int main(int argc, char** argv) {
       lose_a_rank(world.size());
     }
   }
+  // Words and packs hold the lower 32 bits of the number.
+  World old(2, false, kTimeoutNs, (uint64_t{1} << 32) - 5);
+  for (int i = 0; i < 8; ++i) {
+    Random random(static_cast<uint64_t>(i));
+    run_case(old, draw(random, 2), random);
+  }
+  divide();
   misuse(2, Failure::bad_order);
   misuse(2, Failure::timeout);
   std::printf("ok\n");
