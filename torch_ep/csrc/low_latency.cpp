@@ -4,51 +4,29 @@
 // The _send half of each ends at the bar, the _recv half begins there.
 #include "checks.h"
 #include "comm/transport.h"
+#include "host.h"
 #include "local.h"
+#include "low_latency_rows.h"
 #include "ops.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/full_like.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/stack.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
 #include <limits>
-#include <numeric>
 
 namespace ep {
 namespace {
 
 constexpr auto kDispatch = OpKind::low_latency_dispatch;
 constexpr auto kCombine = OpKind::low_latency_combine;
-
-// Channels that share a scale.
-constexpr int64_t kGroup = 128;
-// Largest number of float8_e4m3fn.
-constexpr double kMaxFp8 = 448;
-// Smallest maximum of a group: zeros too have a scale above zero.
-constexpr double kMinAmax = 1e-4;
-// Parts of a record begin at multiples of this many bytes.
-constexpr int64_t kAlignment = 16;
-// Rows of an expert are padded to a multiple of this in the layout of scales.
-constexpr int64_t kScaleRows = 4;
-
-int64_t ceil_div(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-
-int64_t sum(const std::vector<int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
 
 Quantize quantize_of(const char* op, std::string_view name) {
   constexpr std::array<std::string_view, 4> names{"", "fp8", "fp8_pow2", "fp8_ue8m0"};
@@ -57,14 +35,6 @@ Quantize quantize_of(const char* op, std::string_view name) {
       found != names.end(), op, ": expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got '", name, "'");
   return static_cast<Quantize>(found - names.begin());
 }
-
-// The numbers that all ranks share.
-struct Sizes {
-  int64_t num_experts, num_topk, max_tokens_per_rank, world_size;
-
-  int64_t num_local_experts() const { return num_experts / world_size; }
-  int64_t room() const { return world_size * max_tokens_per_rank; }  // rows of an expert
-};
 
 void check_experts(const char* op, int64_t num_experts, int64_t num_topk, int64_t world_size) {
   TORCH_CHECK_VALUE(num_topk > 0, op, ": expected at least one expert a token, got ", num_topk);
@@ -129,44 +99,6 @@ void check_in_flight(
       in_flight.scalar_type() == at::kByte, op, ": expected in_flight of dtype Byte, got ", in_flight.scalar_type());
 }
 
-// What one rank sends of one token to another, as bytes: its row, its scales, int32 [1 + num_topk] (the token, then its
-// experts, counted on the destination rank, or -1) and float32 [num_topk] weights.
-struct Record {
-  Record(int64_t hidden, at::ScalarType dtype, Quantize quantize, int64_t num_topk)
-      : row_type(quantize == Quantize::none ? dtype : at::kFloat8_e4m3fn),
-        row_bytes(hidden * static_cast<int64_t>(c10::elementSize(row_type))),
-        scale_type(quantize == Quantize::fp8_ue8m0 ? at::kInt : at::kFloat) {
-    const int64_t groups = ceil_div(hidden, kGroup);
-    scales = quantize == Quantize::none ? 0 : quantize == Quantize::fp8_ue8m0 ? ceil_div(groups, 4) : groups;
-    scales_at = aligned(row_bytes);
-    topk_at = aligned(scales_at + 4 * scales);
-    topk_bytes = 4 * (1 + num_topk);
-    weights_at = aligned(topk_at + topk_bytes);
-    weight_bytes = 4 * num_topk;
-    bytes = aligned(weights_at + weight_bytes);
-  }
-
-  // That part of all records.
-  static at::Tensor part(const at::Tensor& records, int64_t at, int64_t bytes, at::ScalarType type) {
-    return records.narrow(1, at, bytes).contiguous().view(type);
-  }
-  at::Tensor topk(const at::Tensor& records) const { return part(records, topk_at, topk_bytes, at::kInt); }
-
-  static int64_t aligned(int64_t n) { return ceil_div(n, kAlignment) * kAlignment; }
-
-  at::ScalarType row_type;
-  int64_t row_bytes;
-  at::ScalarType scale_type;
-  int64_t scales;  // numbers of scale_type
-  int64_t scales_at, topk_at, topk_bytes, weights_at, weight_bytes, bytes;
-};
-
-// What came by an exchange, in the order of the source ranks.
-struct Arrived {
-  at::Tensor records;  // uint8 [rows, bytes]
-  std::vector<int64_t> counts, wait_ns;
-};
-
 // One exchange of rows of bytes; with one rank they are there already.
 class Crossing {
  public:
@@ -206,27 +138,6 @@ class Crossing {
   std::optional<Exchange> exchange_;
 };
 
-std::vector<int64_t> to_host(const at::Tensor& counts) {
-  const auto host = counts.to(at::kLong).cpu();
-  const auto* count = host.const_data_ptr<int64_t>();
-  return {count, count + host.numel()};
-}
-
-at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like) {
-  return at::tensor(values, at::kLong).to(like.device());
-}
-
-// The least and the greatest.
-at::Tensor ends_of(const at::Tensor& values) {
-  const auto [least, greatest] = values.aminmax();
-  return at::stack({least, greatest});
-}
-
-// Each index as often as its count says; `total`: the sum of the counts.
-at::Tensor index_by_count(const at::Tensor& counts, int64_t total) {
-  return at::repeat_interleave(counts, std::optional<int64_t>(total));
-}
-
 // Throws ValueError, in the name of `op`, on too many tokens or a bad index.
 Route route(const char* op, const at::Tensor& topk_idx, const Sizes& sizes) {
   TORCH_CHECK_VALUE(
@@ -252,110 +163,6 @@ std::vector<Agreed> agreed_of(const Sizes& sizes, int64_t hidden, at::ScalarType
       {"max_tokens_per_rank", sizes.max_tokens_per_rank},
       {"hidden", hidden},
       {"dtype", static_cast<int64_t>(dtype), true}};
-}
-
-struct Quantised {
-  at::Tensor rows;                   // [num_tokens, hidden]
-  std::optional<at::Tensor> scales;  // [num_tokens, Record::scales]
-};
-
-Quantised quantised(const at::Tensor& x, Quantize quantize) {
-  if (quantize == Quantize::none) {
-    return {x, std::nullopt};
-  }
-  const int64_t num_tokens = x.size(0), hidden = x.size(1), groups = ceil_div(hidden, kGroup);
-  const auto wide =
-      at::constant_pad_nd(x.to(at::kFloat), {0, groups * kGroup - hidden}).view({num_tokens, groups, kGroup});
-  const auto amax = wide.abs().amax(2).clamp_min(kMinAmax);
-  // A tensor, since a division by a number may become a product with its reciprocal.
-  const auto most = at::full_like(amax, kMaxFp8);
-  const auto quotient = amax.div(most);
-  at::Tensor scales, factor;
-  if (quantize == Quantize::fp8) {
-    scales = quotient;
-    factor = most.div(amax);
-  } else {
-    constexpr int64_t mantissa_bits = 23, mantissa = (1 << mantissa_bits) - 1, nan_exponent = 255;
-    const auto bits = quotient.view(at::kInt);  // positive
-    const auto exponent =
-        bits.bitwise_right_shift(mantissa_bits).add(bits.bitwise_and(mantissa).ne(0)).clamp_max(nan_exponent);
-    scales = exponent.bitwise_left_shift(mantissa_bits).view(at::kFloat);
-    factor = scales.reciprocal();
-    if (quantize == Quantize::fp8_ue8m0) {
-      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, ceil_div(groups, 4) * 4 - groups}).view(at::kInt);
-    }
-  }
-  const auto rows = wide.mul(factor.unsqueeze(2)).clamp(-kMaxFp8, kMaxFp8).to(at::kFloat8_e4m3fn);
-  return {rows.view({num_tokens, groups * kGroup}).narrow(1, 0, hidden).contiguous(), scales};
-}
-
-// The local kernels, and what follows them, take these numbers unseen.
-void check_records(const char* op, const at::Tensor& records, const Record& record, const Sizes& sizes) {
-  if (records.size(0) == 0) {
-    return;
-  }
-  const auto numbers = record.topk(records);
-  const auto check = [&](const char* name, const at::Tensor& values, int64_t low, int64_t high) {
-    const auto ends = to_host(ends_of(values));
-    const int64_t bad = ends[0] < low ? ends[0] : ends[1];
-    TORCH_CHECK_VALUE(
-        bad >= low && bad < high, op, ": expected ", name, " of in_flight in [", low, ", ", high, "), got ", bad);
-  };
-  check("tokens", numbers.select(1, 0), 0, sizes.max_tokens_per_rank);
-  check("experts", numbers.narrow(1, 1, sizes.num_topk), -1, sizes.num_local_experts());
-}
-
-LowLatencyRows place(const Arrived& arrived, const Record& record, const Sizes& sizes) {
-  const auto& records = arrived.records;
-  const int64_t num_topk = sizes.num_topk, num_experts = sizes.num_local_experts(), room = sizes.room();
-  const auto numbers = record.topk(records);
-  const auto placement = local_kernels(records).place(
-      numbers.narrow(1, 1, num_topk).contiguous(),
-      arrived.counts,
-      {.expert_major = true, .num_local_experts = num_experts, .alignment = 1, .index_dtype = at::kInt});
-
-  // For each row that an expert gets, in the order of the experts: whose it is, and where it goes.
-  const auto ints = numbers.options(), longs = ints.dtype(at::kLong);
-  const auto from = placement.recv_map.to(at::kLong);  // record * num_topk + slot
-  const auto from_record = from.div(num_topk, "floor");
-  const auto counts = placement.tokens_per_expert.to(at::kLong);
-  const auto expert = index_by_count(counts, from.size(0));
-  const auto begin = placement.offsets.to(at::kLong) - counts;
-  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * room;
-  const auto source = index_by_count(to_device(arrived.counts, records), records.size(0));
-  const auto home = source * sizes.max_tokens_per_rank + numbers.select(1, 0);
-  const auto pair = home.index_select(0, from_record) * num_topk + from.remainder(num_topk);
-
-  const auto recv_slot = at::full({num_experts * room}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
-  const auto recv_row = at::full({room * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
-  const auto weights = record.part(records, record.weights_at, record.weight_bytes, at::kFloat).view(-1);
-  const auto row_weights =
-      at::zeros({num_experts * room}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
-  const auto visits = expert * sizes.world_size + source.index_select(0, from_record);
-  const auto source_offsets =
-      visits.bincount({}, num_experts * sizes.world_size).view({num_experts, sizes.world_size}).cumsum(1).to(at::kInt);
-  const auto spread = [&](const at::Tensor& values) {  // [records, n] to [num_experts, room, n]
-    return at::zeros({num_experts * room, values.size(1)}, values.options())
-        .index_copy_(0, row, values.index_select(0, from_record))
-        .view({num_experts, room, values.size(1)});
-  };
-  const auto rows = spread(record.part(records, 0, record.row_bytes, at::kByte)).view(record.row_type);
-  std::optional<at::Tensor> scales;
-  if (record.row_type == at::kFloat8_e4m3fn) {
-    const auto values = spread(record.part(records, record.scales_at, 4 * record.scales, record.scale_type));
-    const int64_t padded = ceil_div(room, kScaleRows) * kScaleRows;
-    scales = at::zeros({num_experts, record.scales, padded}, values.options()).transpose(1, 2).narrow(1, 0, room);
-    scales->copy_(values);
-  }
-  return {
-      rows,
-      scales,
-      placement.tokens_per_expert,
-      source_offsets,
-      recv_slot.view({num_experts, room}),
-      recv_row.view({room, num_topk}),
-      row_weights.view({num_experts, room}),
-      to_device(arrived.wait_ns, records)};
 }
 
 void check_in_flight_rows(OpKind op, int64_t rows, int64_t wanted, const char* transport) {

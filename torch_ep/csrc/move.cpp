@@ -3,31 +3,19 @@
 //   combine    (expert_major) fold -> exchange -> sum
 #include "checks.h"
 #include "comm/transport.h"
+#include "host.h"
 #include "local.h"
 #include "ops.h"
 
-#include <ATen/ops/aminmax.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 
 namespace ep {
 namespace {
-
-std::vector<int64_t> to_host(const at::Tensor& counts) {
-  const auto host = counts.cpu();
-  const auto* count = host.const_data_ptr<int32_t>();
-  return {count, count + host.numel()};
-}
-
-int64_t sum(const std::vector<int64_t>& values) {
-  return std::accumulate(values.begin(), values.end(), int64_t{0});
-}
 
 int64_t bytes_per_row(const std::optional<at::Tensor>& t) {
   return t ? c10::multiply_integers(t->sizes().slice(1)) * static_cast<int64_t>(t->element_size()) : 0;
@@ -60,9 +48,8 @@ void check_plan_values(
   };
   const auto check_slots = [&](const char* name, const at::Tensor& slots, int64_t high) {
     if (slots.numel() > 0) {
-      const auto [least, most] = slots.aminmax();
-      const auto ends = at::stack({least, most}).cpu();  // one wait, where the plan is on another device
-      check(name, ends.const_data_ptr<int32_t>()[0], ends.const_data_ptr<int32_t>()[1], -1, high);
+      const auto ends = to_host(ends_of(slots));  // one wait, where the plan is on another device
+      check(name, ends[0], ends[1], -1, high);
     }
   };
   check_counts("send_counts", sent);

@@ -2,6 +2,8 @@
 // kernels are compared with on the device; deterministic, since no scatter here writes a place twice.
 #include "../local.h"
 
+#include "../host.h"
+
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
@@ -50,10 +52,6 @@ Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int
   wire_topk.scatter_(0, target.view(-1), expert.view(-1));
   route.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
   return route;
-}
-
-at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor& like) {
-  return at::tensor(values, at::kLong).to(like.device());
 }
 
 Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
