@@ -219,11 +219,14 @@ def share(prompts: Sequence[bytes], rank: int, world_size: int) -> dict[int, byt
 
 
 def limits(args: argparse.Namespace) -> dict[str, int]:
-    """What `torch_ep.init` makes room for: the tokens of the prefill, and the one of each slot in a step."""
+    """What `torch_ep.init` makes room for: the tokens of the prefill, and the one of each slot in a step.
+
+    Rows may be float32, which takes the room of two of the two-byte elements that it counts.
+    """
     return {
         "max_tokens_per_rank": num_slots(args) * max(1, prefill_length(args)),
         "low_latency_tokens": num_slots(args),
-        "hidden": args.config.dim,
+        "hidden": 2 * args.config.dim,
         "num_topk": args.config.topk,
         "num_experts": args.config.experts,
     }

@@ -1,13 +1,14 @@
 """Where tests run that hold on CPU and on CUDA alike: fixture `device` (conftest.py) and the ranks that go with it.
 
 On CPU rows travel by c10d over gloo. On CUDA they travel by nvlink, whose kernels also run for one rank alone once
-`init` was given every limit.
+`init` was given every limit, those of the low-latency pair once it was given `low_latency_tokens`.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -21,16 +22,18 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])
 
 # Of one rank on CUDA: above what any of these tests needs.
-LIMITS = {"max_tokens_per_rank": 8192, "hidden": 64, "num_topk": 8, "num_experts": 64}
+LIMITS = {"max_tokens_per_rank": 8192, "hidden": 64, "num_topk": 8, "num_experts": 64, "low_latency_tokens": 16}
+# Far more than a kernel that waits for its own blocks needs.
+TIMEOUT = timedelta(seconds=20)
 
 
 @contextlib.contextmanager
-def one_rank_on(device: str, **changes: int) -> Iterator[None]:
+def one_rank_on(device: str, *, timeout: timedelta = TIMEOUT, **changes: int) -> Iterator[None]:
     """Has the operators without a group run in the kernels of nvlink, where `device` is "cuda"."""
     if device == "cpu":
         yield
         return
-    torch_ep.init("", transport="nvlink", **{**LIMITS, **changes})
+    torch_ep.init("", transport="nvlink", timeout=timeout, **{**LIMITS, **changes})
     try:
         yield
     finally:

@@ -38,7 +38,7 @@ SEED = 7
 TOKENS = (5, 0, 3, 1)  # of each rank
 ROOM = 6
 HIDDEN = 160  # one group of channels that share a scale, and a shorter one
-ROOM_OF_ONE_RANK = {"hidden": HIDDEN, "low_latency_tokens": ROOM}
+ROOM_OF_ONE_RANK = {"hidden": 2 * HIDDEN, "low_latency_tokens": ROOM}  # room of two bytes an element; these have four
 OPTIONS = {
     "softmax": {},
     "biased choice": {"score": "sigmoid", "selection_bias": True, "route_scale": 0.5},

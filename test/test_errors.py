@@ -31,7 +31,7 @@ class Case(NamedTuple):
     error: type[Exception]
     message: str
     fake: bool = True  # whether the fake sees it too: it knows no values
-    # On CUDA: what the next call says, before the exchange's number. None: the call itself says `message`.
+    # On CUDA: what the next call says, # for numbers that no test can know. None: the call itself says `message`.
     later: str | None = None
 
 
@@ -99,7 +99,12 @@ def grouped_mm(message: str, *, error: type[Exception] = ValueError, fake: bool 
 
 
 def low_latency_dispatch(
-    message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any
+    message: str,
+    *,
+    error: type[Exception] = ValueError,
+    fake: bool = True,
+    told_later: bool = False,
+    **changes: Any,
 ) -> Case:
     given = {
         "x": torch.ones(3, 4),
@@ -113,7 +118,8 @@ def low_latency_dispatch(
         **changes,
     }
     op = ops.low_latency_dispatch_send if "in_flight_rows" in changes else ops.low_latency_dispatch
-    return Case(op.default, given, error, f"ep::low_latency_dispatch: {message}", fake)
+    message = f"ep::low_latency_dispatch: {message}"
+    return Case(op.default, given, error, message, fake, message if told_later else None)
 
 
 def low_latency_combine(
@@ -261,19 +267,19 @@ CASES = {
     "dispatch-send_slot-values": dispatch(
         "expected send_slot of this plan in [-1, 3), got 3",
         fake=False,
-        later="ep::dispatch: expected send_slot of this plan in [-1, 3), in the order of ep::plan, got 3",
+        later="ep::dispatch: expected send_slot of this plan in [-1, 3), in the order of ep::plan, got 3 (exchange #)",
         send_slot=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
     ),
     "dispatch-recv_slot-values": dispatch(
         "expected recv_slot of this plan in [-1, 6), got -2",
         fake=False,
-        later="ep::dispatch: expected recv_slot of this plan in [-1, 6), in the order of ep::plan, got -2",
+        later="ep::dispatch: expected recv_slot of this plan in [-1, 6), in the order of ep::plan, got -2 (exchange #)",
         recv_map=torch.tensor([0, -2, 1, 2, 4], dtype=torch.int32),
     ),
     "dispatch-counts-values": dispatch(
         "expected send_counts of this plan in [0, 2147483647), got -3",
         fake=False,
-        later="ep::dispatch: expected send_slot of this plan in [-1, 0), in the order of ep::plan, got ",
+        later="ep::dispatch: expected send_slot of this plan in [-1, 0), in the order of ep::plan, got # (exchange #)",
         send_counts=torch.tensor([-3], dtype=torch.int32),
     ),
     "combine-rows": combine("expected y of shape [5, -1] (-1: any size), got [6, 4]", y=torch.ones(6, 4)),
@@ -345,15 +351,19 @@ CASES = {
         group_name="nowhere",
     ),
     "low_latency-index-high": low_latency_dispatch(
-        "expected topk_idx in [-1, 3), got 3 at token 1, slot 0", num_experts=3, fake=False
+        "expected topk_idx in [-1, 3), got 3 at token 1, slot 0", num_experts=3, fake=False, told_later=True
     ),
     "low_latency-index-low": low_latency_dispatch(
-        "expected topk_idx in [-1, 4), got -2 at token 0, slot 1", topk_idx=topk() - topk().eq(2) * 4, fake=False
+        "expected topk_idx in [-1, 4), got -2 at token 0, slot 1",
+        topk_idx=topk() - topk().eq(2) * 4,
+        fake=False,
+        told_later=True,
     ),
     "low_latency-duplicate": low_latency_dispatch(
         "expected different experts in one token, got expert 1 at token 2, slots 0 and 1",
         topk_idx=topk() + topk().eq(0).int(),
         fake=False,
+        told_later=True,
     ),
     "low_latency-send": low_latency_dispatch(
         "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=2
@@ -493,6 +503,28 @@ CASES = {
     ),
 }
 
+# Cases that nvlink takes another way, by the same names.
+ON_NVLINK = {
+    # There what is in flight stays in the buffers.
+    "low_latency-in_flight_rows": low_latency_dispatch(
+        "expected in_flight_rows = 0 on transport nvlink, got 3", in_flight_rows=3
+    ),
+    "low_latency-combine-in_flight_rows": low_latency_combine(
+        "expected in_flight_rows = 0 on transport nvlink, got 4", in_flight_rows=4
+    ),
+}
+# Of what c10d has in flight, or of values that nvlink does not look at: see "On one GPU" below.
+C10D_ONLY = (
+    "low_latency-recv-counts",
+    "low_latency-recv-tokens",
+    "low_latency-recv-experts",
+    "low_latency-combine-index",
+    "low_latency-combine-recv_row-values",
+    "low_latency-combine-recv_row-negative",
+    "low_latency-combine-other-plan",
+    "low_latency-combine-recv-tokens",
+)
+
 
 def on(device: str, value: Any) -> Any:
     """A tensor on that device, with its strides, of which a copy keeps no 0; other values as they are."""
@@ -510,19 +542,24 @@ def what_comes_later(device: str) -> str:
     return str(raised.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel(device: str, case: Case) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_kernel(device: str, name: str) -> None:
+    if device == "cuda" and name in C10D_ONLY:
+        pytest.skip("only c10d can say this")
+    case = ON_NVLINK.get(name, CASES[name]) if device == "cuda" else CASES[name]
     arguments = {name: on(device, value) for name, value in case.arguments.items()}
     if device == "cuda" and case.later is not None:
         case.op(**arguments)
-        assert re.fullmatch(re.escape(case.later) + r"\d* \(exchange \d+\)", what_comes_later(device))
+        assert re.fullmatch(re.escape(case.later).replace(r"\#", r"\d+"), what_comes_later(device))
     else:
         with pytest.raises(case.error) as raised:
             case.op(**arguments)
         assert str(raised.value).splitlines()[0] == case.message
-    x = torch.arange(12.0, device=device).view(3, 4)
-    p = torch_ep.plan(topk().to(device), 4)
-    assert torch.equal(torch_ep.combine(torch_ep.dispatch(x, p), p), x * torch.tensor([[2.0], [1], [2]], device=device))
+    x, topk_idx = torch.arange(12.0, device=device).view(3, 4), topk().to(device)
+    sums = x * torch.tensor([[2.0], [1], [2]], device=device)
+    p = torch_ep.plan(topk_idx, 4)
+    assert torch.equal(torch_ep.combine(torch_ep.dispatch(x, p), p), sums)
+    assert torch.equal(torch_ep.low_latency_combine(*torch_ep.low_latency_dispatch(x, topk_idx, 4, 3)), sums)
 
 
 @pytest.mark.parametrize(
@@ -639,7 +676,7 @@ def test_why_ranks_cannot_use_nvlink(
 @pytest.mark.skipif(ops._has_nvlink(), reason="torch_ep was built with CUDA")
 def test_nvlink_of_a_build_without_it() -> None:
     with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink transport"):
-        ops._init_nvlink("", 0, 1, [0], [*LIMITS.values(), 0], 8, 1000, True, False)
+        ops._init_nvlink("", 0, 1, [0], [*LIMITS.values()], 8, 1000, True, False)
 
 
 def test_only_nvlink_is_settled() -> None:
@@ -1030,8 +1067,7 @@ def low_latency_beyond_limits(rank: int, world_size: int) -> list[tuple[str, str
                 seen.append(("", "no error"))
             except Exception as error:
                 seen.append((type(error).__name__, str(error).splitlines()[0]))
-    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout")
-    torch_ep.init(**{name: getattr(before, name) for name in names})
+    torch_ep.init(**torch_ep.comm._arguments(before))
     return seen
 
 
@@ -1097,8 +1133,7 @@ def beyond_limits(rank: int, world_size: int, device: str) -> list[tuple[str, st
             except Exception as error:
                 seen.append((type(error).__name__, str(error).splitlines()[0]))
     assert works(rank, world_size, device)
-    names = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts", "timeout", "transport")
-    torch_ep.init(**{name: getattr(before, name) for name in names})
+    torch_ep.init(**torch_ep.comm._arguments(before))
     return seen
 
 
@@ -1191,23 +1226,76 @@ def test_an_exact_plan_cannot_be_captured() -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize(
-    ("limits", "message"),
+    ("limits", "error", "message"),
     [
         (
             {"num_experts": 2**17},
-            "expected at most as many experts as ep::plan can count in shared memory on transport nvlink, "
-            "got num_experts = 131072",
+            RuntimeError,
+            "transport 'nvlink' cannot be used: it takes at most 4266 experts on 1 ranks, and num_experts is 131072",
         ),
         (
             {"max_tokens_per_rank": 2**24 + 1, "hidden": 1, "num_topk": 1, "num_experts": 1},
+            ValueError,
             "expected max_tokens_per_rank of at most 16777216 on transport nvlink, got 16777217",
         ),
     ],
     ids=["num_experts", "max_tokens_per_rank"],
 )
-def test_init_limits_of_nvlink(limits: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError) as raised:
+def test_init_limits_of_nvlink(limits: dict[str, int], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as raised:
         torch_ep.init("", transport="nvlink", **{**LIMITS, **limits})
     assert str(raised.value).splitlines()[0] == f"torch_ep.init: {message}"
     with one_rank_on("cuda"):
         assert works(0, 1, "cuda")
+
+
+def low_latency_combine_on_cuda(name: str) -> torch.Tensor:
+    """The one column of the sums of that case: of ones, the number of rows that were added."""
+    out, _ = CASES[name].op(**{key: on("cuda", value) for key, value in CASES[name].arguments.items()})
+    torch.cuda.synchronize()
+    return out[:, 0]
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize(
+    ("what", "counts"),
+    [("index", [2, 0, 2]), ("recv_row-values", [2, 1, 1]), ("recv_row-negative", [2, 1, 2])],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_low_latency_combine_leaves_out_what_is_out_of_range(what: str, counts: list[int]) -> None:
+    """Where topk_idx is bad its dispatch has told; recv_row the kernel follows to no address outside y."""
+    with one_rank_on("cuda"):
+        assert low_latency_combine_on_cuda(f"low_latency-combine-{what}").tolist() == counts
+        assert works(0, 1, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_low_latency_combine_by_another_plan_ends_by_the_time_out() -> None:
+    """No counts travel that could tell."""
+    with one_rank_on("cuda", timeout=timedelta(milliseconds=300)):
+        low_latency_combine_on_cuda("low_latency-combine-other-plan")
+        told = what_comes_later("cuda")
+        assert told.startswith(
+            "ep::low_latency_combine: rank 0 waited in exchange 1 of group '' (rows, time-out 300 ms)"
+        )
+        torch_ep.reset()
+        assert works(0, 1, "cuda")
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_ticket_of_nothing_in_flight() -> None:
+    """All that nvlink can find wrong between the halves: a ticket holds a number, and the rows lie in the buffers."""
+    for kind in ("recv-counts", "combine-recv-tokens"):
+        case = CASES[f"low_latency-{kind}"]
+        with one_rank_on("cuda"):
+            case.op(**{key: on("cuda", value) for key, value in case.arguments.items()})
+            assert re.match(
+                r"ep::low_latency_(dispatch|combine): expected exchange 1 of group '' to be received next, "
+                rf"got the ticket of exchange {case.arguments['ticket'][0].item()}: ",
+                what_comes_later("cuda"),
+            )
+            torch_ep.reset()
+            assert works(0, 1, "cuda")

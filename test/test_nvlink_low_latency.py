@@ -1013,6 +1013,10 @@ def test_beyond_the_limits(name: str) -> None:
     experts, topk, hidden = limit["num_experts"], limit["num_topk"], limit["hidden"]
     tokens = limit["low_latency_tokens"]
     there, back = "ep::low_latency_dispatch", "ep::low_latency_combine"
+    wide = f"{2 * hidden + 16 * topk} bytes with what travels along"
+    too_little = (
+        f"torch_ep.init makes room for rows of hidden = {hidden} elements of two bytes; give it a larger hidden"
+    )
     want = [
         f"{there}: expected at most max_tokens_per_rank = 4 tokens, got 5",
         f"{there}: expected at most low_latency_tokens = {tokens}, {told}, got {tokens + 1}",
@@ -1021,10 +1025,10 @@ def test_beyond_the_limits(name: str) -> None:
         f"{there}: expected at most hidden = {hidden}, {told}, got {hidden + 8}",
         f"{there}: expected rows of a multiple of 16 bytes on transport nvlink, got 8",
         f"{there}: expected rows of a multiple of 16 bytes on transport nvlink, got 24",
-        f"{there}: expected rows of at most ",
+        f"{there}: expected rows of at most {wide}, got {4 * hidden + 16}: {too_little}",
         f"{back}: expected at most hidden = {hidden}, {told}, got {hidden + 8}",
         f"{back}: expected rows of a multiple of 16 bytes on transport nvlink, got 8",
-        f"{back}: expected rows of at most ",
+        f"{back}: expected rows of at most {wide}, got {4 * hidden}: {too_little}",
     ]
     for errors, differences in ranks.run(beyond_limits):
         for (kind, message), start in zip(errors, want, strict=True):

@@ -121,12 +121,15 @@ def init(
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group.
         max_tokens_per_rank: most tokens that a rank will ever pass to `plan`. Bounds the symbolic sizes of compiled
             graphs. None: no limit.
-        hidden: most elements of a row. None: no limit.
+        hidden: most elements of a row. None: no limit. Room in the buffers of transport nvlink is for elements of two
+            bytes: rows of wider ones travel in several parts, but those of the low-latency pair in one, so they need a
+            `hidden` that is as many times larger.
         num_topk: most experts of a token. None: no limit.
         num_experts: most experts. None: no limit.
         low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which transport nvlink
             sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes, and at most 16 MiB more for
-            rows of few tokens. None: there, none at all; elsewhere no limit.
+            rows of few tokens. With float32 rows, `hidden` has to be twice theirs. None: there, none at all; elsewhere
+            no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         transport: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
             four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through

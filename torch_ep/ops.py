@@ -61,30 +61,31 @@ def plan(
             topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens, after
         )
     send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped = fields
-    by_rank = layout == "rank_major"
+    recv_topk_idx, recv_slot = (recv_map, None) if layout == "rank_major" else (None, recv_map)
     return Plan(
-        send_slot=send_slot,
-        send_counts=send_counts,
-        recv_counts=recv_counts,
-        recv_topk_idx=recv_map if by_rank else None,
-        recv_slot=None if by_rank else recv_map,
-        offsets=offsets,
-        tokens_per_expert=tokens_per_expert,
-        num_dropped=num_dropped,
-        layout=layout,
-        group_name=group_name,
+        send_slot,
+        send_counts,
+        recv_counts,
+        recv_topk_idx,
+        recv_slot,
+        offsets,
+        tokens_per_expert,
+        num_dropped,
+        layout,
+        group_name,
     )
 
 
-def _call(op: Any, *args: Any) -> Any:
+def _call(op: Any, args: tuple, *differentiable: Tensor | None) -> Any:
     """Calls an operator, past its autograd formula where there is nothing to differentiate.
 
-    The formulas are in Python and take as long as all the rest of a call; after an exact plan the device waits for it.
+    The formulas are in Python and take as long as all the rest of a call; after an exact plan the device waits for it,
+    and for every line of these functions.
     """
     if torch.compiler.is_compiling():
         return op(*args)
-    for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) is not Tensor or arg.requires_grad):
+    for t in differentiable:
+        if t is not None and (type(t) is not Tensor or t.requires_grad):
             return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -132,7 +133,8 @@ def dispatch(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`.
     """
-    rows, weights, row_scales = _call(torch.ops.ep.dispatch, x, topk_weights, scales, *_plan_args(plan), after)
+    args = (x, topk_weights, scales, *_plan_args(plan), after)
+    rows, weights, row_scales = _call(torch.ops.ep.dispatch, args, x, topk_weights, scales, after)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -173,8 +175,10 @@ def combine(
     if row_weights is not None:
         if topk_weights is not None:
             raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
-        return _call(torch.ops.ep.combine.weighted, y, row_weights, *_plan_args(plan), after)
-    tokens, weights, _ = _call(torch.ops.ep.combine, y, topk_weights, None, *_plan_args(plan), after)
+        weighted = torch.ops.ep.combine.weighted
+        return _call(weighted, (y, row_weights, *_plan_args(plan), after), y, row_weights, after)
+    args = (y, topk_weights, None, *_plan_args(plan), after)
+    tokens, weights, _ = _call(torch.ops.ep.combine, args, y, topk_weights, after)
     return tokens if weights is None else (tokens, weights)
 
 

@@ -64,9 +64,14 @@ inline void check_copy(const void* a, const void* b, uint32_t bytes) {
   }
 }
 
-inline void copy_async(void* shared, const void* global) {
-  check_copy(shared, global, 16);
-  std::memcpy(shared, global, 16);
+template <int kOffset>
+void copy_async_if(bool copies, void* shared, const void* global) {
+  if (copies) {
+    void* to = static_cast<char*>(shared) + kOffset;
+    const void* from = static_cast<const char*>(global) + kOffset;
+    check_copy(to, from, 16);
+    std::memcpy(to, from, 16);
+  }
 }
 inline void copy_commit() {}
 template <int kPending>

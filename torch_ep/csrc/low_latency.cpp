@@ -171,8 +171,7 @@ void check_in_flight_rows(OpKind op, int64_t rows, int64_t wanted, const char* t
 }
 
 // What `_send` returns where a transport keeps the data itself.
-InFlight elsewhere(OpKind op, const at::Tensor& ticket, int64_t rows, int64_t record_bytes) {
-  check_in_flight_rows(op, rows, 0, "nvlink");
+InFlight elsewhere(const at::Tensor& ticket, int64_t record_bytes) {
   return {ticket, at::empty({0, record_bytes}, ticket.options().dtype(at::kByte))};
 }
 
@@ -419,8 +418,9 @@ InFlight low_latency_dispatch_send(
   const Tokens tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, x, kDispatch)) {
+    check_in_flight_rows(kDispatch, in_flight_rows, 0, "nvlink");
     const auto ticket = transport->low_latency_dispatch_send(x, topk_idx, topk_weights, tokens.options());
-    return elsewhere(kDispatch, ticket, in_flight_rows, tokens.record().bytes);
+    return elsewhere(ticket, tokens.record().bytes);
   }
   check_in_flight_rows(kDispatch, in_flight_rows, tokens.sizes.room(), "c10d");
   return in_flight_of(send_tokens(tokens, group), in_flight_rows);
@@ -485,8 +485,9 @@ InFlight low_latency_combine_send(
   const Results results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, y, kCombine)) {
+    check_in_flight_rows(kCombine, in_flight_rows, 0, "nvlink");
     const auto ticket = transport->low_latency_combine_send(y, topk_idx, row_weights, recv_row, num_experts);
-    return elsewhere(kCombine, ticket, in_flight_rows, y.size(2) * y.element_size());
+    return elsewhere(ticket, y.size(2) * y.element_size());
   }
   check_in_flight_rows(kCombine, in_flight_rows, results.sizes.room(), "c10d");
   return in_flight_of(send_sums(results, group).arrived, in_flight_rows);

@@ -12,9 +12,11 @@
 namespace ep::cuda {
 namespace {
 
-// 16 warps with 7 pieces have all of a block's shared memory but 3 KB.
+// 16 warps with 7 pieces have all of a block's shared memory but 3 KB: so much for copies. Sums load four at a time,
+// which was faster than more of them.
 constexpr int kMaxWarps = 16;
 constexpr int kPieces = 7;
+constexpr int kSumDepth = 4;
 constexpr int kWarpBytes = kPieces * kPieceBytes;
 
 template <class T, bool weighted>
@@ -205,11 +207,10 @@ class Combine {
     }
   }
 
-  // The last two pieces of the warp's memory hold what is leaving.
+  // Two pieces of the warp's memory hold what is leaving.
   __device__ void send_sums(Turn& turn) {
-    constexpr int kDepth = kPieces - 2;
     Flags flags(x_, (vectors_ + kPieceVectors - 1) / kPieceVectors);
-    char* leaving = memory_ + kDepth * kPieceBytes;
+    char* leaving = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
     while (turn.advance()) {
       for (int row = turn.begin; row < turn.end; ++row) {
@@ -235,7 +236,7 @@ class Combine {
           }
           bulk_commit();
         };
-        sum_rows<T, weighted, kDepth>({1, 1, rows.lanes}, y_row(rows), rows.weight, vectors_, memory_, sink);
+        sum_rows<T, weighted, kSumDepth>({1, 1, rows.lanes}, y_row(rows), rows.weight, vectors_, memory_, sink);
         send_weights(slot, wire_row, rows);
         flags.sent(turn.to, turn.chunk, row + 1 == turn.end);
       }
@@ -372,7 +373,7 @@ class Combine {
             __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
         own_term = 0;
       }
-      sum_rows<T, weighted, kPieces>(
+      sum_rows<T, weighted, kSumDepth>(
           {terms, own_term, own.lanes}, is_own ? own_row : arrived_row, own.weight, vectors_, memory_, sink);
 
       if (weight_bytes != 0 && lane < num_topk) {

@@ -82,7 +82,8 @@ struct State {
   uint32_t gate;  // warps that have built their part of rows_of
   // The next pieces of work of this exchange that no warp has taken yet; see Tickets (device/exchange.cuh).
   uint32_t tickets[2];
-  int32_t send_rows[kMaxBlocks * kMaxRanks];
+  uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
+                                               // a rank
   // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
   uint32_t masked_by_host, masked_by_timeout;
   LowLatencyState low_latency[LowLatencyLayout::kKinds];

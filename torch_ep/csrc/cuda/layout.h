@@ -64,8 +64,10 @@ struct Layout {
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
 
   EP_HOST_DEVICE int num_local_experts() const { return num_experts / world_size; }
-  // Counts of each local expert, the number of rows, the number of tokens of the whole rank.
-  EP_HOST_DEVICE int64_t counts_bytes() const { return round_up((num_local_experts() + 2) * int64_t{4}, 16); }
+  // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
+  // of the whole rank, whether something is wrong.
+  static constexpr int kPlanSums = 3;
+  EP_HOST_DEVICE int64_t counts_bytes() const { return round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16); }
   EP_HOST_DEVICE int64_t topk_bytes() const { return round_up(max_tokens, 4) * num_topk * 4; }
 
   EP_HOST_DEVICE int64_t header(int parity, int source) const {

@@ -5,6 +5,7 @@
 // of the sums are those of ep::combine. Sums of few tokens travel in packs (Note [Packed rows]), a chunk to a warp; of
 // many by bulk copies, some of their columns to a warp, followed by a flag.
 #include "device/low_latency.cuh"
+#include "device/overlap.cuh"
 #include "device/packs.cuh"
 #include "device/rows.cuh"
 #include "device/sums.cuh"
@@ -51,22 +52,22 @@ class LowLatencyCombine {
     if (threadIdx.x < kMaxRanks) {
       waited_[threadIdx.x] = 0;
     }
-    if (__syncthreads_or(f_.has_failed())) {
-      return;
-    }
     if (f_.is_teller()) {
-      f_.tell(a_.part, a_.wait_ns);
+      if (!__syncthreads_or(f_.has_failed())) {
+        f_.tell(a_.part, a_.wait_ns);
+      }
       return;
     }
-    if (a_.part != Part::send && !f_.is_next()) {
+    // Of the first token that this warp receives: asked for before anything is awaited.
+    const int entry = begin() < a_.num_tokens * parts_ ? entry_of(row_of(begin())) : -1;
+    if (a_.part == Part::receive ? !may_begin() : !send()) {
       return;
     }
     if (a_.part != Part::receive) {
-      send();
       f_.end_send();
     }
     if (a_.part != Part::send) {
-      receive();
+      receive(entry);
       f_.end_receive();
     }
   }
@@ -100,39 +101,41 @@ class LowLatencyCombine {
 
   // --- send ---
 
-  __device__ void send() {
+  // Of a whole block, once it has asked for what it needs first.
+  __device__ bool may_begin() const {
+    return !__syncthreads_or(f_.has_failed()) && (a_.part == Part::send || f_.is_next());
+  }
+
+  // False: not begun.
+  __device__ bool send() {
     const int lane = lane_id(), work = f_.world_size() * max_tokens_ * parts_;
-    // The lane's row of the first piece of work: asked for before the credits.
-    int row = begin() < work ? row_of_lane(begin()) : -1;
-    bool may_write = false;
-    const bool going = f_.wait_for_credits(may_write);
-    const uint32_t ranks = going ? __ballot_sync(kFullWarp, may_write) : 0;
-    if (!is_packed()) {
-      fence_async_global();  // between the credit and the bulk copies that it allows
-    }
-    if (blockIdx.x == 0 && warp_id() == 0) {
-      if (going && may_write) {
-        store_relaxed_system(f_.peer(lane, layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
-      }
-      if (lane == 0 && a_.part == Part::send) {
-        a_.ticket[0] = static_cast<int64_t>(f_.number());
-        a_.ticket[1] = max_tokens_;
-      }
-    }
+    uint32_t ranks = 0;  // that may be written
     int parity = 0;
-    for (int i = begin(); i < work; i += step()) {
-      row = i == begin() ? row : row_of_lane(i);
+    bool has_begun = false;
+    for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
-      const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
-      row = (ranks >> source & 1) != 0 ? row : -1;
-      const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
-      if (lanes == 0) {
-        continue;
-      }
+      int row = i < work ? row_of_lane(pair) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
+      uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
+      Terms terms;
       if (is_packed()) {
-        send_packed(source, token, part, lanes, y, weight);
+        terms.load(lanes, y, weight, part * kUnitsAChunk + lane, vectors_);
+      }
+      if (!has_begun) {
+        has_begun = true;
+        const uint64_t credit = f_.look_at_credit();
+        if (!may_begin()) {
+          return false;
+        }
+        ranks = enter(credit);
+      }
+      const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
+      if (lanes == 0 || (ranks >> source & 1) == 0) {
+        continue;
+      }
+      if (is_packed()) {
+        send_packed(source, token, part, terms, lanes, y, weight);
       } else {
         send_part(source, token, part, lanes, y, weight, parity);
       }
@@ -141,45 +144,75 @@ class LowLatencyCombine {
       fence_async_shared();  // this memory is for sums next
       __syncwarp();
     }
+    return true;
+  }
+
+  // Of a whole warp: the ranks that may be written, which are told that this one has entered.
+  __device__ uint32_t enter(uint64_t credit) const {
+    bool may_write = false;
+    const bool going = f_.wait_for_credits(credit, may_write);
+    if (!is_packed()) {
+      fence_async_global();  // between the credit and the bulk copies that it allows
+    }
+    if (blockIdx.x == 0 && warp_id() == 0) {
+      if (going && may_write) {
+        store_relaxed_system(f_.peer(lane_id(), layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
+      }
+      if (lane_id() == 0 && a_.part == Part::send) {
+        a_.ticket[0] = static_cast<int64_t>(f_.number());
+        a_.ticket[1] = max_tokens_;
+      }
+    }
+    return __ballot_sync(kFullWarp, going && may_write);
   }
 
   // Of the lane's slot; -1: none here.
-  __device__ int row_of_lane(int work) const {
+  __device__ int row_of_lane(int pair) const {
     const int64_t most = int64_t{a_.num_experts} * max_tokens_;
-    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
+    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{pair} * a_.num_topk + lane_id()] : -1;
     return row < most ? row : -1;
   }
 
-  // `lanes`: those that have a row, at `y`.
-  __device__ void send_packed(int source, int token, int chunk, uint32_t lanes, const char* y, float weight) const {
-    const int unit = chunk * kUnitsAChunk + lane_id();
-    Sum<T> sums[kUnitVectors] = {};
-    bool is_first = true;
-#pragma unroll 1
-    while (lanes != 0) {
-      Unit rows[kSendAhead];
-      float weights[kSendAhead];
-      int count = 0;
+  // The next rows of a sum, on their way.
+  struct Terms {
+    Unit rows[kSendAhead];
+    float weights[kSendAhead];
+    int count;
+
+    // Of the rows of `lanes`, at `y`, the first kSendAhead.
+    __device__ void load(uint32_t lanes, const char* y, float weight, int unit, int vectors) {
+      count = 0;
 #pragma unroll
       for (int j = 0; j < kSendAhead; ++j) {
         if (lanes != 0) {
           const int lane = __ffs(static_cast<int>(lanes)) - 1;
           const auto* from = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), lane));
-          rows[j] = load_unit(from, unit, vectors_);
+          rows[j] = load_unit(from, unit, vectors);
           weights[j] = __shfl_sync(kFullWarp, weight, lane);
           lanes &= lanes - 1;
           count = j + 1;
         }
       }
+    }
+  };
+
+  // `lanes`: those that have a row, at `y`; not none. `terms`: of the first of them.
+  __device__ void
+  send_packed(int source, int token, int chunk, Terms& terms, uint32_t lanes, const char* y, float weight) const {
+    const int unit = chunk * kUnitsAChunk + lane_id();
+    Sum<T> sums[kUnitVectors];
+    while (true) {
 #pragma unroll
       for (int j = 0; j < kSendAhead; ++j) {
-        if (j == 0 && is_first) {
-          add_unit<true>(sums, rows[j], weights[j], true);
-          is_first = false;
-        } else if (j < count) {
-          add_unit<true>(sums, rows[j], weights[j], false);
+        if (j < terms.count) {
+          add_unit<true>(sums, terms.rows[j], terms.weights[j]);
+          lanes &= lanes - 1;
         }
       }
+      if (lanes == 0) {
+        break;
+      }
+      terms.load(lanes, y, weight, unit, vectors_);
     }
     if (unit * kUnitVectors < vectors_) {
       char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
@@ -188,10 +221,10 @@ class LowLatencyCombine {
   }
 
   template <bool weighted>
-  __device__ static void add_unit(Sum<T> (&sums)[kUnitVectors], const Unit& u, float weight, bool is_first) {
+  __device__ static void add_unit(Sum<T> (&sums)[kUnitVectors], const Unit& u, float weight) {
 #pragma unroll
     for (int i = 0; i < kUnitVectors; ++i) {
-      sums[i].template add_term<weighted>(u.vectors[i], weight, is_first);
+      sums[i].template add_term<weighted>(u.vectors[i], weight);
     }
   }
 
@@ -238,17 +271,18 @@ class LowLatencyCombine {
 
   // --- receive ---
 
-  __device__ void receive() {
-    const int lane = lane_id();
+  __device__ int entry_of(int token) const {
+    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
+  }
+
+  // `entry`: of the first token.
+  __device__ void receive(int entry) const {
     for (int i = begin(); i < a_.num_tokens * parts_; i += step()) {
       const int token = row_of(i), part = i - token * parts_;
-      const int entry = lane < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane] : -1;
+      entry = i == begin() ? entry : entry_of(token);
       const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : -1;
       const uint32_t same = __match_any_sync(kFullWarp, rank);
-      bool counts = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == lane && f_.is_active(rank);
-      if (!await_rank(counts, rank)) {
-        return;
-      }
+      const bool counts = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == lane_id() && f_.is_active(rank);
       const bool going =
           is_packed() ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
@@ -287,12 +321,11 @@ class LowLatencyCombine {
   __device__ bool receive_packed(bool counts, int rank, int token, int chunk) const {
     const int unit = chunk * kUnitsAChunk + lane_id();
     const bool has_unit = unit * kUnitVectors < vectors_;
-    uint32_t lanes = __ballot_sync(kFullWarp, counts);
-    Sum<T> sums[kUnitVectors] = {};
-    bool is_first = true;
-    while (lanes != 0) {
-      Packs packs[kReceiveAhead];
-      int ranks[kReceiveAhead], count = 0;
+    Packs packs[kReceiveAhead];
+    int ranks[kReceiveAhead], count = 0;
+    // The first look at each of some, before any is waited for.
+    const auto look = [&](uint32_t lanes) {
+      count = 0;
 #pragma unroll
       for (int j = 0; j < kReceiveAhead; ++j) {
         ranks[j] = __shfl_sync(kFullWarp, rank, lanes != 0 ? __ffs(static_cast<int>(lanes)) - 1 : 0);
@@ -300,13 +333,27 @@ class LowLatencyCombine {
           lanes &= lanes - 1;
           count = j + 1;
           if (has_unit) {
-            packs[j].look(packs_of(ranks[j], token), unit);  // the first look at each, before any is waited for
+            packs[j].look(packs_of(ranks[j], token), unit);
           }
         }
       }
+    };
+    const uint32_t expected = __ballot_sync(kFullWarp, counts);
+    look(expected);
+    if (!await_rank(counts, rank)) {
+      return false;
+    }
+    uint32_t lanes = __ballot_sync(kFullWarp, counts);
+    if (lanes != expected) {
+      look(lanes);
+    }
+    Sum<T> sums[kUnitVectors];
+    bool is_empty = true;
+    while (lanes != 0) {
 #pragma unroll
       for (int j = 0; j < kReceiveAhead; ++j) {
         if (j < count) {
+          lanes &= lanes - 1;
           auto outcome = Outcome::there;
           if (has_unit && !packs[j].arrived(f_.tag())) {
             outcome = f_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
@@ -317,16 +364,15 @@ class LowLatencyCombine {
           if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
             return false;
           }
-          if (outcome == Outcome::there && is_first) {
-            add_unit<false>(sums, packs[j].unit(), 1, true);
-            is_first = false;
-          } else if (outcome == Outcome::there) {
-            add_unit<false>(sums, packs[j].unit(), 1, false);
+          if (outcome == Outcome::there) {
+            add_unit<false>(sums, packs[j].unit(), 1);
+            is_empty = false;
           }
         }
       }
+      look(lanes);
     }
-    const Unit result = rounded(sums);
+    const Unit result = is_empty ? Unit{} : rounded(sums);
     auto* out = reinterpret_cast<uint4*>(a_.out + int64_t{token} * a_.row_bytes);
 #pragma unroll
     for (int v = 0; v < kUnitVectors; ++v) {
@@ -342,6 +388,9 @@ class LowLatencyCombine {
   }
 
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
+    if (!await_rank(counts, rank)) {
+      return false;
+    }
     auto outcome = Outcome::there;
     if (counts) {
       const char* flag = f_.own(layout().combine_flag(f_.half(), rank, token, part));
@@ -384,6 +433,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kerne
     const __grid_constant__ LowLatencyCombineArgs args,
     const __grid_constant__ CombineShape shape) {
   ask_for(args);
+  await_kernels_before();
   __shared__ unsigned long long waited[kMaxRanks];
   LowLatencyCombine<T, way>(args, shape, waited).run();
 }
@@ -422,8 +472,8 @@ cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaS
   const auto kernel = way == Way::packed ? low_latency_combine_kernel<T, Way::packed>
                       : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
                                          : low_latency_combine_kernel<T, Way::either>;
-  kernel<<<blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream>>>(args, shape_of(args));
-  return cudaGetLastError();
+  return launch_overlapped(
+      kernel, blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream, args, shape_of(args));
 }
 
 template <class T>

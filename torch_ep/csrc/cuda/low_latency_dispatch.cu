@@ -6,6 +6,7 @@
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
 #include "device/low_latency_receive.cuh"
+#include "device/overlap.cuh"
 #include "device/quantize.cuh"
 
 #include <algorithm>
@@ -67,23 +68,19 @@ class LowLatencyDispatch {
       shared_.waited[tid] = 0;
       shared_.is_lost[tid] = false;
     }
-    if (__syncthreads_or(f_.has_failed())) {
-      return;
-    }
     if (f_.is_teller()) {
-      f_.tell(a_.part, a_.wait_ns);
+      if (!__syncthreads_or(f_.has_failed())) {
+        f_.tell(a_.part, a_.wait_ns);
+      }
       return;
     }
-    if (a_.part != Part::send && !f_.is_next()) {
-      return;
-    }
-    if (a_.part != Part::receive) {
-      if (blockIdx.x == 0) {
-        announce();
-      } else if constexpr (is_packed) {
-        send_packed<T>();
-      } else {
-        send<T>();
+    if (a_.part == Part::receive) {
+      if (!may_begin()) {
+        return;
+      }
+    } else {
+      if (!(blockIdx.x == 0 ? announce() : send<T>())) {
+        return;
       }
       f_.end_send();
     }
@@ -102,9 +99,15 @@ class LowLatencyDispatch {
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
 
+  // Of a whole block, once it has asked for what it needs first.
+  __device__ bool may_begin() const {
+    return !__syncthreads_or(f_.has_failed()) && (a_.part == Part::send || f_.is_next());
+  }
+
   // --- announce ---
 
-  __device__ void announce() {
+  // False: not begun.
+  __device__ bool announce() {
     __shared__ bool may_write[kWarp];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
     const int words = layout().words, visit_words = layout().visit_words(), world_size = f_.world_size();
@@ -124,8 +127,12 @@ class LowLatencyDispatch {
     for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
       memory_.words[i] = 0;
     }
-    const bool going = warp != kMaxWarps - 1 || f_.wait_for_credits(may_write[lane]);
-    __syncthreads();
+    const bool waits = warp == kMaxWarps - 1;
+    const uint64_t credit = waits ? f_.look_at_credit() : 0;
+    if (!may_begin()) {
+      return false;
+    }
+    const bool going = !waits || f_.wait_for_credits(credit, may_write[lane]);
 #pragma unroll 1
     for (int first = warp; first < a_.num_tokens; first += kAhead * kMaxWarps) {
       if (first != warp) {
@@ -150,7 +157,7 @@ class LowLatencyDispatch {
       }
     }
     if (!__syncthreads_and(going)) {
-      return;
+      return true;
     }
 #pragma unroll 1
     for (int i = tid; i < world_size * words; i += kThreads) {
@@ -173,6 +180,7 @@ class LowLatencyDispatch {
     if (tid == 0 && a_.part == Part::send) {
       *a_.ticket = static_cast<int64_t>(f_.number());
     }
+    return true;
   }
 
   // Of a slot of a token whose entry is bad: out of range, or the same as that of an earlier slot.
@@ -238,15 +246,25 @@ class LowLatencyDispatch {
     return a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + slot];
   }
 
+  // False: not begun.
   template <class T>
-  __device__ void send_packed() {
+  __device__ bool send() {
+    if constexpr (is_packed) {
+      return send_packed<T>();
+    } else {
+      return send_bulk<T>();
+    }
+  }
+
+  template <class T>
+  __device__ bool send_packed() {
     __shared__ int experts[kMaxTopk], indices[kMaxTopk];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
     const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
     const int vectors = a_.row_bytes / 16;
     uint32_t may_write = 0;
-    bool has_credit = false;
+    bool has_begun = false;
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks) {
       // What is asked for here arrives while others are waited for.
@@ -262,10 +280,14 @@ class LowLatencyDispatch {
       int before[kEntriesAhead];
       load_before(token, 0, before);
       const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
-      if (!has_credit) {
+      if (!has_begun) {
+        has_begun = true;
+        const uint64_t credit = f_.look_at_credit();
+        if (!may_begin()) {
+          return false;
+        }
         bool may = false;
-        may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
-        has_credit = true;
+        may_write = f_.wait_for_credits(credit, may) ? __ballot_sync(kFullWarp, may) : 0;
       }
       const Token t = token_of(entry);
       if (warp_id() == 0 && lane < a_.num_topk) {
@@ -298,6 +320,7 @@ class LowLatencyDispatch {
       }
       __syncthreads();  // all have read the stage
     }
+    return has_begun || may_begin();
   }
 
   // Of the last warp, which has the least to do. Three words a pack.
@@ -314,7 +337,7 @@ class LowLatencyDispatch {
   }
 
   template <class T>
-  __device__ void send() {
+  __device__ bool send_bulk() {
     __shared__ int experts[kMaxTopk], indices[kMaxTopk];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
@@ -327,7 +350,7 @@ class LowLatencyDispatch {
       }
     };
     int n = 0;
-    bool has_credit = false, may_write = false;  // the latter: the rank of this lane
+    bool has_begun = false, may_write = false;  // the latter: the rank of this lane
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
@@ -346,10 +369,19 @@ class LowLatencyDispatch {
       int before[kEntriesAhead];
       load_before(token, 0, before);
       const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
-      if (warp_id() == 0 && !has_credit) {
-        has_credit = true;
-        may_write = f_.wait_for_credits(may_write) && may_write;
-        fence_async_global();  // between the credit and the bulk copies that it allows
+      if (!has_begun) {
+        has_begun = true;
+        const uint64_t credit = warp_id() == 0 ? f_.look_at_credit() : 0;
+        if (!may_begin()) {
+          if (as_is && tid == 0) {
+            barrier_wait(&memory_.barriers[0], 0);  // nothing is to arrive in the memory of a block that has ended
+          }
+          return false;
+        }
+        if (warp_id() == 0) {
+          may_write = f_.wait_for_credits(credit, may_write) && may_write;
+          fence_async_global();  // between the credit and the bulk copies that it allows
+        }
       }
       const Token t = token_of(entry);
       if (warp_id() == 0 && lane < a_.num_topk) {
@@ -388,6 +420,7 @@ class LowLatencyDispatch {
     }
     __syncthreads();
     fence_async_shared();  // this memory is for what arrives next
+    return has_begun || may_begin();
   }
 
   // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
@@ -413,6 +446,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
   ask_for(args);
+  await_kernels_before();
   __shared__ LowLatencyShared shared;
   LowLatencyDispatch<is_packed>(args, shape, shared).template run<T>();
 }
@@ -458,8 +492,7 @@ cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, c
   const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
   const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
   const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
-  kernel<<<blocks, kThreads, shared, stream>>>(args, shape);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, blocks, kThreads, shared, stream, args, shape);
 }
 
 template <class T>

@@ -7,8 +7,6 @@
 #include <ATen/ops/full.h>
 #include <c10/cuda/CUDAException.h>
 
-#include <algorithm>
-
 namespace ep::cuda {
 namespace {
 
@@ -25,20 +23,19 @@ void set_tokens(
     const at::Tensor& x,
     const at::Tensor& topk_idx,
     const std::optional<at::Tensor>& topk_weights) {
-  args.x = data<char>(x.view(at::kByte));
+  args.x = data<char>(x);
   args.topk_idx = topk_idx.const_data_ptr();
   args.wide_idx = topk_idx.scalar_type() == at::kLong;
   args.topk_weights = topk_weights ? data<float>(*topk_weights) : nullptr;
   args.num_tokens = x.size(0) <= args.max_tokens ? static_cast<int>(x.size(0)) : 0;
 }
 
-// After an exchange without any, so that nobody waits for this rank in vain.
-void check_tokens(int64_t num_tokens, const LowLatencyOptions& options) {
+void check_tokens(OpKind op, int64_t num_tokens, int64_t max_tokens) {
   TORCH_CHECK_VALUE(
-      num_tokens <= options.max_tokens_per_rank,
-      name_of(kDispatch),
+      num_tokens <= max_tokens,
+      name_of(op),
       ": expected at most max_tokens_per_rank = ",
-      options.max_tokens_per_rank,
+      max_tokens,
       " tokens, got ",
       num_tokens);
 }
@@ -56,7 +53,8 @@ LowLatencyRows LowLatencyPair::dispatch(
   set_tokens(args, rows, topk_idx, topk_weights);
   auto result = make_results(args, options, x.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
-  check_tokens(x.size(0), options);
+  // After an exchange without any, so that nobody waits for this rank in vain.
+  check_tokens(kDispatch, x.size(0), options.max_tokens_per_rank);
   return result;
 }
 
@@ -155,14 +153,23 @@ void LowLatencyPair::check_row(OpKind op, int64_t num_topk, int64_t num_experts,
 }
 
 void LowLatencyPair::check_record(OpKind op, int64_t bytes) const {
-  const int64_t most = std::min<int64_t>(layout_.slot_bytes, max_record_bytes());
   TORCH_CHECK_VALUE(
-      bytes <= most,
+      bytes <= max_record_bytes(),
       name_of(op),
       ": expected rows of at most ",
-      most,
-      " bytes with what travels along, for which torch_ep.init made room, got ",
+      max_record_bytes(),
+      " bytes with what travels along on transport nvlink, got ",
       bytes);
+  TORCH_CHECK_VALUE(
+      bytes <= layout_.slot_bytes,
+      name_of(op),
+      ": expected rows of at most ",
+      layout_.slot_bytes,
+      " bytes with what travels along, got ",
+      bytes,
+      ": torch_ep.init makes room for rows of hidden = ",
+      limits_.hidden,
+      " elements of two bytes; give it a larger hidden for wider ones");
 }
 
 LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options, Part part) const {
@@ -256,6 +263,7 @@ void LowLatencyPair::set_results(
   args.recv_row = data<int32_t>(recv_row);
   args.max_tokens = static_cast<int>(recv_row.size(0) / layout_.world_size);
   check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.max_tokens);
+  check_tokens(kCombine, args.num_tokens, args.max_tokens);
 }
 
 std::tuple<at::Tensor, at::Tensor>

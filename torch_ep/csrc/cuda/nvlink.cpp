@@ -6,7 +6,6 @@
 #include "stream.h"
 #include "tensors.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -28,30 +27,49 @@ bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-// Rows as the kernels take them: bytes, a multiple of 16 a row, from an address that is one.
-at::Tensor to_wire(const at::Tensor& t) {
-  const auto bytes = t.view(at::kByte);
-  const int64_t row = bytes.size(1), padded = std::max(kVector, round_up(row, kVector));
-  if (row == padded) {
-    return reinterpret_cast<uintptr_t>(bytes.const_data_ptr()) % kVector == 0 ? bytes : bytes.clone();
+// Rows as the kernels take them: a multiple of 16 bytes each, from an address that is one. An exact plan's device waits
+// for the host until it has launched the next kernel, so nothing here goes through an operator that need not.
+struct Rows {
+  at::Tensor holder;
+  const char* data;
+  int64_t row_bytes;
+};
+
+at::Tensor as_bytes(const at::Tensor& t) {
+  // With strides that a view takes where a size of one, or no element, leaves others to a contiguous tensor.
+  return t.as_strided(t.sizes(), {t.size(1), 1}).view(at::kByte);
+}
+
+Rows to_wire(const at::Tensor& t) {
+  const int64_t row = t.size(1) * static_cast<int64_t>(t.element_size());
+  const int64_t padded = std::max(kVector, round_up(row, kVector));
+  at::Tensor holder = t;
+  if (row != padded) {
+    holder = at::zeros({t.size(0), padded}, t.options().dtype(at::kByte));
+    if (row != 0) {
+      holder.narrow(1, 0, row).copy_(as_bytes(t));
+    }
+  } else if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector != 0) {
+    holder = t.clone();
   }
-  auto result = at::zeros({bytes.size(0), padded}, bytes.options());
-  result.narrow(1, 0, row).copy_(bytes);
-  return result;
+  return {holder, data<char>(holder), padded};
 }
 
 // A result of `rows` rows like those of `like`, padded as to_wire does, and without the padding.
 at::Tensor wire_result(const at::Tensor& like, int64_t rows, int64_t padded) {
-  const int64_t row = like.size(1) * like.element_size();
-  return row == padded ? at::empty({rows, like.size(1)}, like.options())
-                       : at::empty({rows, padded}, like.options().dtype(at::kByte));
+  const int64_t row = like.size(1) * static_cast<int64_t>(like.element_size());
+  return row == padded ? empty({rows, like.size(1)}, like) : empty({rows, padded}, like, at::kByte);
 }
 
 at::Tensor from_wire(const at::Tensor& result, const at::Tensor& like) {
   if (result.scalar_type() == like.scalar_type() && result.size(1) == like.size(1)) {
     return result;
   }
-  return result.narrow(1, 0, like.size(1) * like.element_size()).contiguous().view(like.scalar_type());
+  const auto rows = empty({result.size(0), like.size(1)}, like);
+  if (like.size(1) != 0) {
+    as_bytes(rows).copy_(result.narrow(1, 0, like.size(1) * static_cast<int64_t>(like.element_size())));
+  }
+  return rows;
 }
 
 int64_t element_bytes(const std::optional<at::Tensor>& t) {
@@ -149,14 +167,14 @@ class Nvlink final : public Transport {
       // Room for as many rows as could come: indices are small, and so the kernel need not stop where it counts them.
       rows = rows * std::min(num_topk, num_local_experts) + num_local_experts * (options.alignment - 1);
     }
-    const auto ints = topk_idx.options().dtype(at::kInt);
-    const auto send_slot = at::empty({num_tokens, num_topk}, ints);
-    const auto send_counts = at::empty({layout_.world_size}, ints);
-    const auto recv_counts = at::empty({layout_.world_size}, ints);
-    auto recv_map = options.expert_major ? at::empty({rows}, ints) : at::empty({rows, num_topk}, topk_idx.options());
-    const auto offsets = at::empty({options.expert_major ? num_local_experts : layout_.world_size}, ints);
-    const auto tokens_per_expert = at::empty({num_local_experts}, ints);
-    const auto num_dropped = at::empty({}, ints);
+    const auto ints = [&](at::IntArrayRef sizes) { return empty(sizes, topk_idx, at::kInt); };
+    const auto send_slot = ints({num_tokens, num_topk});
+    const auto send_counts = ints({layout_.world_size});
+    const auto recv_counts = ints({layout_.world_size});
+    const auto recv_map = options.expert_major ? ints({rows}) : empty({rows, num_topk}, topk_idx);
+    const auto offsets = ints({options.expert_major ? num_local_experts : layout_.world_size});
+    const auto tokens_per_expert = ints({num_local_experts});
+    const auto num_dropped = ints({});
 
     PlanArgs args{};
     args.comm = comm_;
@@ -189,7 +207,10 @@ class Nvlink final : public Transport {
       TORCH_CHECK_VALUE(false, refusal(num_tokens, most_tokens));
     }
     if (exact) {
-      recv_map = recv_map.narrow(0, 0, await_rows(stream));
+      // Not a view: nobody else has the tensor yet.
+      auto sizes = recv_map.sizes().vec();
+      sizes[0] = await_rows(stream);
+      recv_map.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
     }
     return {send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped};
   }
@@ -210,8 +231,7 @@ class Nvlink final : public Transport {
     args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
     set_agreed(args.agreed, x, topk_weights, scales, num_topk);
     if (topk_weights) {
-      auto sizes = plan.recv_map.sizes().vec();
-      std::get<1>(result) = at::empty(sizes, topk_weights->options());
+      std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
       args.weights = data<char>(*topk_weights);
       args.out_weights = mutable_data<char>(*std::get<1>(result));
     }
@@ -219,7 +239,7 @@ class Nvlink final : public Transport {
     const int64_t scale_bytes = bytes_per_row(scales);
     const bool beside = 2 * (round_up(scale_bytes, kVector) + record_tail(args.record, num_topk)) <= record_limit();
     if (scales && beside) {
-      std::get<2>(result) = at::empty({rows, scales->size(1)}, scales->options());
+      std::get<2>(result) = empty({rows, scales->size(1)}, *scales);
       args.record.scale_bytes = static_cast<int>(scale_bytes);
       args.scales = data<char>(*scales);
       args.out_scales = mutable_data<char>(*std::get<2>(result));
@@ -254,7 +274,7 @@ class Nvlink final : public Transport {
       args.row_weights = wide_weights.const_data_ptr();
     }
     if (topk_weights) {
-      std::get<1>(result) = at::empty({num_tokens, num_topk}, topk_weights->options());
+      std::get<1>(result) = empty({num_tokens, num_topk}, *topk_weights);
       args.weights = data<char>(*topk_weights);
       args.out_weights = mutable_data<char>(*std::get<1>(result));
     }
@@ -443,9 +463,9 @@ class Nvlink final : public Transport {
 
   at::Tensor dispatch_rows(DispatchArgs& args, const at::Tensor& x, int64_t rows, cudaStream_t stream) const {
     const auto wire = to_wire(x);
-    const auto result = wire_result(x, rows, wire.size(1));
-    by_columns(args, wire.size(1), args.plan.num_topk, [&](int64_t begin) {
-      args.x = data<char>(wire) + begin;
+    const auto result = wire_result(x, rows, wire.row_bytes);
+    by_columns(args, wire.row_bytes, args.plan.num_topk, [&](int64_t begin) {
+      args.x = wire.data + begin;
       args.out = mutable_data<char>(result) + begin;
       C10_CUDA_CHECK(launch_dispatch(args, stream));
     });
@@ -454,10 +474,10 @@ class Nvlink final : public Transport {
 
   at::Tensor combine_rows(CombineArgs& args, const at::Tensor& y, int64_t num_tokens, cudaStream_t stream) const {
     const auto wire = to_wire(y);
-    const auto result = wire_result(y, num_tokens, wire.size(1));
+    const auto result = wire_result(y, num_tokens, wire.row_bytes);
     args.element = element_of(y.scalar_type());
-    by_columns(args, wire.size(1), args.plan.num_topk, [&](int64_t begin) {
-      args.y = data<char>(wire) + begin;
+    by_columns(args, wire.row_bytes, args.plan.num_topk, [&](int64_t begin) {
+      args.y = wire.data + begin;
       args.out = mutable_data<char>(result) + begin;
       C10_CUDA_CHECK(launch_combine(args, stream));
     });

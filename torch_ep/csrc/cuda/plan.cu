@@ -1,11 +1,11 @@
 // ep::plan: who sends what where, in one kernel and one message to every peer.
 //   tell    each block checks and counts its share of this rank's tokens, and writes them and the counts to every peer
-//   hear    every block waits for every block of every rank
-//   count   every block adds up the counts: how many rows go and come, where each expert's rows begin, how many of them
-//           come before its own share of each rank's tokens
-//   place   each block places its share of every rank's tokens
+//   count   every block adds up the counts of every block of every rank: how many rows go and come, where each expert's
+//           rows begin, how many of them come before its own share of each rank's tokens
+//   place   each block places its share of every rank's tokens, once these have come
 // Every rank gets the experts of all tokens, not of those alone that visit it: they are small, and so nothing has to be
-// counted before they leave.
+// counted before they leave. Each count is a word that holds the number of the exchange too: it waits for no flag, nor
+// for what was written before it, and so the host of an exact plan hears soon how many rows there are.
 #include "device/exchange.cuh"
 
 namespace ep::cuda {
@@ -40,6 +40,16 @@ struct RankCounts {
   int num_tokens;  // of the rank
 };
 
+// Out of the way, and with a copy of its own, so that what calls it keeps its variables in registers.
+__device__ __noinline__ uint64_t await_word(Exchange x, const uint64_t* word, int rank) {
+  Wait wait(x, Phase::counts);
+  uint64_t seen = load_relaxed_system(word);
+  while (!x.is_tagged(seen) && wait.again(rank, seen)) {
+    seen = load_relaxed_system(word);
+  }
+  return seen;
+}
+
 class PlanBlock {
  public:
   __device__ PlanBlock(const PlanArgs& args, RankCounts* ranks, int* words)
@@ -53,8 +63,7 @@ class PlanBlock {
   }
 
   __device__ void run() {
-    if (tell() && hear()) {
-      count();
+    if (tell() && count()) {
       if (blockIdx.x == 0) {
         write_totals();
       }
@@ -105,6 +114,10 @@ class PlanBlock {
     if (tid == 0) {
       first_bad = kNoBad;
     }
+    if (meets()) {
+      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
+      tell_peers(x_, agreed, -1, -1);
+    }
     if (!__syncthreads_and(tid >= kWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan)))) {
       return false;
     }
@@ -144,95 +157,80 @@ class PlanBlock {
       }
       __syncthreads();
     }
-    for (int i = tid; i < world_size_ * (num_local_ + 2); i += kThreads) {
-      const int p = i / (num_local_ + 2), word = i % (num_local_ + 2);
-      const int value = word < num_local_    ? s_.histogram[p * num_local_ + word]
-                        : word == num_local_ ? rows_to[p]
-                                             : num_tokens;
-      reinterpret_cast<int*>(x_.peer(p, layout.plan_counts(me_, block)))[word] = value;
+    const uint64_t status = a_.refused ? kRefused : first_bad == kNoBad ? 0 : 1 + first_bad;
+    for (int p = 0; p < world_size_; ++p) {
+      auto* words = reinterpret_cast<uint64_t*>(x_.peer(p, layout.plan_counts(me_, block)));
+      for (int i = tid; i < num_local_ + Layout::kPlanSums; i += kThreads) {
+        const uint64_t value = i < num_local_                  ? s_.histogram[p * num_local_ + i]
+                               : i == word_of(Sum::rows)       ? rows_to[p]
+                               : i == word_of(Sum::num_tokens) ? num_tokens
+                                                               : status;
+        store_relaxed_system(&words[i], x_.tag() | value);
+      }
     }
     if (tid < world_size_) {
-      a_.comm.state->send_rows[block * kMaxRanks + tid] = rows_to[tid];
+      store_relaxed_system(&a_.comm.state->send_rows[block * kMaxRanks + tid], x_.tag() | rows_to[tid]);
     }
     __syncthreads();
     if (tid < world_size_) {
-      // Releases what the whole block wrote: it is ordered before this by the barrier.
-      const uint64_t status = a_.refused ? kRefused : first_bad == kNoBad ? 0 : 1 + first_bad;
-      store_release_system(x_.peer(tid, layout.plan_flag(me_, block)), x_.tag() | status);
+      // Releases the tokens that the whole block wrote: they are ordered before this by the barrier.
+      store_release_system(x_.peer(tid, layout.plan_flag(me_, block)), x_.epoch);
     }
     return true;
   }
 
-  // --- hear ---
+  // The warp that meets the peers.
+  __device__ bool meets() const { return blockIdx.x == 0 && warp_id() == kThreads / kWarp - 1; }
 
-  __device__ bool hear() {
+  // --- count ---
+
+  // What a block of a rank tells besides the counts of the experts.
+  enum class Sum { rows, num_tokens, status };
+  __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
+
+  __device__ const uint64_t* word(int rank, int block, int i) const {
+    return reinterpret_cast<const uint64_t*>(x_.own(x_.layout().plan_counts(rank, block))) + i;
+  }
+
+  // The value of a word, once it is there; `seen`: of the first look at it.
+  __device__ int heard(const uint64_t* word, uint64_t seen, int rank, bool& going) const {
+    if (!x_.is_tagged(seen)) {
+      seen = await_word(x_, word, rank);
+      going = going && x_.is_tagged(seen);
+    }
+    return static_cast<int>(seen & 0xffffffff);
+  }
+
+  // False: given up.
+  __device__ bool count() {
     __shared__ unsigned long long first_bad;  // rank << 32 | status, the first one of all
-    const auto tid = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
-    const Layout& layout = x_.layout();
+    const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
+    const auto blocks = static_cast<int>(gridDim.x);
     if (tid == 0) {
       first_bad = ~0ULL;
     }
     __syncthreads();
     bool going = true;
-    if (blockIdx.x == 0 && tid < kWarp) {
+    if (meets()) {
       const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      going = meet_peers(x_, agreed, -1, -1);
+      going = check_peers(x_, agreed, -1, -1);
     }
-    for (int i = tid; going && i < world_size_ * blocks; i += kThreads) {
-      const void* flag = x_.own(layout.plan_flag(i / blocks, i % blocks));
-      Wait wait(x_, Phase::counts);
-      uint64_t word = load_acquire_system(flag);
-      while (going && !x_.is_tagged(word)) {
-        going = wait.again(i / blocks, word);
-        word = load_acquire_system(flag);
-      }
-      const uint64_t status = word & 0xffffffff;
-      if (going && status != 0) {
-        atomicMin(&first_bad, static_cast<unsigned long long>(i / blocks) << 32 | status);
-      }
-    }
-    going = __syncthreads_and(going);
-    is_void_ = first_bad != ~0ULL;
-    if (going && is_void_ && blockIdx.x == 0 && tid == 0 && !(a_.refused && a_.capacity >= 0)) {
-      const auto rank = static_cast<int>(first_bad >> 32);
-      const auto status = static_cast<int64_t>(first_bad & 0xffffffff);
-      int64_t value = 0, cause = kTooManyTokens;
-      if (status != kRefused) {
-        const int* entries = reinterpret_cast<const int*>(x_.own(layout.plan_topk(rank)));
-        const int64_t bad = status - 1, token = bad / a_.num_topk;
-        value = entries[bad];
-        cause = kOutOfRange;
-        for (int64_t i = token * a_.num_topk; cause == kOutOfRange && i < bad; ++i) {
-          cause = entries[i] == value ? i % a_.num_topk : kOutOfRange;
-        }
-      }
-      // Tensors of other shapes may have been planned for before the host reads this.
-      const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-      record(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
-    }
-    return going;
-  }
-
-  // --- count ---
-
-  // Of the word-th count of a block of a rank.
-  __device__ int counted(int rank, int block, int word) const {
-    return reinterpret_cast<const int*>(x_.own(x_.layout().plan_counts(rank, block)))[word];
-  }
-
-  __device__ void count() {
-    const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-    const auto blocks = static_cast<int>(gridDim.x);
     // Of each (rank, local expert): in `before`, the rows of blocks before this one. Four lanes share the blocks.
     constexpr int kLanes = 4;
     const int pairs = world_size_ * num_local_;
     for (int first = 0; first < pairs; first += kThreads / kLanes) {
       const int i = first + tid / kLanes, rank = i / num_local_, expert = i % num_local_;
       int total = 0, before = 0;
-      if (i < pairs && !is_void_) {  // a void plan counts nothing
-#pragma unroll 8
-        for (int b = tid % kLanes; b < blocks; b += kLanes) {
-          const int n = counted(rank, b, expert);
+      for (int b0 = tid % kLanes; i < pairs && b0 < blocks; b0 += kLanes * kBatch) {
+        uint64_t seen[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int b = b0 + j * kLanes;
+          seen[j] = b < blocks ? load_relaxed_system(word(rank, b, expert)) : x_.tag();
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          const int b = b0 + j * kLanes, n = heard(word(rank, b, expert), seen[j], rank, going);
           total += n;
           before += b < block ? n : 0;
         }
@@ -250,13 +248,28 @@ class PlanBlock {
     if (warp_id() < world_size_) {
       const int rank = warp_id(), lane = lane_id();
       RankCounts sums{};
-      for (int b = lane; !is_void_ && b < blocks; b += kWarp) {
-        const int sent = fresh(a_.comm.state->send_rows[b * kMaxRanks + rank]), received = counted(rank, b, num_local_);
+      for (int b = lane; b < blocks; b += kWarp) {
+        const uint64_t* words[] = {
+            &a_.comm.state->send_rows[b * kMaxRanks + rank],
+            word(rank, b, word_of(Sum::rows)),
+            word(rank, b, word_of(Sum::num_tokens)),
+            word(rank, b, word_of(Sum::status))};
+        uint64_t seen[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          seen[j] = load_relaxed_system(words[j]);
+        }
+        const int sent = heard(words[0], seen[0], me_, going), received = heard(words[1], seen[1], rank, going);
         sums.send_total += sent;
         sums.send_before += b < block ? sent : 0;
         sums.recv_total += received;
         sums.recv_before += b < block ? received : 0;
         sums.recv_here += b == block ? received : 0;
+        sums.num_tokens = heard(words[2], seen[2], rank, going);  // every block tells the same
+        const auto status = static_cast<uint32_t>(heard(words[3], seen[3], rank, going));
+        if (status != 0) {
+          atomicMin(&first_bad, static_cast<unsigned long long>(rank) << 32 | status);
+        }
       }
       const auto add_up = [](int n) {
         return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(n)));
@@ -269,9 +282,24 @@ class PlanBlock {
           add_up(sums.recv_total),
           add_up(sums.recv_before),
           add_up(sums.recv_here),
-          is_void_ ? 0 : counted(rank, 0, num_local_ + 1)};
+          sums.num_tokens};
       if (lane == 0) {
         ranks_[rank] = sums;
+      }
+    }
+    if (!__syncthreads_and(going)) {
+      return false;
+    }
+    is_void_ = first_bad != ~0ULL;
+    if (is_void_) {  // counts nothing
+      if (block == 0 && tid == 0 && !(a_.refused && a_.capacity >= 0)) {
+        record_bad(static_cast<int>(first_bad >> 32), static_cast<int64_t>(first_bad & 0xffffffff));
+      }
+      for (int i = tid; i < pairs; i += kThreads) {
+        s_.before[i] = totals_of_rank(0)[i] = 0;
+      }
+      if (tid < world_size_) {
+        ranks_[tid] = {};
       }
     }
     __syncthreads();
@@ -314,6 +342,31 @@ class PlanBlock {
         a_.expert_major ? int64_t{s_.expert_begin[last]} + aligned(s_.expert_total[last]) : received_;
     needed_ = needed;
     rows_ = a_.capacity < 0 ? min(needed, a_.map_rows) : a_.capacity;
+    return true;
+  }
+
+  // One thread. `status`: of what the rank told, not 0.
+  __device__ void record_bad(int rank, int64_t status) const {
+    int64_t value = 0, cause = kTooManyTokens;
+    if (status != kRefused) {
+      bool going = true;
+      for (int b = 0; b < static_cast<int>(gridDim.x); ++b) {
+        going = going && wait_for_tokens(rank, b);
+      }
+      if (!going) {
+        return;
+      }
+      const int* entries = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(rank)));
+      const int64_t bad = status - 1, token = bad / a_.num_topk;
+      value = entries[bad];
+      cause = kOutOfRange;
+      for (int64_t i = token * a_.num_topk; cause == kOutOfRange && i < bad; ++i) {
+        cause = entries[i] == value ? i % a_.num_topk : kOutOfRange;
+      }
+    }
+    // Tensors of other shapes may have been planned for before the host reads this.
+    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
+    record(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
   }
 
   // The bits are not needed yet.
@@ -375,8 +428,26 @@ class PlanBlock {
 
   // --- place ---
 
+  // A thread: until it can read what a block of a rank wrote of its tokens.
+  __device__ bool wait_for_tokens(int rank, int block) const {
+    const void* flag = x_.own(x_.layout().plan_flag(rank, block));
+    Wait wait(x_, Phase::counts);
+    uint64_t seen = load_acquire_system(flag);
+    while (seen != x_.epoch) {
+      if (!wait.again(rank, seen)) {
+        return false;
+      }
+      seen = load_acquire_system(flag);
+    }
+    return true;
+  }
+
   __device__ void place() {
     __shared__ VisitBits visits[kMaxGroups];
+    const auto waits = static_cast<int>(threadIdx.x) < world_size_ && !is_void_;
+    if (!__syncthreads_and(!waits || wait_for_tokens(static_cast<int>(threadIdx.x), static_cast<int>(blockIdx.x)))) {
+      return;
+    }
     const int group = static_cast<int>(threadIdx.x) / kPlacers, groups = plan_groups(world_size_);
     if (group < groups) {
       for (int r = group; r < world_size_; r += groups) {

@@ -4,6 +4,7 @@
 #include "launch.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
 
 namespace ep::cuda {
 
@@ -28,6 +29,15 @@ const T* data(const at::Tensor& t) {
 template <class T>
 T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// As at::empty, on the device of `like`, without the way there through the dispatcher.
+inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType type) {
+  return at::detail::empty_cuda(sizes, type, like.device(), std::nullopt);
+}
+
+inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
+  return empty(sizes, like, like.scalar_type());
 }
 
 }  // namespace ep::cuda

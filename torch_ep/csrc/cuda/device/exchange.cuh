@@ -223,15 +223,12 @@ __device__ inline bool wait_for_headers(const Exchange& x) {
   return wait_lanes(x, Phase::header, x.is_peer(p), p, [&] { return load_acquire_system(&header->epoch) >= x.epoch; });
 }
 
-// Of one whole warp: lane p tells peer p that this rank has entered the exchange, and checks that p entered the same.
-__device__ inline bool
-meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
+// Of one whole warp: lane p tells peer p that this rank has entered the exchange.
+__device__ inline void
+tell_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
   const int p = lane_id();
-  const Layout& layout = x.layout();
-  const int parity = static_cast<int>(x.epoch % 2);
-  const bool is_peer = x.is_peer(p);
-  if (is_peer) {
-    auto* theirs = reinterpret_cast<Header*>(x.peer(p, layout.header(parity, x.comm.rank)));
+  if (x.is_peer(p)) {
+    auto* theirs = reinterpret_cast<Header*>(x.peer(p, x.layout().header(static_cast<int>(x.epoch % 2), x.comm.rank)));
     store_relaxed_system(&theirs->op, static_cast<uint64_t>(x.op));
     for (int i = 0; i < kNumAgreed; ++i) {
       store_relaxed_system(&theirs->agreed[i], static_cast<uint64_t>(agreed[i]));
@@ -241,6 +238,13 @@ meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64
     store_relaxed_system(&theirs->chunks, static_cast<uint64_t>(chunks));
     store_release_system(&theirs->epoch, x.epoch);
   }
+}
+
+// Of one whole warp: lane p checks that peer p entered the same.
+__device__ inline bool
+check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane) {
+  const int p = lane_id();
+  const bool is_peer = x.is_peer(p);
   const Header* header = header_of_lane(x);
   if (!wait_for_headers(x)) {
     return false;
@@ -271,6 +275,12 @@ meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64
     return false;
   }
   return true;
+}
+
+__device__ inline bool
+meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
+  tell_peers(x, agreed, rows_to_lane, rows_from_lane, chunks);
+  return check_peers(x, agreed, rows_to_lane, rows_from_lane);
 }
 
 // Of a whole block, at the end: the last block ends the exchange. `last_use`: of the peers' buffer that was written.

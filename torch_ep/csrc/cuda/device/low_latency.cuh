@@ -98,9 +98,15 @@ class Flight {
     }
   }
 
-  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. False: failed. Who has not
-  // received what it sent itself is told so at once, and not to blame others.
-  __device__ bool wait_for_credits(bool& may_write) const {
+  // Of a whole warp: lane p has a first look at whether rank p may be written, beside what else it asks for.
+  __device__ uint64_t look_at_credit() const {
+    const int p = lane_id();
+    return p < world_size() && p != me() ? load_acquire_system(own(layout().done(kind_, p))) : 0;
+  }
+
+  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. `seen`: of look_at_credit. False:
+  // failed. Who has not received what it sent itself is told so at once, and not to blame others.
+  __device__ bool wait_for_credits(uint64_t seen, bool& may_write) const {
     const int p = lane_id();
     may_write = false;
     if (seen_.received + 2 < number()) {
@@ -114,8 +120,11 @@ class Flight {
     if (p == me()) {
       outcome = Outcome::there;
     } else if (p < world_size() && is_active(p)) {
-      outcome = wait(
-          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
+      const auto has_come = [&] { return seen + 2 >= number(); };
+      outcome = has_come() ? Outcome::there : wait(Phase::credit, p, false, [&] {
+        seen = load_acquire_system(own(layout().done(kind_, p)));
+        return has_come();
+      });
     }
     may_write = outcome == Outcome::there;
     const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;

@@ -83,6 +83,9 @@ class LowLatencyReceive {
     if (!hear(memory_.words)) {
       return;
     }
+    // Looked at before places are counted, so that the one hides the other.
+    PartOfRow first{};
+    const bool comes = is_packed && first_part() < num_parts() && look_first(first, heard, first_part());
 #pragma unroll 1
     for (int e = tid; e < num_local_; e += kDispatchThreads) {
       int end = 0;
@@ -101,7 +104,7 @@ class LowLatencyReceive {
     __syncthreads();
     fill_slots(heard);
     if constexpr (is_packed) {
-      receive_packed(heard);
+      receive_packed(heard, first, comes);
     } else if (warp_id() < shape_.receive_warps) {
       receive_rows(heard);
     }
@@ -241,39 +244,91 @@ class LowLatencyReceive {
            (row - int64_t{expert} * rows_of_expert);
   }
 
-  // Warps, each a part of one row: a chunk of it, or its scales.
-  __device__ void receive_packed(const Heard& heard) const {
-    const int lane = lane_id(), work = f_.world_size() * a_.max_tokens * shape_.parts;
-    const bool has_place = lane < a_.num_topk;
+  // A part of a row on its way: a chunk of it, or its scales, and the Places.
+  struct PartOfRow {
+    int i, part, source, token;  // i: source * max_tokens + token
+    uint4 place;
+    Packs packs;  // of scales: one
+  };
+
+  __device__ int first_part() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
+  __device__ int num_parts() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
+  __device__ bool has_place() const { return lane_id() < a_.num_topk; }
+  __device__ bool is_chunk(const PartOfRow& p) const { return p.part * kChunkVectors < a_.row_bytes / 16; }
+  // Vectors of a chunk from this lane's unit on.
+  __device__ int vectors_left(const PartOfRow& p) const {
+    return a_.row_bytes / 16 - (p.part * kUnitsAChunk + lane_id()) * kUnitVectors;
+  }
+
+  // Whose part it is; and the first look at it, if it is to come: false if not.
+  __device__ bool look_first(PartOfRow& p, const Heard& heard, int n) const {
+    p.i = shape_.by_parts.quotient(n);
+    p.part = n - p.i * shape_.parts;
+    p.source = shape_.by_tokens.quotient(p.i);
+    p.token = p.i - p.source * a_.max_tokens;
+    const bool comes = heard.visits(layout(), p.source, p.token);
+    if (comes) {
+      look(p, lane_id() * 3);
+    }
+    return comes;
+  }
+
+  // `first_scale`: of those this lane gets.
+  __device__ void look(PartOfRow& p, int first_scale) const {
+    const char* from = f_.own(layout().dispatch_packs(f_.half(), p.source, p.token));
+    if (has_place()) {
+      p.place = load_relaxed_system_16(from + lane_id() * kPackBytes);
+    }
+    if (!is_chunk(p)) {
+      if (first_scale < a_.num_scales) {
+        p.packs.packs[0] = load_relaxed_system_16(from + layout().scale_packs_at + first_scale / 3 * kPackBytes);
+      }
+    } else if (vectors_left(p) > 0) {
+      p.packs.look(from + layout().row_packs_at, p.part * kUnitsAChunk + lane_id());
+    }
+  }
+
+  __device__ bool has_arrived(const PartOfRow& p, int first_scale) const {
+    if (has_place() && p.place.w != f_.tag()) {
+      return false;
+    }
+    return is_chunk(p) ? vectors_left(p) <= 0 || p.packs.arrived(f_.tag())
+                       : first_scale >= a_.num_scales || p.packs.packs[0].w == f_.tag();
+  }
+
+  // Of a whole warp, after a look.
+  __device__ Outcome await(PartOfRow& p, int first_scale) const {
+    auto outcome = Outcome::there;
+    if (!has_arrived(p, first_scale)) {
+      outcome = f_.wait(Phase::rows, p.source, lane_id() == 0, [&] {
+        look(p, first_scale);
+        return has_arrived(p, first_scale);
+      });
+    }
+    return of_warp(outcome);
+  }
+
+  // Warps, each a part of one row. `p`: the first, looked at if it `comes`.
+  __device__ void receive_packed(const Heard& heard, PartOfRow& p, bool comes) const {
 #pragma unroll 1
-    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < work;
-         n += f_.workers() * kDispatchWarps) {
-      const int i = shape_.by_parts.quotient(n), part = n - i * shape_.parts;
-      const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
+    for (int n = first_part(); n < num_parts(); n += f_.workers() * kDispatchWarps) {
+      if (n != first_part()) {
+        comes = look_first(p, heard, n);
+      }
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), source, token)) {
-        const char* packs = f_.own(layout().dispatch_packs(f_.half(), source, token));
-        uint4 place{};
-        const auto look = [&] {
-          if (has_place) {
-            place = load_relaxed_system_16(packs + lane * kPackBytes);
-          }
-        };
-        const auto arrived = [&] { return !has_place || place.w == f_.tag(); };
+      if (comes) {
         const auto find_row = [&] {
-          row = has_place ? row_at(heard, source, static_cast<int>(place.x), static_cast<int>(place.y)) : -1;
-          weight = __uint_as_float(place.z);
+          row = has_place() ? row_at(heard, p.source, static_cast<int>(p.place.x), static_cast<int>(p.place.y)) : -1;
+          weight = __uint_as_float(p.place.z);
         };
-        const auto outcome = part * kChunkVectors < a_.row_bytes / 16
-                                 ? receive_chunk(packs, source, part, look, arrived, find_row, row)
-                                 : receive_scales(packs, source, look, arrived, find_row, row);
+        const auto outcome = is_chunk(p) ? receive_chunk(p, find_row, row) : receive_scales(p, find_row, row);
         if (outcome == Outcome::failed) {
           break;
         }
       }
-      if (part == 0) {
-        write_slot(i, row, weight);
+      if (p.part == 0) {
+        write_slot(p.i, row, weight);
       }
     }
   }
@@ -286,29 +341,14 @@ class LowLatencyReceive {
     return __all_sync(kFullWarp, outcome == Outcome::there) ? Outcome::there : Outcome::absent;
   }
 
-  // Of a whole warp: a chunk of a row, a unit a lane. `look`, `arrived`, `find_row`: of the places, which are looked at
-  // together with it.
-  template <class Look, class Arrived, class FindRow>
-  __device__ Outcome receive_chunk(
-      const char* from,
-      int source,
-      int chunk,
-      const Look& look,
-      const Arrived& arrived,
-      const FindRow& find_row,
-      const int64_t& row) const {
-    const int unit = chunk * kUnitsAChunk + lane_id(), left_vectors = a_.row_bytes / 16 - unit * kUnitVectors;
-    Packs packs{};
-    const auto outcome = of_warp(f_.wait(Phase::rows, source, lane_id() == 0, [&] {
-      look();
-      if (left_vectors > 0) {
-        packs.look(from + layout().row_packs_at, unit);
-      }
-      return arrived() && (left_vectors <= 0 || packs.arrived(f_.tag()));
-    }));
+  // Of a whole warp: a chunk of a row, a unit a lane.
+  template <class FindRow>
+  __device__ Outcome receive_chunk(PartOfRow& p, const FindRow& find_row, const int64_t& row) const {
+    const auto outcome = await(p, 0);
     if (outcome == Outcome::there) {
       find_row();
-      const Unit u = packs.unit();
+      const int left_vectors = vectors_left(p), unit = p.part * kUnitsAChunk + lane_id();
+      const Unit u = p.packs.unit();
       const uint64_t first = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
 #pragma unroll 1
       for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
@@ -326,31 +366,22 @@ class LowLatencyReceive {
   }
 
   // Of a whole warp: the scales of a row, three words a lane.
-  template <class Look, class Arrived, class FindRow>
-  __device__ Outcome receive_scales(
-      const char* from,
-      int source,
-      const Look& look,
-      const Arrived& arrived,
-      const FindRow& find_row,
-      const int64_t& row) const {
+  template <class FindRow>
+  __device__ Outcome receive_scales(PartOfRow& p, const FindRow& find_row, const int64_t& row) const {
     auto outcome = Outcome::there;
 #pragma unroll 1
     for (int begin = 0; outcome == Outcome::there && begin < a_.num_scales; begin += 3 * kWarp) {
       const int first = begin + 3 * lane_id();
-      uint4 pack{};
-      outcome = of_warp(f_.wait(Phase::rows, source, false, [&] {
-        look();
-        if (first < a_.num_scales) {
-          pack = load_relaxed_system_16(from + layout().scale_packs_at + first / 3 * kPackBytes);
-        }
-        return arrived() && (first >= a_.num_scales || pack.w == f_.tag());
-      }));
+      if (begin != 0) {
+        look(p, first);
+      }
+      outcome = await(p, first);
       if (outcome != Outcome::there) {
         break;
       }
       find_row();
       const uint64_t to_row = reinterpret_cast<uint64_t>(scales_of(max(row, int64_t{0})));
+      const uint4& pack = p.packs.packs[0];
       const uint32_t words[3] = {pack.x, pack.y, pack.z};
 #pragma unroll 1
       for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {

@@ -84,11 +84,15 @@ __device__ __forceinline__ uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32
 
 // --- 16 bytes a lane: global to shared memory, past the registers; a lane waits for its own ---
 
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "l"(global)
-      : "memory");
+// At kOffset from both addresses. With a branch around every copy the compiler computes an address for each.
+template <int kOffset>
+__device__ __forceinline__ void copy_async_if(bool copies, void* shared, const void* global) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1 + %3], [%2 + %3], 16; }" ::"r"(
+                   static_cast<int>(copies)),
+               "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global),
+               "n"(kOffset)
+               : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() {

@@ -38,6 +38,25 @@ __device__ __forceinline__ float widen(__half v) {
 }
 
 template <class T>
+__device__ __forceinline__ void unpack(const uint4& packed, typename Vector<T>::Wide (&wide)[Vector<T>::kSize]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    // One instruction a number; the conversion of the upper one of two would take a second.
+    const uint32_t words[] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wide[2 * i] = __uint_as_float(words[i] << 16);
+      wide[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000);
+    }
+  } else {
+    const T* numbers = reinterpret_cast<const T*>(&packed);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      wide[i] = widen(numbers[i]);
+    }
+  }
+}
+
+template <class T>
 __device__ __forceinline__ T narrow(typename Vector<T>::Wide v) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     return __float2bfloat16_rn(v);
@@ -71,22 +90,24 @@ __device__ __forceinline__ float shuffle(float v, int lane) {
 template <class T>
 struct Sum {
   using Wide = typename Vector<T>::Wide;
-  Wide value[Vector<T>::kSize];
+  static constexpr int kSize = Vector<T>::kSize;
+  Wide value[kSize];
 
-  // The first term is taken as it is: 0 + -0 would be another number.
+  // Minus zero, the one number that leaves every first term as it is.
+  __device__ __forceinline__ Sum() {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      value[i] = -Wide{0};
+    }
+  }
+
   template <bool weighted>
-  __device__ __forceinline__ void add_term(const uint4& packed, Wide weight, bool first) {
-    const T* numbers = reinterpret_cast<const T*>(&packed);
-    if (first) {
+  __device__ __forceinline__ void add_term(const uint4& packed, Wide weight) {
+    Wide term[kSize];
+    unpack<T>(packed, term);
 #pragma unroll
-      for (int i = 0; i < Vector<T>::kSize; ++i) {
-        value[i] = weighted ? multiply(weight, widen(numbers[i])) : widen(numbers[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < Vector<T>::kSize; ++i) {
-        value[i] = add(value[i], weighted ? multiply(weight, widen(numbers[i])) : widen(numbers[i]));
-      }
+    for (int i = 0; i < kSize; ++i) {
+      value[i] = add(value[i], weighted ? multiply(weight, term[i]) : term[i]);
     }
   }
 
@@ -94,7 +115,7 @@ struct Sum {
     uint4 packed;
     T* numbers = reinterpret_cast<T*>(&packed);
 #pragma unroll
-    for (int i = 0; i < Vector<T>::kSize; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       numbers[i] = narrow<T>(value[i]);
     }
     return packed;
@@ -115,47 +136,38 @@ struct Terms {
   uint32_t all;
   uint32_t own;       // none, or one of them
   uint32_t own_rows;  // whose rows that term stands for
-
-  __device__ int count() const { return __popc(all & ~own) + (own != 0 ? __popc(own_rows) : 0); }
 };
 
-// The rows of `Terms` one after the other.
-class Cursor {
- public:
-  __device__ explicit Cursor(const Terms& terms) : terms_(terms), left_(terms.all) { enter(); }
-  // The lane whose row is next; rows have to be left.
-  __device__ int lane() const { return __ffs(static_cast<int>(own_left_ != 0 ? own_left_ : left_)) - 1; }
-  __device__ void advance() {
-    if (own_left_ != 0) {
-      own_left_ &= own_left_ - 1;
-    }
-    if (own_left_ == 0) {
-      left_ &= left_ - 1;
-      enter();
-    }
-  }
-  // Whether the pass over all rows is over; the next one begins at once.
-  __device__ bool wraps() {
-    if (left_ != 0) {
-      return false;
-    }
-    left_ = terms_.all;
-    enter();
-    return true;
-  }
+// The rows of `Terms` as they are loaded, lane i the i-th: own ones before all others, so that of these no more than
+// the rounded sum is there while the others are added.
+template <class Wide>
+struct RowList {
+  uint64_t row = 0;
+  Wide weight{};
+  int count = 0;
+  int own = 0;     // so many of them are own ones
+  int before = 0;  // other terms that come before that of the own ones
 
- private:
-  // Steps over a term of own rows that has none, and into one that has.
-  __device__ void enter() {
-    if ((left_ & -left_ & terms_.own) != 0) {
-      own_left_ = terms_.own_rows;
-      if (own_left_ == 0) {
-        left_ &= left_ - 1;
+  __device__ RowList(const Terms& terms, const char* row_of_lane, Wide weight_of_lane) {
+    const auto take = [&](uint32_t lanes) {
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __ffs(static_cast<int>(lanes)) - 1;
+        const uint64_t next = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(row_of_lane), lane);
+        const Wide next_weight = shuffle(weight_of_lane, lane);
+        if (lane_id() == count) {
+          row = next;
+          weight = next_weight;
+        }
+        ++count;
       }
+    };
+    if (terms.own != 0) {
+      take(terms.own_rows);
+      own = count;
+      before = __popc(terms.all & (terms.own - 1));
     }
+    take(terms.all & ~terms.own);
   }
-  const Terms& terms_;
-  uint32_t left_, own_left_ = 0;
 };
 
 // Of a whole warp: the sum of `terms`, whose rows are at the lanes' addresses `row`; own ones are multiplied by the
@@ -169,57 +181,61 @@ __device__ __forceinline__ void sum_rows(
     char* ring,
     const Sink& sink) {
   using Wide = typename Vector<T>::Wide;
-  const int pieces = (vectors + kPieceVectors - 1) / kPieceVectors;
+  using Part = uint4[kBatch];
+  const RowList<Wide> list(terms, row, weight);
+  const int bytes = (vectors - lane_id()) * 16;  // from this lane's first vector of a row on
+  const int end = list.count > 0 ? vectors * 16 : 0;
   char* own_ring = ring + lane_id() * 16;  // what a lane copies it alone reads: no barrier
-  Cursor to_load(terms);
-  int load_piece = terms.count() > 0 ? 0 : pieces, loaded = 0, taken = 0;
+  int load_row = 0, load_at = 0, loaded = 0, taken = 0;
+  const auto after = [](int stage) { return stage + kPieceBytes == kDepth * kPieceBytes ? 0 : stage + kPieceBytes; };
   const auto load_next = [&] {
-    if (load_piece < pieces) {
-      const auto* from =
-          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(row), to_load.lane()));
-      char* slot = own_ring + loaded * kPieceBytes;
-      const int first = load_piece * kPieceVectors + lane_id();
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (first + b * kWarp < vectors) {
-          copy_async(slot + b * kWarp * 16, from + int64_t{first + b * kWarp} * 16);
-        }
-      }
-      loaded = loaded + 1 == kDepth ? 0 : loaded + 1;
-      to_load.advance();
-      if (to_load.wraps()) {
-        ++load_piece;
+    if (load_at < end) {
+      const char* from =
+          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, list.row, load_row)) + lane_id() * 16 + load_at;
+      char* to = own_ring + loaded;
+      const int left = bytes - load_at;
+      static_assert(kBatch == 4);
+      copy_async_if<0 * kWarp * 16>(left > 0 * kWarp * 16, to, from);
+      copy_async_if<1 * kWarp * 16>(left > 1 * kWarp * 16, to, from);
+      copy_async_if<2 * kWarp * 16>(left > 2 * kWarp * 16, to, from);
+      copy_async_if<3 * kWarp * 16>(left > 3 * kWarp * 16, to, from);
+      loaded = after(loaded);
+      if (++load_row == list.count) {
+        load_row = 0;
+        load_at += kPieceBytes;
       }
     }
     copy_commit();
   };
-  const auto take = [&](uint4(&vectors_of_row)[kBatch]) {
+  const auto take = [&](Part& part) {
     copy_wait<kDepth - 1>();
-    const char* slot = own_ring + taken * kPieceBytes;
+    const char* stage = own_ring + taken;
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      vectors_of_row[b] = *reinterpret_cast<const uint4*>(slot + b * kWarp * 16);
+      part[b] = *reinterpret_cast<const uint4*>(stage + b * kWarp * 16);
     }
-    taken = taken + 1 == kDepth ? 0 : taken + 1;
+    taken = after(taken);
     load_next();
   };
-
-  const auto add_own = [&](uint4(&result)[kBatch]) {
-    Sum<T> own[kBatch] = {};
-    for (uint32_t rows = terms.own_rows; rows != 0; rows &= rows - 1) {
-      uint4 part[kBatch];
+  const auto add_rows = [&](Sum<T>(&sum)[kBatch], int rows) {
+    for (int i = 0; i < rows; ++i) {
+      Part part;
       take(part);
-      const Wide w = weighted ? shuffle(weight, __ffs(static_cast<int>(rows)) - 1) : weight;
-      if (rows == terms.own_rows) {
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          own[b].template add_term<weighted>(part[b], w, true);
-        }
-      } else {
+      for (int b = 0; b < kBatch; ++b) {
+        sum[b].template add_term<false>(part[b], 1);
+      }
+    }
+  };
+  const auto sum_own = [&](Part& result) {
+    Sum<T> own[kBatch];
+    for (int i = 0; i < list.own; ++i) {
+      const Wide w = weighted ? shuffle(list.weight, i) : Wide{1};
+      Part part;
+      take(part);
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          own[b].template add_term<weighted>(part[b], w, false);
-        }
+      for (int b = 0; b < kBatch; ++b) {
+        own[b].template add_term<weighted>(part[b], w);
       }
     }
 #pragma unroll
@@ -232,41 +248,31 @@ __device__ __forceinline__ void sum_rows(
   for (int i = 0; i < kDepth; ++i) {
     load_next();
   }
-  // A lone row is passed on as it is.
-  const bool lone = terms.count() == 1 && __popc(terms.all) == 1 && !(weighted && terms.own != 0);
-  for (int piece = 0; piece < pieces; ++piece) {
-    uint4 part[kBatch];
+  const int others = list.count - list.own;
+  // Passed on as it is.
+  const bool lone = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
+  for (int piece = 0; piece * kPieceVectors < vectors; ++piece) {
+    Part part = {};
     if (lone) {
       take(part);
-      sink(piece, part);
-      continue;
-    }
-    Sum<T> total[kBatch] = {};
-    for (uint32_t left = terms.all; left != 0; left &= left - 1) {
-      if ((left & -left & terms.own) != 0) {
-        add_own(part);
-      } else {
-        take(part);
+    } else {
+      if (list.own != 0) {
+        sum_own(part);
       }
-      if (__popc(terms.all) == 1) {
-        break;  // the sum of own rows, rounded already
-      }
-      if (left == terms.all) {
+      if (others != 0) {
+        Sum<T> total[kBatch];
+        add_rows(total, list.before);
+        if (terms.own != 0) {  // zero if it stands for no row
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            total[b].template add_term<false>(part[b], 1);
+          }
+        }
+        add_rows(total, others - list.before);
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-          total[b].template add_term<false>(part[b], Wide{1}, true);
+          part[b] = total[b].rounded();
         }
-      } else {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          total[b].template add_term<false>(part[b], Wide{1}, false);
-        }
-      }
-    }
-    if (__popc(terms.all) != 1) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        part[b] = total[b].rounded();
       }
     }
     sink(piece, part);

@@ -1,0 +1,20 @@
+// Takes the place of device/overlap.cuh: here kernels run one after the other.
+#pragma once
+
+namespace ep::cuda {
+
+inline void await_kernels_before() {}
+
+template <class... Parameters>
+cudaError_t launch_overlapped(
+    void (*kernel)(Parameters...),
+    int blocks,
+    int threads,
+    int shared_bytes,
+    cudaStream_t,
+    Parameters... arguments) {
+  emulator::launch([&] { kernel(arguments...); }, blocks, threads, shared_bytes);
+  return cudaSuccess;
+}
+
+}  // namespace ep::cuda
