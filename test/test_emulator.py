@@ -67,12 +67,14 @@ FAULTS = {
     "dispatch: rows in a flag": Fault(
         "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"
     ),
-    "combine: order of a sum": Fault("virtual_ranks", "device/sums.cuh", "left == terms.all", "false"),
+    "combine: order of a sum": Fault(
+        "virtual_ranks", "device/sums.cuh", "before = __popc(terms.all & (terms.own - 1));", "before = 0;"
+    ),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
     ),
     "low latency: rows of the ranks before": Fault(
-        "low_latency", "device/low_latency_receive.cuh", "end += heard.count(s, e);", "end += 1;"
+        "low_latency", "device/low_latency_receive.cuh", "sum += count(s, expert);", "sum += 1;"
     ),
     "low latency: rounding of a scale": Fault("low_latency", "device/quantize.cuh", "(bits + 0x7fffff)", "bits"),
     "low latency: not counted as received": Fault(

@@ -293,6 +293,14 @@ inline unsigned __reduce_add_sync(unsigned, unsigned value) {
   }
   return sum;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const uint64_t* values = emulator::exchange(value);
+  unsigned most = 0;
+  for (int i = 0; i < emulator::kWarp; ++i) {
+    most = std::max(most, static_cast<unsigned>(values[i]));
+  }
+  return most;
+}
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   const uint64_t* values = emulator::exchange(value);
   unsigned all = 0;

@@ -65,8 +65,8 @@ namespace ep::cuda {
 template <class T, Way way>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     virtual_combine(const LowLatencyCombineArgs* ranks, const __grid_constant__ CombineShape shape) {
-  __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T, way>(ranks[blockIdx.y], shape, waited).run();
+  __shared__ FlightMemory memory;
+  LowLatencyCombine<T, way>(ranks[blockIdx.y], shape, memory).run();
 }
 
 template <class T>

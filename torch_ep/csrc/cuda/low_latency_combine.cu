@@ -35,12 +35,11 @@ struct CombineShape {
 template <class T, Way way>
 class LowLatencyCombine {
  public:
-  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, unsigned long long* waited)
+  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, FlightMemory& memory)
       : a_(args),
         shape_(shape),
-        f_(args.comm, kCombineKind, args.part, args.ticket, waited),
+        f_(args.comm, kCombineKind, args.part, args.ticket, memory),
         entries_{args.topk_idx, args.wide_idx},
-        waited_(waited),
         vectors_(args.row_bytes / 16),
         max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
         parts_(is_packed() ? chunks_of(vectors_) : kRowParts) {
@@ -49,12 +48,12 @@ class LowLatencyCombine {
   }
 
   __device__ void run() {
-    if (threadIdx.x < kMaxRanks) {
-      waited_[threadIdx.x] = 0;
+    if (warp_id() == kMaxWarps - 1) {  // the one with the least to send
+      f_.look();
     }
     if (f_.is_teller()) {
-      if (!__syncthreads_or(f_.has_failed())) {
-        f_.tell(a_.part, a_.wait_ns);
+      if (f_.begin()) {
+        f_.tell(a_.wait_ns);
       }
       return;
     }
@@ -63,13 +62,10 @@ class LowLatencyCombine {
     if (a_.part == Part::receive ? !may_begin() : !send()) {
       return;
     }
-    if (a_.part != Part::receive) {
-      f_.end_send();
-    }
     if (a_.part != Part::send) {
       receive(entry);
-      f_.end_receive();
     }
+    f_.end();
   }
 
  private:
@@ -102,9 +98,7 @@ class LowLatencyCombine {
   // --- send ---
 
   // Of a whole block, once it has asked for what it needs first.
-  __device__ bool may_begin() const {
-    return !__syncthreads_or(f_.has_failed()) && (a_.part == Part::send || f_.is_next());
-  }
+  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
 
   // False: not begun.
   __device__ bool send() {
@@ -124,11 +118,10 @@ class LowLatencyCombine {
       }
       if (!has_begun) {
         has_begun = true;
-        const uint64_t credit = f_.look_at_credit();
         if (!may_begin()) {
           return false;
         }
-        ranks = enter(credit);
+        ranks = enter();
       }
       const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       if (lanes == 0 || (ranks >> source & 1) == 0) {
@@ -148,9 +141,9 @@ class LowLatencyCombine {
   }
 
   // Of a whole warp: the ranks that may be written, which are told that this one has entered.
-  __device__ uint32_t enter(uint64_t credit) const {
+  __device__ uint32_t enter() const {
     bool may_write = false;
-    const bool going = f_.wait_for_credits(credit, may_write);
+    const bool going = f_.wait_for_credits(may_write);
     if (!is_packed()) {
       fence_async_global();  // between the credit and the bulk copies that it allows
     }
@@ -216,7 +209,7 @@ class LowLatencyCombine {
     }
     if (unit * kUnitVectors < vectors_) {
       char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
-      send_unit(packs, unit, rounded(sums), f_.tag());
+      send_unit(packs + offset_of_unit(unit), rounded(sums), f_.tag());
     }
   }
 
@@ -281,8 +274,12 @@ class LowLatencyCombine {
       const int token = row_of(i), part = i - token * parts_;
       entry = i == begin() ? entry : entry_of(token);
       const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : -1;
-      const uint32_t same = __match_any_sync(kFullWarp, rank);
-      const bool counts = rank >= 0 && __ffs(static_cast<int>(same)) - 1 == lane_id() && f_.is_active(rank);
+      bool counts = false;  // the first slot of each rank
+#pragma unroll 1
+      for (int r = 0; r < f_.world_size(); ++r) {
+        const uint32_t has = __ballot_sync(kFullWarp, rank == r);
+        counts = counts || (has != 0 && __ffs(static_cast<int>(has)) - 1 == lane_id() && f_.is_active(r));
+      }
       const bool going =
           is_packed() ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
@@ -333,7 +330,7 @@ class LowLatencyCombine {
           lanes &= lanes - 1;
           count = j + 1;
           if (has_unit) {
-            packs[j].look(packs_of(ranks[j], token), unit);
+            packs[j].look(packs_of(ranks[j], token, unit));
           }
         }
       }
@@ -357,7 +354,7 @@ class LowLatencyCombine {
           auto outcome = Outcome::there;
           if (has_unit && !packs[j].arrived(f_.tag())) {
             outcome = f_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
-              packs[j].look(packs_of(ranks[j], token), unit);
+              packs[j].look(packs_of(ranks[j], token, unit));
               return packs[j].arrived(f_.tag());
             });
           }
@@ -383,8 +380,8 @@ class LowLatencyCombine {
     return true;
   }
 
-  __device__ const char* packs_of(int rank, int token) const {
-    return f_.own(layout().combine_packs(f_.half(), rank, token));
+  __device__ const char* packs_of(int rank, int token, int unit) const {
+    return f_.own(layout().combine_packs(f_.half(), rank, token) + offset_of_unit(unit));
   }
 
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
@@ -419,9 +416,8 @@ class LowLatencyCombine {
 
   const LowLatencyCombineArgs& a_;
   const CombineShape& shape_;
-  const Flight f_;
+  Flight f_;
   const Entries entries_;
-  unsigned long long* waited_;
   const int vectors_;
   const int max_tokens_;  // of the dispatch
   const int parts_;       // of a row
@@ -434,8 +430,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kerne
     const __grid_constant__ CombineShape shape) {
   ask_for(args);
   await_kernels_before();
-  __shared__ unsigned long long waited[kMaxRanks];
-  LowLatencyCombine<T, way>(args, shape, waited).run();
+  __shared__ FlightMemory memory;
+  LowLatencyCombine<T, way>(args, shape, memory).run();
 }
 
 CombineShape shape_of(const LowLatencyCombineArgs& args) {

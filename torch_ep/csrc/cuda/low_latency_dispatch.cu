@@ -1,7 +1,8 @@
 // ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
 //   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
 //   send       the other blocks, a token each: row (quantised here) and where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a part of one: arrived row -> its places in the result
+//   receive    warps of all blocks, a token each, or a part of one: arrived row -> its places in the result; then, some
+//              experts each: how many rows there are
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
@@ -17,15 +18,15 @@ namespace {
 
 constexpr int kThreads = kDispatchThreads;
 constexpr int kMaxWarps = kDispatchWarps;
+constexpr int kLookingWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
 constexpr int kSendStages = 2;
 // Of what a block may ask for, less its variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 
 constexpr int kNowhere = INT_MIN;  // no expert
 
-// Of a block, one of each rank.
 struct LowLatencyShared {
-  unsigned long long waited[kMaxRanks];
+  FlightMemory flight;
   bool is_lost[kMaxRanks];
 };
 
@@ -37,7 +38,7 @@ class LowLatencyDispatch {
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.waited),
+        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.flight),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
@@ -48,29 +49,29 @@ class LowLatencyDispatch {
     extern __shared__ __align__(128) char memory[];
     auto* barriers = reinterpret_cast<uint64_t*>(memory + stages_bytes(shape));
     memory_ = {memory, barriers, reinterpret_cast<int*>(barriers + kMaxWarps), shared.is_lost};
+    slots_ = reinterpret_cast<uint8_t*>(memory_.words) + words_bytes(layout());
   }
 
   static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
-    const int64_t world_size = args.comm.low_latency.world_size;
-    // Of announce: counts and visits of all; of receive: words of all, and where rows of each begin.
-    const int64_t words = world_size * args.comm.low_latency.words + args.num_experts;
-    return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) + words * 4;
+    return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) +
+           words_bytes(args.comm.low_latency) + round_up(args.num_experts, 4);
   }
 
   template <class T>
   __device__ void run() {
-    const auto tid = static_cast<int>(threadIdx.x);
-    if (lane_id() == 0) {
+    if (warp_id() == kLookingWarp) {
+      f_.look();
+    }
+    if (!is_packed && lane_id() == 0) {
       barrier_init(&memory_.barriers[warp_id()]);
       fence_barrier_init();
     }
-    if (tid < kMaxRanks) {
-      shared_.waited[tid] = 0;
-      shared_.is_lost[tid] = false;
+    if (threadIdx.x < kMaxRanks) {
+      shared_.is_lost[threadIdx.x] = false;
     }
     if (f_.is_teller()) {
-      if (!__syncthreads_or(f_.has_failed())) {
-        f_.tell(a_.part, a_.wait_ns);
+      if (f_.begin()) {
+        f_.tell(a_.wait_ns);
       }
       return;
     }
@@ -82,12 +83,14 @@ class LowLatencyDispatch {
       if (!(blockIdx.x == 0 ? announce() : send<T>())) {
         return;
       }
-      f_.end_send();
+      if (blockIdx.x == 0) {
+        __syncthreads();  // this memory is for what is heard next
+      }
     }
     if (a_.part != Part::send) {
       LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
-      f_.end_receive();
     }
+    f_.end();
   }
 
  private:
@@ -96,13 +99,15 @@ class LowLatencyDispatch {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
     return int64_t{shape.stage_bytes} * (is_packed ? 1 : stages);
   }
+  // Of announce: counts and visits of all; of receive: words of all, which are more.
+  EP_HOST_DEVICE static int64_t words_bytes(const LowLatencyLayout& layout) {
+    return int64_t{layout.world_size} * layout.words * 4;
+  }
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
 
   // Of a whole block, once it has asked for what it needs first.
-  __device__ bool may_begin() const {
-    return !__syncthreads_or(f_.has_failed()) && (a_.part == Part::send || f_.is_next());
-  }
+  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
 
   // --- announce ---
 
@@ -127,12 +132,10 @@ class LowLatencyDispatch {
     for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
       memory_.words[i] = 0;
     }
-    const bool waits = warp == kMaxWarps - 1;
-    const uint64_t credit = waits ? f_.look_at_credit() : 0;
     if (!may_begin()) {
       return false;
     }
-    const bool going = !waits || f_.wait_for_credits(credit, may_write[lane]);
+    const bool going = warp != kMaxWarps - 1 || f_.wait_for_credits(may_write[lane]);
 #pragma unroll 1
     for (int first = warp; first < a_.num_tokens; first += kAhead * kMaxWarps) {
       if (first != warp) {
@@ -151,7 +154,7 @@ class LowLatencyDispatch {
         } else if (entry != -1) {
           record_fault(token, entry, t.first_same);
         }
-        if ((t.ranks >> lane & 1) != 0) {
+        if ((ranks_of(entry) >> lane & 1) != 0) {
           atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);
         }
       }
@@ -196,51 +199,110 @@ class LowLatencyDispatch {
   struct Token {
     int expert;      // kNowhere: none
     int first_same;  // the first slot with that entry
-    uint32_t ranks;  // bits of those that the token visits
   };
+
+  __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
   // Of a whole warp. `entry`: of the lane's slot; -1 beyond the last.
   __device__ Token token_of(int entry) const {
     const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
-    const bool is_good = entry >= 0 && entry < a_.num_experts && first_same == lane_id();
-    const uint32_t ranks = __reduce_or_sync(kFullWarp, is_good ? 1U << rank_of(entry) : 0);
-    return {is_good ? entry : kNowhere, first_same, ranks};
+    return {is_expert(entry) && first_same == lane_id() ? entry : kNowhere, first_same};
+  }
+
+  // Likewise: bits of the ranks that the token visits.
+  __device__ uint32_t ranks_of(int entry) const {
+    return __reduce_or_sync(kFullWarp, is_expert(entry) ? 1U << rank_of(entry) : 0);
   }
 
   __device__ int entry_of(int token) const {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
   }
 
-  // Of this thread, some of the entries before those of a token.
-  static constexpr int kEntriesAhead = 4;
-  __device__ void load_before(int token, int begin, int (&entries)[kEntriesAhead]) const {
-#pragma unroll
-    for (int j = 0; j < kEntriesAhead; ++j) {
-      const int i = begin + static_cast<int>(threadIdx.x) + j * kThreads;
-      entries[j] = i < token * a_.num_topk ? entries_[i] : -1;
-    }
-  }
-
-  // Of a whole block: counts, for the slots of a token, the rows of the tokens before it that go to the same expert.
-  // `experts`, `indices`: of the block, the latter zeros. `entries`: the first that load_before gives.
-  __device__ void count_before(int token, const int* experts, int* indices, int (&entries)[kEntriesAhead]) const {
+  // Of some warps of a block, the last ones, which have the least to send: counts, for the slots of a token, the rows
+  // of the tokens before it that go to the same expert. The last warp of all leads.
+  class Counter {
+   public:
+    // `slots`: of shared memory, a byte of each expert.
+    __device__ Counter(const LowLatencyDispatchArgs& args, const Entries& entries, uint8_t* slots)
+        : a_(args), entries_(entries), slots_(slots) {
+      if (leads()) {
 #pragma unroll 1
-    for (int begin = 0; begin < token * a_.num_topk; begin += kEntriesAhead * kThreads) {
-      if (begin != 0) {
-        load_before(token, begin, entries);
+        for (int i = lane_id() * 4; i < a_.num_experts; i += kWarp * 4) {
+          *reinterpret_cast<uint32_t*>(slots_ + i) = 0;
+        }
       }
-#pragma unroll 1
-      for (int k = 0; k < a_.num_topk; ++k) {
-        const int expert = experts[k];
+    }
+
+    __device__ static bool leads() { return warp_id() == kMaxWarps - 1; }
+    __device__ static bool counts() { return warp_id() >= kMaxWarps - kWarps; }
+
+    // Asks for the first entries of those before a token's.
+    __device__ void load(int token, int begin = 0) {
 #pragma unroll
-        for (int j = 0; j < kEntriesAhead; ++j) {
-          if (entries[j] == expert) {
-            atomicAdd(&indices[k], 1);
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
+        ahead_[j] = i < token * a_.num_topk ? entries_[i] : -1;
+      }
+    }
+
+    // Of the leader. `expert`: of the lane's slot, kNowhere if none.
+    __device__ void begin(int expert) {
+      counted()[lane_id()] = 0;
+      if (expert >= 0) {
+        slots_[expert] = static_cast<uint8_t>(1 + lane_id());
+      }
+    }
+
+    __device__ static void sync() {
+      if constexpr (kCounters == kThreads) {
+        __syncthreads();
+      } else {
+        asm volatile("bar.sync %0, %1;" ::"r"(1), "n"(kCounters) : "memory");
+      }
+    }
+
+    // After `load`, and a `sync` after `begin`; a `sync` comes next.
+    __device__ void count(int token) {
+#pragma unroll 1
+      for (int begin = 0; begin < token * a_.num_topk; begin += kAhead * kCounters) {
+        if (begin != 0) {
+          load(token, begin);
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          const bool is_expert = ahead_[j] >= 0 && ahead_[j] < a_.num_experts;
+          const int slot = is_expert ? slots_[ahead_[j]] : 0;
+          if (slot != 0) {
+            atomicAdd(&counted()[slot - 1], 1);
           }
         }
       }
     }
-  }
+
+    // Of the leader: of the lane's slot.
+    __device__ int end(int expert) const {
+      if (expert >= 0) {
+        slots_[expert] = 0;
+      }
+      return counted()[lane_id()];
+    }
+
+   private:
+    // Where rows are many, all warps count; where they are few, those that have no part of the row to send.
+    static constexpr int kWarps = is_packed ? 4 : kMaxWarps;
+    static constexpr int kCounters = kWarps * kWarp;
+    static constexpr int kAhead = 4;
+
+    __device__ static int* counted() {
+      __shared__ int of_slots[kMaxTopk];
+      return of_slots;
+    }
+
+    const LowLatencyDispatchArgs& a_;
+    const Entries& entries_;
+    uint8_t* slots_;
+    int ahead_[kAhead];
+  };
 
   __device__ float weight_of(int token, int slot) const {
     return a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + slot];
@@ -258,11 +320,11 @@ class LowLatencyDispatch {
 
   template <class T>
   __device__ bool send_packed() {
-    __shared__ int experts[kMaxTopk], indices[kMaxTopk];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
     const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
     const int vectors = a_.row_bytes / 16;
+    Counter counter(a_, entries_, slots_);
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
@@ -277,68 +339,81 @@ class LowLatencyDispatch {
       } else {
         quantizer.load(reinterpret_cast<const T*>(x), warp_id(), groups_ahead);
       }
-      int before[kEntriesAhead];
-      load_before(token, 0, before);
-      const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
+      float weight = 0;
+      int expert = kNowhere;
+      if (Counter::counts()) {
+        counter.load(token);
+      }
+      if (Counter::leads()) {
+        weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
+        expert = token_of(entry).expert;
+        counter.begin(expert);
+      }
       if (!has_begun) {
         has_begun = true;
-        const uint64_t credit = f_.look_at_credit();
         if (!may_begin()) {
           return false;
         }
         bool may = false;
-        may_write = f_.wait_for_credits(credit, may) ? __ballot_sync(kFullWarp, may) : 0;
+        may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
+      } else if (Counter::counts()) {
+        Counter::sync();
       }
-      const Token t = token_of(entry);
-      if (warp_id() == 0 && lane < a_.num_topk) {
-        experts[lane] = t.expert;
-        indices[lane] = 0;
+      const uint32_t ranks = ranks_of(entry) & may_write;
+      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
+      if (Counter::counts()) {
+        counter.count(token);
+        Counter::sync();
       }
-      __syncthreads();
-      count_before(token, experts, indices, before);
+      if (Counter::leads()) {
+        const int index = counter.end(expert);
+        if (lane < a_.num_topk) {
+          const uint4 place{
+              static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
+          to_each(ranks, packs + lane * kPackBytes, [&](char* to) { store_relaxed_system_16(to, place); });
+        }
+      }
       if (!as_is) {
         quantizer.run(reinterpret_cast<const T*>(x), memory_.stages, groups_ahead);
+        __syncthreads();
+        send_scales(ranks, packs + layout().scale_packs_at);
       }
-      __syncthreads();
 #pragma unroll 1
-      for (uint32_t left = t.ranks & may_write; left != 0; left &= left - 1) {
-        char* packs = f_.peer(__ffs(static_cast<int>(left)) - 1, layout().dispatch_packs(f_.half(), f_.me(), token));
-        if (warp_id() == 0 && lane < a_.num_topk) {
-          store_relaxed_system_16(
-              packs + lane * kPackBytes,
-              {static_cast<uint32_t>(t.expert),
-               static_cast<uint32_t>(indices[lane]),
-               __float_as_uint(weight),
-               f_.tag()});
-        }
-        send_scales(packs + layout().scale_packs_at);
-#pragma unroll 1
-        for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
-          const Unit u = as_is && unit == tid ? unit_ahead : load_unit(as_is ? x : memory_.stages, unit, vectors);
-          send_unit(packs + layout().row_packs_at, unit, u, f_.tag());
-        }
+      for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
+        const Unit u = as_is && unit == tid ? unit_ahead : load_unit(as_is ? x : memory_.stages, unit, vectors);
+        to_each(
+            ranks, packs + layout().row_packs_at + offset_of_unit(unit), [&](char* to) { send_unit(to, u, f_.tag()); });
       }
-      __syncthreads();  // all have read the stage
+      if (!as_is) {
+        __syncthreads();  // all have read the stage
+      }
     }
     return has_begun || may_begin();
   }
 
-  // Of the last warp, which has the least to do. Three words a pack.
-  __device__ void send_scales(char* packs) const {
-    if (warp_id() == kMaxWarps - 1) {
+  template <class Send>
+  __device__ void to_each(uint32_t ranks, int64_t offset, const Send& send) const {
+#pragma unroll 1
+    for (; ranks != 0; ranks &= ranks - 1) {
+      send(f_.peer(__ffs(static_cast<int>(ranks)) - 1, offset));
+    }
+  }
+
+  // Of one warp. Three words a pack.
+  __device__ void send_scales(uint32_t ranks, int64_t packs) const {
+    if (warp_id() == kLookingWarp) {
       const auto* words = reinterpret_cast<const uint32_t*>(memory_.stages + scales_at_);
 #pragma unroll 1
       for (int first = 3 * lane_id(); first < a_.num_scales; first += 3 * kWarp) {
         const auto word = [&](int i) { return i < a_.num_scales ? words[i] : 0; };
-        store_relaxed_system_16(
-            packs + first / 3 * kPackBytes, {word(first), word(first + 1), word(first + 2), f_.tag()});
+        const uint4 pack{word(first), word(first + 1), word(first + 2), f_.tag()};
+        to_each(ranks, packs + first / 3 * kPackBytes, [&](char* to) { store_relaxed_system_16(to, pack); });
       }
     }
   }
 
   template <class T>
   __device__ bool send_bulk() {
-    __shared__ int experts[kMaxTopk], indices[kMaxTopk];
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
     const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
@@ -349,6 +424,7 @@ class LowLatencyDispatch {
         store_release_system(f_.peer(lane, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
       }
     };
+    Counter counter(a_, entries_, slots_);
     int n = 0;
     bool has_begun = false, may_write = false;  // the latter: the rank of this lane
 #pragma unroll 1
@@ -366,12 +442,16 @@ class LowLatencyDispatch {
       if (!as_is) {
         quantizer.load(x, warp_id(), ahead);
       }
-      int before[kEntriesAhead];
-      load_before(token, 0, before);
-      const float weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
+      counter.load(token);
+      float weight = 0;
+      int expert = kNowhere;
+      if (Counter::leads()) {
+        weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
+        expert = token_of(entry).expert;
+        counter.begin(expert);
+      }
       if (!has_begun) {
         has_begun = true;
-        const uint64_t credit = warp_id() == 0 ? f_.look_at_credit() : 0;
         if (!may_begin()) {
           if (as_is && tid == 0) {
             barrier_wait(&memory_.barriers[0], 0);  // nothing is to arrive in the memory of a block that has ended
@@ -379,23 +459,22 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = f_.wait_for_credits(credit, may_write) && may_write;
+          may_write = f_.wait_for_credits(may_write) && may_write;
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
+      } else {
+        __syncthreads();  // what was in this stage has left
       }
-      const Token t = token_of(entry);
-      if (warp_id() == 0 && lane < a_.num_topk) {
-        experts[lane] = t.expert;
-        indices[lane] = 0;
-      }
-      __syncthreads();
-      count_before(token, experts, indices, before);
+      counter.count(token);
       if (!as_is) {
         quantizer.run(x, stage, ahead);
       }
-      __syncthreads();
-      if (warp_id() == 0 && lane < a_.num_topk) {
-        reinterpret_cast<Place*>(stage + places_at_)[lane] = {t.expert, indices[lane], weight, 0};
+      Counter::sync();
+      if (Counter::leads()) {
+        const int index = counter.end(expert);
+        if (lane < a_.num_topk) {
+          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
+        }
       }
       fence_async_shared();
       __syncthreads();
@@ -405,7 +484,8 @@ class LowLatencyDispatch {
       if (as_is) {
         barrier_wait(&memory_.barriers[0], n % 2);
       }
-      const bool visits = may_write && (t.ranks >> lane & 1) != 0;
+      const uint32_t ranks = ranks_of(entry);
+      const bool visits = may_write && (ranks >> lane & 1) != 0;
       if (visits) {
         bulk_store(f_.peer(lane, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
       }
@@ -432,13 +512,14 @@ class LowLatencyDispatch {
   }
 
   const LowLatencyDispatchArgs& a_;
-  const Flight f_;
+  Flight f_;
   const Entries entries_;
   const int num_local_;
   const int scales_at_, places_at_, record_bytes_;
   const LowLatencyShape& shape_;
   LowLatencyShared& shared_;
   LowLatencyMemory memory_;
+  uint8_t* slots_;  // of the Counter
 };
 
 template <class T, bool is_packed>

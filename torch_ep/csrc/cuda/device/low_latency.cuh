@@ -9,8 +9,9 @@
 //
 // Note [Latency]
 // What these kernels do for few tokens is a chain of trips to memory and to the peers, of half a microsecond each. So:
-// what does not depend on each other is asked for together, first of all the state; words that travel are complete in
-// themselves, where a flag would follow a fence; no block waits for the last one (Note [Shares]); and that a rank is
+// what does not depend on each other is asked for together: one warp of a block asks for the state while the others ask
+// for what they are to send, and a barrier brings both together; words that travel are complete in themselves, where a
+// flag would follow a fence; no block waits for the last one (Note [Shares]); and that a rank is
 // done with an exchange its next kernel tells, of either kind, at its start, beside what else it does.
 #pragma once
 
@@ -28,12 +29,57 @@ constexpr int kDispatchKind = 0, kCombineKind = 1;
 
 enum class Outcome : int { there, absent, failed };
 
+// What a block knows of an exchange, in shared memory.
+struct FlightMemory {
+  // As its kernel begins.
+  uint64_t number, received;
+  uint32_t failed, masked;
+  uint32_t credits;  // bits of the ranks whose credit was there
+  // While it runs: the longest wait for each rank.
+  unsigned long long waited[kMaxRanks];
+};
+
 // One exchange, from the point of view of one rank.
 class Flight {
  public:
-  // `ticket`: of the half that receives alone. `waited`: of the block, for each rank, zeros.
-  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket, unsigned long long* waited)
-      : Flight(comm, kind, part, look(comm, kind, part, ticket), waited) {}
+  // `ticket`: of the half that receives alone.
+  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket, FlightMemory& memory)
+      : state_(comm.state->low_latency[kind]),
+        kind_(kind),
+        part_(part),
+        ticket_(ticket),
+        memory_(memory),
+        x_(comm, op_of(kind), 0) {}
+
+  // Of one whole warp of a block, first of all.
+  __device__ void look() const {
+    const State& state = *x_.comm.state;
+    const int p = lane_id();
+    const uint32_t failed = fresh(state.failed);
+    const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
+    const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
+    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*ticket_) : (sent >> kShareBits) + 1;
+    const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
+    const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
+    const uint32_t credits = __ballot_sync(kFullWarp, is_peer && done + 2 >= number);
+    if (p < kMaxRanks) {
+      memory_.waited[p] = 0;
+    }
+    if (p == 0) {
+      memory_.number = number;
+      memory_.received = received;
+      memory_.failed = failed;
+      memory_.masked = by_host | by_timeout;
+      memory_.credits = credits;
+    }
+  }
+
+  // Of a whole block, of which one warp has looked. False: there is no point in it.
+  __device__ bool begin() {
+    __syncthreads();
+    x_.epoch = memory_.number;
+    return memory_.failed == 0;
+  }
 
   __device__ const LowLatencyLayout& layout() const { return x_.comm.low_latency; }
   __device__ uint64_t number() const { return x_.epoch; }
@@ -48,17 +94,20 @@ class Flight {
   __device__ char* peer(int rank, int64_t offset) const { return x_.peer(rank, offset); }
 
   // As this kernel began.
-  __device__ bool has_failed() const { return seen_.failed != 0; }
-  __device__ bool is_active(int rank) const { return (seen_.masked >> rank & 1) == 0; }
+  __device__ bool is_active(int rank) const { return (memory_.masked >> rank & 1) == 0; }
   __device__ bool masks() const { return x_.comm.masks; }
 
   __device__ void record(const Trouble& t) const {
-    record(x_.comm, kind_, number(), t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+    record(x_.comm, kind_, number(), false, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  }
+  // Likewise, and every later exchange ends at once.
+  __device__ void fail(const Trouble& t) const {
+    record(x_.comm, kind_, number(), true, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
   }
 
   // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
   template <class Ready>
-  __device__ Outcome wait(Phase phase, int peer, bool measures, Ready ready) const {
+  __device__ Outcome wait(Phase phase, int peer, bool measures, const Ready& ready) const {
     if (ready()) {
       return Outcome::there;
     }
@@ -72,7 +121,7 @@ class Flight {
       }
     }
     if (measures && peer != me()) {
-      atomicMax(&waited_[peer], static_cast<unsigned long long>(global_timer_ns() - since));
+      atomicMax(&memory_.waited[peer], static_cast<unsigned long long>(global_timer_ns() - since));
     }
     return Outcome::there;
   }
@@ -83,48 +132,33 @@ class Flight {
 
   // Of the whole teller: to peers, what earlier kernels have received; to the host, how long the exchange before
   // waited.
-  __device__ void tell(Part part, int64_t* wait_ns) const {
+  __device__ void tell(int64_t* wait_ns) const {
     if (warp_id() == 0) {
       give_credits();
-      if (part != Part::send) {
+      if (part_ != Part::send) {
         tell_waits(wait_ns);
       }
     }
-    if (part != Part::receive) {
-      end_send();
-    }
-    if (part != Part::send) {
-      end_receive();
-    }
+    end();
   }
 
-  // Of a whole warp: lane p has a first look at whether rank p may be written, beside what else it asks for.
-  __device__ uint64_t look_at_credit() const {
-    const int p = lane_id();
-    return p < world_size() && p != me() ? load_acquire_system(own(layout().done(kind_, p))) : 0;
-  }
-
-  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. `seen`: of look_at_credit. False:
-  // failed. Who has not received what it sent itself is told so at once, and not to blame others.
-  __device__ bool wait_for_credits(uint64_t seen, bool& may_write) const {
+  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. False: failed. Who has not
+  // received what it sent itself is told so at once, and not to blame others.
+  __device__ bool wait_for_credits(bool& may_write) const {
     const int p = lane_id();
     may_write = false;
-    if (seen_.received + 2 < number()) {
+    if (memory_.received + 2 < number()) {
       if (blockIdx.x == 0 && p == 0) {
-        record({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
-        stop(x_);
+        fail({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
       }
       return false;
     }
     auto outcome = Outcome::absent;
-    if (p == me()) {
-      outcome = Outcome::there;
+    if (p == me() || (memory_.credits >> p & 1) != 0) {
+      outcome = is_active(p) ? Outcome::there : Outcome::absent;
     } else if (p < world_size() && is_active(p)) {
-      const auto has_come = [&] { return seen + 2 >= number(); };
-      outcome = has_come() ? Outcome::there : wait(Phase::credit, p, false, [&] {
-        seen = load_acquire_system(own(layout().done(kind_, p)));
-        return has_come();
-      });
+      outcome = wait(
+          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
     }
     may_write = outcome == Outcome::there;
     const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
@@ -134,14 +168,13 @@ class Flight {
 
   // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
   __device__ bool is_next() const {
-    const uint64_t next = seen_.received + 1;
+    const uint64_t next = memory_.received + 1;
     if (next == number()) {
       return true;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       const auto expected = static_cast<int64_t>(next), got = static_cast<int64_t>(number());
-      record({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
-      stop(x_);
+      fail({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
     }
     return false;
   }
@@ -159,22 +192,17 @@ class Flight {
     return (seen & 1) != 0;
   }
 
-  // Of a whole block, when it has sent everything.
-  __device__ void end_send() const {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      add_share(&state_.sent);
-    }
-  }
-
-  // Of a whole block, when it has read everything.
-  __device__ void end_receive() const {
+  // Of a whole block, when it has sent and read everything.
+  __device__ void end() const {
     __syncthreads();
     const auto tid = static_cast<int>(threadIdx.x);
-    if (tid < world_size() && waited_[tid] != 0) {
-      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][tid]), waited_[tid]);
+    if (part_ != Part::send && tid < world_size() && memory_.waited[tid] != 0) {
+      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][tid]), memory_.waited[tid]);
     }
-    if (tid == 0) {
+    if (part_ != Part::receive && tid == 0) {
+      add_share(&state_.sent);
+    }
+    if (part_ != Part::send && tid == 0) {
       add_share(&state_.received);
     }
   }
@@ -211,6 +239,7 @@ class Flight {
       const Comm& comm,
       int kind,
       uint64_t number,
+      bool stops,
       Failure failure,
       Phase phase,
       int64_t peer,
@@ -221,6 +250,9 @@ class Flight {
     const Exchange x(comm, op_of(kind), number);
     const Trouble trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
     ::ep::cuda::record(x, trouble, &comm.state->low_latency[kind].recorded);
+    if (stops) {
+      stop(x);
+    }
   }
 
   // Whether to go on waiting (there), to go on without the peer, or not to go on.
@@ -240,8 +272,7 @@ class Flight {
       atomicOr(&state.masked_by_timeout, 1U << peer);
       return Outcome::absent;
     }
-    record(comm, kind, number, Failure::timeout, phase, peer, 0, 0, 0, 0);
-    stop(Exchange(comm, op_of(kind), number));
+    record(comm, kind, number, true, Failure::timeout, phase, peer, 0, 0, 0, 0);
     return Outcome::failed;
   }
 
@@ -249,38 +280,17 @@ class Flight {
     return kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine;
   }
 
-  struct Seen {
-    uint32_t failed, masked;
-    uint64_t number, received;
-  };
-
-  // All at once: Note [Latency].
-  __device__ static Seen look(const Comm& comm, int kind, Part part, const int64_t* ticket) {
-    const State& state = *comm.state;
-    const uint32_t failed = fresh(state.failed);
-    const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
-    const uint64_t sent = fresh(state.low_latency[kind].sent), received = fresh(state.low_latency[kind].received);
-    const uint64_t number = part == Part::receive ? static_cast<uint64_t>(*ticket) : (sent >> kShareBits) + 1;
-    return {failed, by_host | by_timeout, number, received >> kShareBits};
-  }
-
-  __device__ Flight(const Comm& comm, int kind, Part part, const Seen& seen, unsigned long long* waited)
-      : seen_(seen),
-        state_(comm.state->low_latency[kind]),
-        kind_(kind),
-        waited_(waited),
-        x_(comm, op_of(kind), seen.number) {}
-
   __device__ static void add_share(uint64_t* number) {
     constexpr uint32_t kWhole = uint32_t{1} << kShareBits;
     add_relaxed_device(number, kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0));
   }
 
-  const Seen seen_;
   LowLatencyState& state_;
   const int kind_;
-  unsigned long long* waited_;
-  const Exchange x_;
+  const Part part_;
+  const int64_t* ticket_;
+  FlightMemory& memory_;
+  Exchange x_;
 };
 
 // Entries of topk_idx.

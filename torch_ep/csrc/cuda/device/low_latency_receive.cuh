@@ -76,38 +76,16 @@ class LowLatencyReceive {
         record_bytes_(static_cast<int>(args.record_bytes())) {}
 
   __device__ void run() const {
-    const auto tid = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x);
-    const int world_size = f_.world_size(), words = layout().words;
-    int* begins = memory_.words + world_size * words;
-    const Heard heard{memory_.words, begins, words};
+    const Heard heard{memory_.words, layout().words};
     if (!hear(memory_.words)) {
       return;
     }
-    // Looked at before places are counted, so that the one hides the other.
-    PartOfRow first{};
-    const bool comes = is_packed && first_part() < num_parts() && look_first(first, heard, first_part());
-#pragma unroll 1
-    for (int e = tid; e < num_local_; e += kDispatchThreads) {
-      int end = 0;
-#pragma unroll 1
-      for (int s = 0; s < world_size; ++s) {
-        begins[s * num_local_ + e] = end;
-        end += heard.count(s, e);
-        if (block == 0) {
-          a_.source_offsets[e * world_size + s] = end;
-        }
-      }
-      if (block == 0) {
-        a_.tokens_per_expert[e] = end;
-      }
-    }
-    __syncthreads();
-    fill_slots(heard);
     if constexpr (is_packed) {
-      receive_packed(heard, first, comes);
+      receive_packed(heard);
     } else if (warp_id() < shape_.receive_warps) {
       receive_rows(heard);
     }
+    count_rows(heard);
   }
 
  private:
@@ -115,11 +93,19 @@ class LowLatencyReceive {
 
   // What has arrived of the plan, in shared memory.
   struct Heard {
-    const int* words;   // [world_size][words of an announcement]
-    const int* begins;  // [world_size][local experts]: rows that come before those of the source
+    const int* words;  // [world_size][words of an announcement]
     int stride;
 
     __device__ int count(int source, int expert) const { return words[source * stride + kNumAgreed + expert]; }
+    // Rows of an expert that come before those of the source.
+    __device__ int before(int source, int expert) const {
+      int sum = 0;
+#pragma unroll 1
+      for (int s = 0; s < source; ++s) {
+        sum += count(s, expert);
+      }
+      return sum;
+    }
     __device__ bool visits(const LowLatencyLayout& layout, int source, int token) const {
       const int word = kNumAgreed + layout.num_local_experts + token / 32;
       return (words[source * stride + word] >> token % 32 & 1) != 0;
@@ -202,15 +188,30 @@ class LowLatencyReceive {
     return same;
   }
 
-  // Slots of rows that nobody sent.
-  __device__ void fill_slots(const Heard& heard) const {
-    const int rows_of_expert = f_.world_size() * a_.max_tokens, last = f_.world_size() - 1;  // C
-    const int begin = static_cast<int>(blockIdx.x) * kDispatchThreads + static_cast<int>(threadIdx.x);
+  // Warps, each some experts: how many rows there are of each, up to which rank; and slots of rows that nobody sent.
+  // The last warps begin, which have the fewest rows to receive.
+  __device__ void count_rows(const Heard& heard) const {
+    const int lane = lane_id(), world_size = f_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
+    const int warps = f_.workers() * kDispatchWarps;
+    const int from_last = warps - 1 - (static_cast<int>(blockIdx.x) + f_.workers() * warp_id());
 #pragma unroll 1
-    for (int i = begin; i < num_local_ * rows_of_expert; i += f_.workers() * kDispatchThreads) {
-      const int e = shape_.by_rows.quotient(i);
-      if (i - e * rows_of_expert >= heard.begins[last * num_local_ + e] + heard.count(last, e)) {
-        a_.recv_slot[i] = -1;
+    for (int e = from_last; e < num_local_; e += warps) {
+      int end = lane < world_size ? heard.count(lane, e) : 0;
+#pragma unroll
+      for (int step = 1; step < kMaxRanks; step *= 2) {
+        const int below = __shfl_up_sync(kFullWarp, end, step);
+        end += lane >= step ? below : 0;
+      }
+      if (lane < world_size) {
+        a_.source_offsets[e * world_size + lane] = end;
+      }
+      const int total = __shfl_sync(kFullWarp, end, world_size - 1);
+      if (lane == 0) {
+        a_.tokens_per_expert[e] = total;
+      }
+#pragma unroll 1
+      for (int i = total + lane; i < rows_of_expert; i += kWarp) {
+        a_.recv_slot[e * rows_of_expert + i] = -1;
       }
     }
   }
@@ -222,7 +223,7 @@ class LowLatencyReceive {
       return -1;
     }
     const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
-    return expert * rows_of_expert + heard.begins[source * num_local_ + expert] + index;
+    return expert * rows_of_expert + heard.before(source, expert) + index;
   }
 
   // Of lane k for slot k of a token. `i`: source * max_tokens + token.
@@ -244,148 +245,119 @@ class LowLatencyReceive {
            (row - int64_t{expert} * rows_of_expert);
   }
 
-  // A part of a row on its way: a chunk of it, or its scales, and the Places.
+  // A part of a row on its way, as a lane sees it: its Place, and a unit of a chunk or three words of scales. What
+  // there is not for this lane counts as arrived.
   struct PartOfRow {
-    int i, part, source, token;  // i: source * max_tokens + token
+    const char *place_at, *packs_at;
+    bool has_place, has_pack, is_unit;
     uint4 place;
-    Packs packs;  // of scales: one
+    Packs packs;  // of scales: the first
+
+    __device__ void expect(uint32_t tag) {
+      place.w = tag;
+#pragma unroll
+      for (int i = 0; i < kUnitPacks; ++i) {
+        packs.packs[i].w = tag;
+      }
+    }
+    __device__ void look() {
+      if (has_place) {
+        place = load_relaxed_system_16(place_at);
+      }
+      if (has_pack) {
+        packs.packs[0] = load_relaxed_system_16(packs_at);
+      }
+      if (is_unit) {
+#pragma unroll
+        for (int i = 1; i < kUnitPacks; ++i) {
+          packs.packs[i] = load_relaxed_system_16(packs_at + i * kPackStride);
+        }
+      }
+    }
+    __device__ bool has_arrived(uint32_t tag) const { return place.w == tag && packs.arrived(tag); }
   };
 
-  __device__ int first_part() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
-  __device__ int num_parts() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
-  __device__ bool has_place() const { return lane_id() < a_.num_topk; }
-  __device__ bool is_chunk(const PartOfRow& p) const { return p.part * kChunkVectors < a_.row_bytes / 16; }
-  // Vectors of a chunk from this lane's unit on.
-  __device__ int vectors_left(const PartOfRow& p) const {
-    return a_.row_bytes / 16 - (p.part * kUnitsAChunk + lane_id()) * kUnitVectors;
-  }
-
-  // Whose part it is; and the first look at it, if it is to come: false if not.
-  __device__ bool look_first(PartOfRow& p, const Heard& heard, int n) const {
-    p.i = shape_.by_parts.quotient(n);
-    p.part = n - p.i * shape_.parts;
-    p.source = shape_.by_tokens.quotient(p.i);
-    p.token = p.i - p.source * a_.max_tokens;
-    const bool comes = heard.visits(layout(), p.source, p.token);
-    if (comes) {
-      look(p, lane_id() * 3);
-    }
-    return comes;
-  }
-
-  // `first_scale`: of those this lane gets.
-  __device__ void look(PartOfRow& p, int first_scale) const {
-    const char* from = f_.own(layout().dispatch_packs(f_.half(), p.source, p.token));
-    if (has_place()) {
-      p.place = load_relaxed_system_16(from + lane_id() * kPackBytes);
-    }
-    if (!is_chunk(p)) {
-      if (first_scale < a_.num_scales) {
-        p.packs.packs[0] = load_relaxed_system_16(from + layout().scale_packs_at + first_scale / 3 * kPackBytes);
-      }
-    } else if (vectors_left(p) > 0) {
-      p.packs.look(from + layout().row_packs_at, p.part * kUnitsAChunk + lane_id());
-    }
-  }
-
-  __device__ bool has_arrived(const PartOfRow& p, int first_scale) const {
-    if (has_place() && p.place.w != f_.tag()) {
-      return false;
-    }
-    return is_chunk(p) ? vectors_left(p) <= 0 || p.packs.arrived(f_.tag())
-                       : first_scale >= a_.num_scales || p.packs.packs[0].w == f_.tag();
-  }
-
-  // Of a whole warp, after a look.
-  __device__ Outcome await(PartOfRow& p, int first_scale) const {
-    auto outcome = Outcome::there;
-    if (!has_arrived(p, first_scale)) {
-      outcome = f_.wait(Phase::rows, p.source, lane_id() == 0, [&] {
-        look(p, first_scale);
-        return has_arrived(p, first_scale);
-      });
-    }
-    return of_warp(outcome);
-  }
-
-  // Warps, each a part of one row. `p`: the first, looked at if it `comes`.
-  __device__ void receive_packed(const Heard& heard, PartOfRow& p, bool comes) const {
+  // Warps, each a part of one row: a chunk of it, or its scales.
+  __device__ void receive_packed(const Heard& heard) const {
+    const int lane = lane_id(), num_parts = f_.world_size() * a_.max_tokens * shape_.parts;
+    const int vectors = a_.row_bytes / 16;
 #pragma unroll 1
-    for (int n = first_part(); n < num_parts(); n += f_.workers() * kDispatchWarps) {
-      if (n != first_part()) {
-        comes = look_first(p, heard, n);
-      }
+    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < num_parts;
+         n += f_.workers() * kDispatchWarps) {
+      const int i = shape_.by_parts.quotient(n), part = n - i * shape_.parts;
+      const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
-      if (comes) {
-        const auto find_row = [&] {
-          row = has_place() ? row_at(heard, p.source, static_cast<int>(p.place.x), static_cast<int>(p.place.y)) : -1;
-          weight = __uint_as_float(p.place.z);
-        };
-        const auto outcome = is_chunk(p) ? receive_chunk(p, find_row, row) : receive_scales(p, find_row, row);
+      if (heard.visits(layout(), source, token)) {
+        const char* from = f_.own(layout().dispatch_packs(f_.half(), source, token));
+        const int unit = part * kUnitsAChunk + lane;
+        const bool is_chunk = part * kChunkVectors < vectors;
+        PartOfRow p;
+        p.place_at = from + lane * kPackBytes;
+        p.packs_at = from + (is_chunk ? layout().row_packs_at + offset_of_unit(unit)
+                                      : layout().scale_packs_at + lane * kPackBytes);
+        p.has_place = lane < a_.num_topk;
+        p.is_unit = is_chunk && unit * kUnitVectors < vectors;
+        p.has_pack = is_chunk ? p.is_unit : 3 * lane < a_.num_scales;
+        p.expect(f_.tag());
+        const auto outcome = await(p, source);
         if (outcome == Outcome::failed) {
           break;
         }
-      }
-      if (p.part == 0) {
-        write_slot(p.i, row, weight);
-      }
-    }
-  }
-
-  // Of a whole warp: of all its lanes, whether they may go on.
-  __device__ static Outcome of_warp(Outcome outcome) {
-    if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
-      return Outcome::failed;
-    }
-    return __all_sync(kFullWarp, outcome == Outcome::there) ? Outcome::there : Outcome::absent;
-  }
-
-  // Of a whole warp: a chunk of a row, a unit a lane.
-  template <class FindRow>
-  __device__ Outcome receive_chunk(PartOfRow& p, const FindRow& find_row, const int64_t& row) const {
-    const auto outcome = await(p, 0);
-    if (outcome == Outcome::there) {
-      find_row();
-      const int left_vectors = vectors_left(p), unit = p.part * kUnitsAChunk + lane_id();
-      const Unit u = p.packs.unit();
-      const uint64_t first = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
-#pragma unroll 1
-      for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
-        auto* to = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, first, __ffs(static_cast<int>(left)) - 1)) +
-                   unit * kUnitVectors;
-#pragma unroll
-        for (int j = 0; j < kUnitVectors; ++j) {
-          if (j < left_vectors) {
-            to[j] = u.vectors[j];
+        if (outcome == Outcome::there) {
+          row = p.has_place ? row_at(heard, source, static_cast<int>(p.place.x), static_cast<int>(p.place.y)) : -1;
+          weight = __uint_as_float(p.place.z);
+          if (is_chunk) {
+            place_unit(p.packs.unit(), unit, vectors - unit * kUnitVectors, row);
+          } else {
+            place_scales(p, source, row);
           }
         }
       }
+      if (part == 0) {
+        write_slot(i, row, weight);
+      }
     }
-    return outcome;
   }
 
-  // Of a whole warp: the scales of a row, three words a lane.
-  template <class FindRow>
-  __device__ Outcome receive_scales(PartOfRow& p, const FindRow& find_row, const int64_t& row) const {
-    auto outcome = Outcome::there;
+  // Of a whole warp, also what it says: whether all its lanes may go on.
+  __device__ Outcome await(PartOfRow& p, int source) const {
+    const auto outcome = f_.wait(Phase::rows, source, lane_id() == 0, [&] {
+      p.look();
+      return p.has_arrived(f_.tag());
+    });
+    if (__all_sync(kFullWarp, outcome == Outcome::there)) {
+      return Outcome::there;
+    }
+    return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
+  }
+
+  // Of a whole warp: a unit a lane, to the rows of all lanes. `left`: vectors of the row from this unit on.
+  __device__ void place_unit(const Unit& u, int unit, int left, int64_t row) const {
+    const uint64_t first = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
 #pragma unroll 1
-    for (int begin = 0; outcome == Outcome::there && begin < a_.num_scales; begin += 3 * kWarp) {
-      const int first = begin + 3 * lane_id();
-      if (begin != 0) {
-        look(p, first);
+    for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
+      auto* to = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, first, __ffs(static_cast<int>(lanes)) - 1)) +
+                 unit * kUnitVectors;
+#pragma unroll
+      for (int j = 0; j < kUnitVectors; ++j) {
+        if (j < left) {
+          to[j] = u.vectors[j];
+        }
       }
-      outcome = await(p, first);
-      if (outcome != Outcome::there) {
-        break;
-      }
-      find_row();
-      const uint64_t to_row = reinterpret_cast<uint64_t>(scales_of(max(row, int64_t{0})));
+    }
+  }
+
+  // Of a whole warp: the scales of a row, of which the first are there, to the rows of all lanes.
+  __device__ void place_scales(PartOfRow& p, int source, int64_t row) const {
+    const uint64_t to_row = reinterpret_cast<uint64_t>(scales_of(max(row, int64_t{0})));
+#pragma unroll 1
+    for (int first = 3 * lane_id();; first += 3 * kWarp) {
       const uint4& pack = p.packs.packs[0];
       const uint32_t words[3] = {pack.x, pack.y, pack.z};
 #pragma unroll 1
-      for (uint32_t left = __ballot_sync(kFullWarp, row >= 0); left != 0; left &= left - 1) {
-        auto* to = reinterpret_cast<uint32_t*>(__shfl_sync(kFullWarp, to_row, __ffs(static_cast<int>(left)) - 1)) +
+      for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
+        auto* to = reinterpret_cast<uint32_t*>(__shfl_sync(kFullWarp, to_row, __ffs(static_cast<int>(lanes)) - 1)) +
                    first * a_.scale_rows;
 #pragma unroll
         for (int j = 0; j < 3; ++j) {
@@ -394,8 +366,16 @@ class LowLatencyReceive {
           }
         }
       }
+      if (first - 3 * lane_id() + 3 * kWarp >= a_.num_scales) {
+        return;
+      }
+      p.packs_at += kWarp * kPackBytes;
+      p.has_pack = first + 3 * kWarp < a_.num_scales;
+      p.expect(f_.tag());
+      if (await(p, source) != Outcome::there) {
+        return;
+      }
     }
-    return outcome;
   }
 
   // Warps, each a row.

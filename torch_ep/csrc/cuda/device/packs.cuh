@@ -25,10 +25,8 @@ __device__ __forceinline__ int64_t offset_of_unit(int unit) {
 }
 constexpr int kPackStride = kUnitsAChunk * kPackBytes;  // from one pack of a unit to the next
 
-// `packs`: of the first unit of the row.
-__device__ __forceinline__ void send_unit(char* packs, int unit, const Unit& u, uint32_t number) {
+__device__ __forceinline__ void send_unit(char* to, const Unit& u, uint32_t number) {
   const uint4 &a = u.vectors[0], &b = u.vectors[1], &c = u.vectors[2];
-  char* to = packs + offset_of_unit(unit);
   store_relaxed_system_16(to, {a.x, a.y, a.z, number});
   store_relaxed_system_16(to + kPackStride, {a.w, b.x, b.y, number});
   store_relaxed_system_16(to + 2 * kPackStride, {b.z, b.w, c.x, number});
@@ -39,8 +37,7 @@ __device__ __forceinline__ void send_unit(char* packs, int unit, const Unit& u, 
 struct Packs {
   uint4 packs[kUnitPacks];
 
-  __device__ __forceinline__ void look(const char* first, int unit) {
-    const char* from = first + offset_of_unit(unit);
+  __device__ __forceinline__ void look(const char* from) {
 #pragma unroll
     for (int i = 0; i < kUnitPacks; ++i) {
       packs[i] = load_relaxed_system_16(from + i * kPackStride);

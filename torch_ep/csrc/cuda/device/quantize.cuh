@@ -29,9 +29,9 @@ __device__ float4 widen_four(const uint2& four, const T*) {
   return {widen(v[0]), widen(v[1]), widen(v[2]), widen(v[3])};
 }
 
-// NaN if one of them is.
-__device__ inline float larger(float a, float b) {
-  return a > b || a != a ? a : b;
+// The bits of absolute values are ordered as these are, with NaN above all.
+__device__ inline uint32_t magnitude(float v) {
+  return __float_as_uint(v) & 0x7fffffff;
 }
 
 struct Scale {
@@ -79,23 +79,21 @@ class Quantizer {
         load(x, first, ahead);
       }
       float4 four[kGroupsAhead];
-      float maxima[kGroupsAhead];
+      uint32_t maximum = 0;  // lane i: of group i
 #pragma unroll
       for (int i = 0; i < kGroupsAhead; ++i) {
         four[i] = widen_four(ahead[i], x);
-        maxima[i] = larger(larger(fabsf(four[i].x), fabsf(four[i].y)), larger(fabsf(four[i].z), fabsf(four[i].w)));
+        const uint32_t most =
+            max(max(magnitude(four[i].x), magnitude(four[i].y)), max(magnitude(four[i].z), magnitude(four[i].w)));
+        const uint32_t of_group = __reduce_max_sync(kFullWarp, most);
+        maximum = lane_id() == i ? of_group : maximum;
       }
-#pragma unroll
-      for (int step = kWarp / 2; step > 0; step /= 2) {
-#pragma unroll
-        for (int i = 0; i < kGroupsAhead; ++i) {
-          maxima[i] = larger(maxima[i], __shfl_xor_sync(kFullWarp, maxima[i], step));
-        }
-      }
+      const Scale scale = scale_of(__uint_as_float(max(maximum, magnitude(kLeastMaximum))), quantize_);
 #pragma unroll
       for (int i = 0; i < kGroupsAhead; ++i) {
+        const Scale s{__shfl_sync(kFullWarp, scale.scale, i), __shfl_sync(kFullWarp, scale.inverse, i)};
         if (const int g = first + i * kWarps; g < groups) {
-          quantize_group(g, four[i], scale_of(larger(maxima[i], kLeastMaximum), quantize_), stage);
+          quantize_group(g, four[i], s, stage);
         }
       }
     }
