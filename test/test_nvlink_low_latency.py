@@ -917,10 +917,11 @@ def one_rank_is_wrong(rank: int, world_size: int, group: str | None, what: str, 
     """The last rank's errors of the second operator, called twice; and what differs, where a bad entry is none."""
     experts, bad = 2 * world_size, world_size - 1
     given = [random_topk(6, 2, experts, seeded(r)) for r in range(world_size)]
-    given[bad][5, 0] = 1
-    given[bad][5, 1] = {"high": experts + 3, "low": -7, "twice": 1}[what]
+    token, entry = {"high": (5, experts + 3), "low": (5, -7), "twice": (0, 1)}[what]
+    given[bad][5] = torch.tensor([1, 0])  # in "twice" after the token that has expert 1 twice
+    given[bad][token] = torch.tensor([1, entry])
     taken = [t.clone() for t in given]
-    taken[bad][5, 1] = -1
+    taken[bad][token, 1] = -1
     routing = route(pad(taken, 6, -1), experts, world_size)
     x = [low_latency_cases.numbers((6, 64), BF16, 8, r) for r in range(world_size)]
     y = [low_latency_cases.numbers((2, 6 * world_size, 64), BF16, 9, r) for r in range(world_size)]
@@ -960,7 +961,7 @@ def test_a_bad_index_is_told_on_its_rank_alone(name: str, what: str, halves: boo
     message = {
         "high": f"{op}: expected topk_idx in [-1, {experts}), got {experts + 3} at token 5, slot 1",
         "low": f"{op}: expected topk_idx in [-1, {experts}), got -7 at token 5, slot 1",
-        "twice": f"{op}: expected different experts in one token, got expert 1 at token 5",
+        "twice": f"{op}: expected different experts in one token, got expert 1 at token 0",
     }[what]
     for rank, (errors, differences) in enumerate(answers):
         assert not differences

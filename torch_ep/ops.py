@@ -11,6 +11,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from . import _C  # type: ignore[attr-defined]
 from .comm import Group, communicators, resolve
 from .plan import Layout, Plan, _recv_map
 
@@ -55,7 +56,8 @@ def plan(
     communicator = communicators.get(group_name)
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
     if capacity is None:
-        fields = torch.ops.ep.plan(topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after)
+        args = (topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after)
+        fields = _call(torch.ops.ep.plan, _C.plan, args, topk_idx, after)
     else:
         fields = torch.ops.ep.plan.capacity(
             topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens, after
@@ -76,19 +78,17 @@ def plan(
     )
 
 
-def _call(op: Any, args: tuple, *differentiable: Tensor | None) -> Any:
-    """Calls an operator, past its autograd formula where there is nothing to differentiate.
+def _call(op: Any, direct: Any, args: tuple, *inputs: Tensor | None) -> Any:
+    """Calls an operator; past its schema and its autograd formula where nobody is to notice: `direct`.
 
-    The formulas are in Python and take as long as all the rest of a call; after an exact plan the device waits for it,
-    and for every line of these functions.
+    Both take longer than all the rest of a call, and after an exact plan the device waits for it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0:
         return op(*args)
-    for t in differentiable:
+    for t in inputs:
         if t is not None and (type(t) is not Tensor or t.requires_grad):
             return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    return direct(*args)
 
 
 def _plan_args(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
@@ -134,7 +134,7 @@ def dispatch(
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`.
     """
     args = (x, topk_weights, scales, *_plan_args(plan), after)
-    rows, weights, row_scales = _call(torch.ops.ep.dispatch, args, x, topk_weights, scales, after)
+    rows, weights, row_scales = _call(torch.ops.ep.dispatch, _C.dispatch, args, x, topk_weights, scales, after)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -175,10 +175,10 @@ def combine(
     if row_weights is not None:
         if topk_weights is not None:
             raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
-        weighted = torch.ops.ep.combine.weighted
-        return _call(weighted, (y, row_weights, *_plan_args(plan), after), y, row_weights, after)
+        op, direct = torch.ops.ep.combine.weighted, _C.combine_weighted
+        return _call(op, direct, (y, row_weights, *_plan_args(plan), after), y, row_weights, after)
     args = (y, topk_weights, None, *_plan_args(plan), after)
-    tokens, weights, _ = _call(torch.ops.ep.combine, args, y, topk_weights, after)
+    tokens, weights, _ = _call(torch.ops.ep.combine, _C.combine, args, y, topk_weights, after)
     return tokens if weights is None else (tokens, weights)
 
 

@@ -7,6 +7,7 @@ inline void await_kernels_before() {}
 
 template <class... Parameters>
 cudaError_t launch_overlapped(
+    bool,
     void (*kernel)(Parameters...),
     int blocks,
     int threads,

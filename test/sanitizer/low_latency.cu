@@ -310,14 +310,21 @@ class Run {
     }
   }
 
-  // Two entries of a token that are the same are an error of their rank; the rest of the exchange goes on.
+  // Two entries of a token that are the same are an error of their rank; in the exchange the second one counts as none,
+  // also where later tokens have that expert.
   void spoil() {
-    topk_[0][0] = topk_[0][1] = 0;
+    topk_[0][0] = topk_[0][1] = topk_[0][c_.num_topk] = 0;
+    topk_[0][c_.num_topk + 1] = 1;
     dispatch(Part::both);
     world_.settle(Failure::bad_topk);
     const auto& m = *world_.comm(0).mailbox;
     if (m.detail != 1 || m.ours != 0 || m.theirs != 0) {
       fail("a doubled expert is at entry " + std::to_string(m.detail));
+    }
+    topk_[0][1] = -1;
+    route();
+    for (const auto& args : dispatches_) {
+      check_dispatch(args.comm.rank, args);
     }
   }
 

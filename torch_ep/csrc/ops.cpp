@@ -6,7 +6,6 @@
 #include "local.h"
 
 #include <ATen/core/Tensor.h>
-#include <Python.h>
 #include <torch/library.h>
 
 namespace {
@@ -201,10 +200,4 @@ TORCH_LIBRARY_IMPL(ep, Autograd, m) {
        {"low_latency_dispatch", "low_latency_dispatch_send", "low_latency_combine", "low_latency_combine_send"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
   }
-}
-
-// Lets Python import this library like a module; there is nothing in it but the registrations above.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
 }

@@ -12,8 +12,8 @@
 namespace ep::cuda {
 namespace {
 
-// 16 warps with 7 pieces have all of a block's shared memory but 3 KB: so much for copies. Sums load four at a time,
-// which was faster than more of them.
+// 16 warps with 7 pieces have all of a block's shared memory but 3 KB. Copies take all of it; sums load four pieces at
+// a time, which was faster than more of them.
 constexpr int kMaxWarps = 16;
 constexpr int kPieces = 7;
 constexpr int kSumDepth = 4;

@@ -98,6 +98,7 @@ struct Comm {
   Layout layout;
   LowLatencyLayout low_latency;
   int rank;
+  bool shares_device;  // with other ranks
   int64_t timeout_ns;
   bool masks;  // low-latency pair: a time-out masks the peer, instead of failing
 };

@@ -112,9 +112,9 @@ class LowLatencyCombine {
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
-      Terms terms;
+      RowsAhead ahead;
       if (is_packed()) {
-        terms.load(lanes, y, weight, part * kUnitsAChunk + lane, vectors_);
+        ahead.load(lanes, y, weight, part * kUnitsAChunk + lane, vectors_);
       }
       if (!has_begun) {
         has_begun = true;
@@ -128,7 +128,7 @@ class LowLatencyCombine {
         continue;
       }
       if (is_packed()) {
-        send_packed(source, token, part, terms, lanes, y, weight);
+        send_packed(source, token, part, ahead, lanes, y, weight);
       } else {
         send_part(source, token, part, lanes, y, weight, parity);
       }
@@ -167,7 +167,7 @@ class LowLatencyCombine {
   }
 
   // The next rows of a sum, on their way.
-  struct Terms {
+  struct RowsAhead {
     Unit rows[kSendAhead];
     float weights[kSendAhead];
     int count;
@@ -189,23 +189,23 @@ class LowLatencyCombine {
     }
   };
 
-  // `lanes`: those that have a row, at `y`; not none. `terms`: of the first of them.
+  // `lanes`: those that have a row, at `y`; not none. `ahead`: of the first of them.
   __device__ void
-  send_packed(int source, int token, int chunk, Terms& terms, uint32_t lanes, const char* y, float weight) const {
+  send_packed(int source, int token, int chunk, RowsAhead& ahead, uint32_t lanes, const char* y, float weight) const {
     const int unit = chunk * kUnitsAChunk + lane_id();
     Sum<T> sums[kUnitVectors];
     while (true) {
 #pragma unroll
       for (int j = 0; j < kSendAhead; ++j) {
-        if (j < terms.count) {
-          add_unit<true>(sums, terms.rows[j], terms.weights[j]);
+        if (j < ahead.count) {
+          add_unit<true>(sums, ahead.rows[j], ahead.weights[j]);
           lanes &= lanes - 1;
         }
       }
       if (lanes == 0) {
         break;
       }
-      terms.load(lanes, y, weight, unit, vectors_);
+      ahead.load(lanes, y, weight, unit, vectors_);
     }
     if (unit * kUnitVectors < vectors_) {
       char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
@@ -469,7 +469,14 @@ cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaS
                       : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
                                          : low_latency_combine_kernel<T, Way::either>;
   return launch_overlapped(
-      kernel, blocks_of(args, multiprocessors), kMaxWarps * kWarp, shared_bytes(way), stream, args, shape_of(args));
+      !args.comm.shares_device,
+      kernel,
+      blocks_of(args, multiprocessors),
+      kMaxWarps * kWarp,
+      shared_bytes(way),
+      stream,
+      args,
+      shape_of(args));
 }
 
 template <class T>

@@ -218,13 +218,14 @@ class LowLatencyDispatch {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
   }
 
-  // Of some warps of a block, the last ones, which have the least to send: counts, for the slots of a token, the rows
-  // of the tokens before it that go to the same expert. The last warp of all leads.
+  // Of the last warps of a block, or of all: counts, for the slots of a token, the rows of the tokens before it that go
+  // to the same expert. The last warp leads.
   class Counter {
    public:
     // `slots`: of shared memory, a byte of each expert.
-    __device__ Counter(const LowLatencyDispatchArgs& args, const Entries& entries, uint8_t* slots)
-        : a_(args), entries_(entries), slots_(slots) {
+    __device__
+    Counter(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, const Entries& entries, uint8_t* slots)
+        : a_(args), shape_(shape), entries_(entries), slots_(slots) {
       if (leads()) {
 #pragma unroll 1
         for (int i = lane_id() * 4; i < a_.num_experts; i += kWarp * 4) {
@@ -272,7 +273,7 @@ class LowLatencyDispatch {
         for (int j = 0; j < kAhead; ++j) {
           const bool is_expert = ahead_[j] >= 0 && ahead_[j] < a_.num_experts;
           const int slot = is_expert ? slots_[ahead_[j]] : 0;
-          if (slot != 0) {
+          if (slot != 0 && is_first(begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters, ahead_[j])) {
             atomicAdd(&counted()[slot - 1], 1);
           }
         }
@@ -293,12 +294,23 @@ class LowLatencyDispatch {
     static constexpr int kCounters = kWarps * kWarp;
     static constexpr int kAhead = 4;
 
+    // Whether an entry is the first of its token for that expert; a second one is an error, and counts as none.
+    __device__ bool is_first(int i, int entry) const {
+      bool is_first = true;
+#pragma unroll 1
+      for (int j = shape_.by_topk.quotient(i) * a_.num_topk; j < i; ++j) {
+        is_first = is_first && entries_[j] != entry;
+      }
+      return is_first;
+    }
+
     __device__ static int* counted() {
       __shared__ int of_slots[kMaxTopk];
       return of_slots;
     }
 
     const LowLatencyDispatchArgs& a_;
+    const LowLatencyShape& shape_;
     const Entries& entries_;
     uint8_t* slots_;
     int ahead_[kAhead];
@@ -324,7 +336,7 @@ class LowLatencyDispatch {
     const bool as_is = a_.quantize == Quantize::none;
     const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
     const int vectors = a_.row_bytes / 16;
-    Counter counter(a_, entries_, slots_);
+    Counter counter(a_, shape_, entries_, slots_);
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
@@ -424,7 +436,7 @@ class LowLatencyDispatch {
         store_release_system(f_.peer(lane, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
       }
     };
-    Counter counter(a_, entries_, slots_);
+    Counter counter(a_, shape_, entries_, slots_);
     int n = 0;
     bool has_begun = false, may_write = false;  // the latter: the rank of this lane
 #pragma unroll 1
@@ -546,6 +558,7 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
   shape.by_local = Divisor(args.num_experts / layout.world_size);
   shape.by_words = Divisor(layout.words);
+  shape.by_topk = Divisor(args.num_topk);
   shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
   if (!is_packed) {
     const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
@@ -573,7 +586,7 @@ cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, c
   const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
   const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
   const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
-  return launch_overlapped(kernel, blocks, kThreads, shared, stream, args, shape);
+  return launch_overlapped(!args.comm.shares_device, kernel, blocks, kThreads, shared, stream, args, shape);
 }
 
 template <class T>

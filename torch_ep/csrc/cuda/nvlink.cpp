@@ -86,6 +86,10 @@ int multiprocessors_of(c10::DeviceIndex device) {
   return count;
 }
 
+bool shares_device(const NvlinkOptions& options) {
+  return options.groupless && options.world_size > 1;
+}
+
 cudaError_t prepare_kernels() {
   for (const auto prepare :
        {prepare_plan, prepare_dispatch, prepare_combine, prepare_low_latency_dispatch, prepare_low_latency_combine}) {
@@ -107,9 +111,7 @@ class Nvlink final : public Transport {
         max_experts_(options.limits[3]),
         device_(c10::cuda::current_device()),
         // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
-        multiprocessors_(
-            options.groupless && options.world_size > 1 ? static_cast<int>(options.num_sms)
-                                                        : multiprocessors_of(device_)) {
+        multiprocessors_(shares_device(options) ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
     TORCH_CHECK_VALUE(
         max_experts_ <= most_experts(options.world_size),
         "torch_ep.init: expected num_experts of at most ",
@@ -140,6 +142,7 @@ class Nvlink final : public Transport {
     comm_.layout = layout_;
     comm_.low_latency = low_latency_layout_of(layout_, options.limits);
     comm_.rank = static_cast<int>(options.rank);
+    comm_.shares_device = shares_device(options);
     comm_.timeout_ns = options.timeout_ms * 1'000'000;
     comm_.masks = options.masks;
     low_latency_.emplace(comm_, LowLatencyLimits{max_hidden_, max_topk_, max_experts_}, multiprocessors_);

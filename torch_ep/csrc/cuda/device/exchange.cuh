@@ -59,7 +59,7 @@ struct Exchange {
   __device__ char* own(int64_t offset) const { return comm.buffers[comm.rank] + offset; }
   __device__ char* peer(int rank, int64_t offset) const { return comm.buffers[rank] + offset; }
   __device__ bool is_peer(int lane) const { return lane < world_size() && lane != comm.rank; }
-  // The upper half of flags that also count.
+  // The upper half of words that also count.
   __device__ uint64_t tag() const { return epoch << 32; }
   __device__ bool is_tagged(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
 };

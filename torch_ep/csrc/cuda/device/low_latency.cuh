@@ -11,8 +11,8 @@
 // What these kernels do for few tokens is a chain of trips to memory and to the peers, of half a microsecond each. So:
 // what does not depend on each other is asked for together: one warp of a block asks for the state while the others ask
 // for what they are to send, and a barrier brings both together; words that travel are complete in themselves, where a
-// flag would follow a fence; no block waits for the last one (Note [Shares]); and that a rank is
-// done with an exchange its next kernel tells, of either kind, at its start, beside what else it does.
+// flag would follow a fence; no block waits for the last one (Note [Shares]); and that a rank is done with an exchange
+// its next kernel tells, of either kind, at its start, beside what else it does.
 #pragma once
 
 #include "exchange.cuh"

@@ -15,7 +15,7 @@ struct LowLatencyShape {
   int stage_bytes;    // a record, padded
   int receive_warps;  // of a block, each with a stage; none if rows are packed
   int parts;          // of a packed row, a warp each
-  Divisor by_parts, by_tokens, by_local, by_words, by_rows;
+  Divisor by_parts, by_tokens, by_topk, by_local, by_words, by_rows;
 };
 
 // On what all ranks have to agree: the words that an announcement begins with.

@@ -1,5 +1,5 @@
-// Kernels that begin while the one before them in the stream ends: CUDA C++ Programming Guide, "Programmatic Dependent
-// Launch and Synchronization". Of few tokens, getting a kernel to begin takes a good part of an exchange.
+// Kernels that are brought to the device while the one before them in the stream still runs: CUDA C++ Programming
+// Guide, "Programmatic Dependent Launch and Synchronization". Of few tokens, that takes a good part of an exchange.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,8 +13,10 @@ __device__ __forceinline__ void await_kernels_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+// `overlaps`: not where ranks share a device: what is brought there early would take the room of another rank's kernel.
 template <class... Parameters>
 cudaError_t launch_overlapped(
+    bool overlaps,
     void (*kernel)(Parameters...),
     int blocks,
     int threads,
@@ -30,7 +32,7 @@ cudaError_t launch_overlapped(
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = overlaps ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
