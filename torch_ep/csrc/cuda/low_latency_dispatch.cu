@@ -273,8 +273,11 @@ class LowLatencyDispatch {
         for (int j = 0; j < kAhead; ++j) {
           const bool is_expert = ahead_[j] >= 0 && ahead_[j] < a_.num_experts;
           const int slot = is_expert ? slots_[ahead_[j]] : 0;
-          if (slot != 0 && is_first(begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters, ahead_[j])) {
-            atomicAdd(&counted()[slot - 1], 1);
+          if (__any_sync(kFullWarp, slot != 0)) {
+            const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
+            if (!repeats(i, ahead_[j]) && slot != 0) {
+              atomicAdd(&counted()[slot - 1], 1);
+            }
           }
         }
       }
@@ -294,14 +297,22 @@ class LowLatencyDispatch {
     static constexpr int kCounters = kWarps * kWarp;
     static constexpr int kAhead = 4;
 
-    // Whether an entry is the first of its token for that expert; a second one is an error, and counts as none.
-    __device__ bool is_first(int i, int entry) const {
-      bool is_first = true;
+    // Of a whole warp, whose lanes have consecutive entries: whether the i-th is that of an earlier slot of its token
+    // too, which is an error, and counts as none. Looked for among what is at hand: loads would take as long as all the
+    // rest.
+    __device__ bool repeats(int i, int entry) const {
+      const int lane = lane_id(), slot = i - shape_.by_topk.quotient(i) * a_.num_topk;
+      bool found = false;
 #pragma unroll 1
-      for (int j = shape_.by_topk.quotient(i) * a_.num_topk; j < i; ++j) {
-        is_first = is_first && entries_[j] != entry;
+      for (int back = 1; back < a_.num_topk; ++back) {
+        const int earlier = __shfl_up_sync(kFullWarp, entry, back);
+        found = found || (back <= slot && back <= lane && earlier == entry);
       }
-      return is_first;
+#pragma unroll 1
+      for (int back = lane + 1; back <= slot; ++back) {  // what the warp before has
+        found = found || entries_[i - back] == entry;
+      }
+      return found;
     }
 
     __device__ static int* counted() {
