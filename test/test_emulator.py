@@ -67,9 +67,10 @@ FAULTS = {
     "dispatch: rows in a flag": Fault(
         "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"
     ),
-    "combine: order of a sum": Fault(
-        "virtual_ranks", "device/sums.cuh", "before = __popc(terms.all & (terms.own - 1));", "before = 0;"
+    "combine: rows of the own rank": Fault(
+        "virtual_ranks", "device/sums.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
     ),
+    "low latency: a doubled expert": Fault("low_latency", "low_latency_dispatch.cu", "earlier == entry", "false"),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
     ),
