@@ -6,6 +6,7 @@
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
+#include "device/counter.cuh"
 #include "device/low_latency_receive.cuh"
 #include "device/overlap.cuh"
 #include "device/quantize.cuh"
@@ -218,117 +219,26 @@ class LowLatencyDispatch {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
   }
 
-  // Of the last warps of a block, or of all: counts, for the slots of a token, the rows of the tokens before it that go
-  // to the same expert. The last warp leads.
-  class Counter {
-   public:
-    // `slots`: of shared memory, a byte of each expert.
-    __device__
-    Counter(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, const Entries& entries, uint8_t* slots)
-        : a_(args), shape_(shape), entries_(entries), slots_(slots) {
-      if (leads()) {
-#pragma unroll 1
-        for (int i = lane_id() * 4; i < a_.num_experts; i += kWarp * 4) {
-          *reinterpret_cast<uint32_t*>(slots_ + i) = 0;
-        }
-      }
-    }
+  // Where rows are many, all warps count; where they are few, those that have no part of the row to send.
+  using Counter = RowCounter<is_packed ? 4 : kMaxWarps>;
 
-    __device__ static bool leads() { return warp_id() == kMaxWarps - 1; }
-    __device__ static bool counts() { return warp_id() >= kMaxWarps - kWarps; }
-
-    // Asks for the first entries of those before a token's.
-    __device__ void load(int token, int begin = 0) {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
-        ahead_[j] = i < token * a_.num_topk ? entries_[i] : -1;
-      }
-    }
-
-    // Of the leader. `expert`: of the lane's slot, kNowhere if none.
-    __device__ void begin(int expert) {
-      counted()[lane_id()] = 0;
-      if (expert >= 0) {
-        slots_[expert] = static_cast<uint8_t>(1 + lane_id());
-      }
-    }
-
-    __device__ static void sync() {
-      if constexpr (kCounters == kThreads) {
-        __syncthreads();
-      } else {
-        asm volatile("bar.sync %0, %1;" ::"r"(1), "n"(kCounters) : "memory");
-      }
-    }
-
-    // After `load`, and a `sync` after `begin`; a `sync` comes next.
-    __device__ void count(int token) {
-#pragma unroll 1
-      for (int begin = 0; begin < token * a_.num_topk; begin += kAhead * kCounters) {
-        if (begin != 0) {
-          load(token, begin);
-        }
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          const bool is_expert = ahead_[j] >= 0 && ahead_[j] < a_.num_experts;
-          const int slot = is_expert ? slots_[ahead_[j]] : 0;
-          if (__any_sync(kFullWarp, slot != 0)) {
-            const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
-            if (!repeats(i, ahead_[j]) && slot != 0) {
-              atomicAdd(&counted()[slot - 1], 1);
-            }
-          }
-        }
-      }
-    }
-
-    // Of the leader: of the lane's slot.
-    __device__ int end(int expert) const {
-      if (expert >= 0) {
-        slots_[expert] = 0;
-      }
-      return counted()[lane_id()];
-    }
-
-   private:
-    // Where rows are many, all warps count; where they are few, those that have no part of the row to send.
-    static constexpr int kWarps = is_packed ? 4 : kMaxWarps;
-    static constexpr int kCounters = kWarps * kWarp;
-    static constexpr int kAhead = 4;
-
-    // Of a whole warp, whose lanes have consecutive entries: whether the i-th is that of an earlier slot of its token
-    // too, which is an error, and counts as none. Looked for among what is at hand: loads would take as long as all the
-    // rest.
-    __device__ bool repeats(int i, int entry) const {
-      const int lane = lane_id(), slot = i - shape_.by_topk.quotient(i) * a_.num_topk;
-      bool found = false;
-#pragma unroll 1
-      for (int back = 1; back < a_.num_topk; ++back) {
-        const int earlier = __shfl_up_sync(kFullWarp, entry, back);
-        found = found || (back <= slot && back <= lane && earlier == entry);
-      }
-#pragma unroll 1
-      for (int back = lane + 1; back <= slot; ++back) {  // what the warp before has
-        found = found || entries_[i - back] == entry;
-      }
-      return found;
-    }
-
-    __device__ static int* counted() {
-      __shared__ int of_slots[kMaxTopk];
-      return of_slots;
-    }
-
-    const LowLatencyDispatchArgs& a_;
-    const LowLatencyShape& shape_;
-    const Entries& entries_;
-    uint8_t* slots_;
-    int ahead_[kAhead];
+  // What the warp that leads the counting knows of the lane's slot.
+  struct Lead {
+    int expert = kNowhere;
+    float weight = 0;
   };
 
-  __device__ float weight_of(int token, int slot) const {
-    return a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + slot];
+  __device__ Lead begin_counting(Counter& counter, int token, int entry) const {
+    Lead lead;
+    if (Counter::leads()) {
+      const int lane = lane_id();
+      if (lane < a_.num_topk) {
+        lead.weight = a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + lane];
+      }
+      lead.expert = token_of(entry).expert;
+      counter.begin(lead.expert);
+    }
+    return lead;
   }
 
   // False: not begun.
@@ -362,16 +272,10 @@ class LowLatencyDispatch {
       } else {
         quantizer.load(reinterpret_cast<const T*>(x), warp_id(), groups_ahead);
       }
-      float weight = 0;
-      int expert = kNowhere;
       if (Counter::counts()) {
         counter.load(token);
       }
-      if (Counter::leads()) {
-        weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
-        expert = token_of(entry).expert;
-        counter.begin(expert);
-      }
+      const Lead lead = begin_counting(counter, token, entry);
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
@@ -389,10 +293,10 @@ class LowLatencyDispatch {
         Counter::sync();
       }
       if (Counter::leads()) {
-        const int index = counter.end(expert);
+        const int index = counter.end(lead.expert);
         if (lane < a_.num_topk) {
           const uint4 place{
-              static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
+              static_cast<uint32_t>(lead.expert), static_cast<uint32_t>(index), __float_as_uint(lead.weight), f_.tag()};
           to_each(ranks, packs + lane * kPackBytes, [&](char* to) { store_relaxed_system_16(to, place); });
         }
       }
@@ -466,13 +370,7 @@ class LowLatencyDispatch {
         quantizer.load(x, warp_id(), ahead);
       }
       counter.load(token);
-      float weight = 0;
-      int expert = kNowhere;
-      if (Counter::leads()) {
-        weight = lane < a_.num_topk ? weight_of(token, lane) : 0;
-        expert = token_of(entry).expert;
-        counter.begin(expert);
-      }
+      const Lead lead = begin_counting(counter, token, entry);
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
@@ -494,9 +392,9 @@ class LowLatencyDispatch {
       }
       Counter::sync();
       if (Counter::leads()) {
-        const int index = counter.end(expert);
+        const int index = counter.end(lead.expert);
         if (lane < a_.num_topk) {
-          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
+          reinterpret_cast<Place*>(stage + places_at_)[lane] = {lead.expert, index, lead.weight, 0};
         }
       }
       fence_async_shared();
