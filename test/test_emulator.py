@@ -20,7 +20,7 @@ from test_cuda_sources import cuda_include_folders, needs_nvcc
 pytestmark = needs_nvcc
 
 # Random ones of each program, besides twelve larger ones of virtual_ranks that are always run.
-CASES = {"virtual_ranks": 72, "low_latency": 60}
+CASES = {"virtual_ranks": 48, "low_latency": 40}
 
 
 def build(
