@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +63,25 @@ def test_a_function_mode_sees_every_call() -> None:
     with FunctionLog() as log:
         call_all(torch.randn(3, 8))
     assert len(log.seen) == len(OPS)
+
+
+def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    short: list[str] = []
+
+    def counted(name: str) -> Any:
+        return lambda *args: (short.append(name), getattr(_C, name)(*args))[1]
+
+    names = ["plan", "dispatch", "combine", "combine_weighted"]
+    monkeypatch.setattr(torch_ep.ops, "_C", SimpleNamespace(**{name: counted(name) for name in names}))
+    call_all(torch.randn(3, 8))
+    assert short == names
+    short.clear()
+    call_all(torch.randn(3, 8, requires_grad=True))
+    assert short == ["plan"]  # the only one without a tensor that requires a gradient
+    short.clear()
+    with FunctionLog():
+        call_all(torch.randn(3, 8))
+    assert short == []
 
 
 def test_fake_tensors_stay_fake() -> None:
