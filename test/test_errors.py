@@ -506,6 +506,9 @@ CASES = {
 # Cases that nvlink takes another way, by the same names.
 ON_NVLINK = {
     # There what is in flight stays in the buffers.
+    "low_latency-send": low_latency_dispatch(
+        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=0
+    ),
     "low_latency-in_flight_rows": low_latency_dispatch(
         "expected in_flight_rows = 0 on transport nvlink, got 3", in_flight_rows=3
     ),

@@ -117,8 +117,8 @@ constexpr int64_t kPlaceBytes = sizeof(Place);
 // Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
 // of the exchange. So they need neither a flag nor a fence before it, which would cost a round trip; a third more bytes
 // are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
-// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Scales have
-// packs of their own, a lane each, since every word of them has another place in the result; so do Places.
+// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Places have
+// packs of their own, one each; so have the scales of a chunk, three in each.
 constexpr int kPackBytes = 16;
 constexpr int kPackData = 12;
 constexpr int kUnitPacks = 4;
@@ -126,6 +126,11 @@ constexpr int kUnitVectors = 3;  // of 16 bytes
 constexpr int kUnitsAChunk = 32;
 constexpr int kChunkVectors = kUnitsAChunk * kUnitVectors;
 constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
+
+constexpr int kGroup = 128;                  // channels that share a scale
+constexpr int kGroupVectors = kGroup / 16;   // of fp8
+constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
+constexpr int kChunkScalePacks = kChunkGroups / 3;
 
 // Chunks of `vectors` of 16 bytes.
 EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
@@ -171,8 +176,8 @@ struct LowLatencyLayout {
         words(kNumAgreed + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
         scale_packs_at(round_up(topk * int64_t{kPackBytes}, 128)),
-        row_packs_at(scale_packs_at + round_up((slot / (2 * 128 * 3) + 1) * kPackBytes, 128)),
-        packed_bytes(row_packs_at + chunks_of(static_cast<int>(slot / 16)) * int64_t{kChunkBytes}) {
+        row_packs_at(scale_packs_at + round_up(chunks_of(slot) * kChunkScalePacks * kPackBytes, 128)),
+        packed_bytes(row_packs_at + chunks_of(slot) * kChunkBytes) {
     const int64_t most = kMostPackedBytes / ((ranks > 1 ? ranks - 1 : 1) * packed_bytes);
     packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
     const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;
@@ -219,6 +224,7 @@ struct LowLatencyLayout {
   }
 
  private:
+  static int64_t chunks_of(int64_t bytes) { return ep::cuda::chunks_of(static_cast<int>(bytes / 16)); }
   EP_HOST_DEVICE int64_t row(int half, int source, int token) const {
     return (half * world_size + source) * max_tokens + token;
   }

@@ -58,7 +58,7 @@ class LowLatencyCombine {
       return;
     }
     // Of the first token that this warp receives: asked for before anything is awaited.
-    const int entry = begin() < a_.num_tokens * parts_ ? entry_of(row_of(begin())) : -1;
+    const Entry entry = begin() < a_.num_tokens * parts_ ? entry_of(row_of(begin())) : Entry{};
     if (a_.part == Part::receive ? !may_begin() : !send()) {
       return;
     }
@@ -111,10 +111,11 @@ class LowLatencyCombine {
       int row = i < work ? row_of_lane(pair) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
-      uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
-      RowsAhead ahead;
-      if (is_packed()) {
-        ahead.load(lanes, y, weight, part * kUnitsAChunk + lane, vectors_);
+      const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
+      const UnitVectors vectors(part, vectors_);
+      Unit sum;
+      if (is_packed()) {  // all that there is to be known before the exchange begins
+        sum = sum_of(lanes, y, weight, vectors);
       }
       if (!has_begun) {
         has_begun = true;
@@ -127,10 +128,11 @@ class LowLatencyCombine {
       if (lanes == 0 || (ranks >> source & 1) == 0) {
         continue;
       }
-      if (is_packed()) {
-        send_packed(source, token, part, ahead, lanes, y, weight);
-      } else {
+      if (!is_packed()) {
         send_part(source, token, part, lanes, y, weight, parity);
+      } else if (vectors.any()) {
+        char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
+        send_unit(packs + offset_of_unit(part), sum, f_.tag());
       }
     }
     if (!is_packed()) {
@@ -166,51 +168,30 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // The next rows of a sum, on their way.
-  struct RowsAhead {
-    Unit rows[kSendAhead];
-    float weights[kSendAhead];
-    int count;
-
-    // Of the rows of `lanes`, at `y`, the first kSendAhead.
-    __device__ void load(uint32_t lanes, const char* y, float weight, int unit, int vectors) {
-      count = 0;
-#pragma unroll
-      for (int j = 0; j < kSendAhead; ++j) {
-        if (lanes != 0) {
-          const int lane = __ffs(static_cast<int>(lanes)) - 1;
-          const auto* from = reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), lane));
-          rows[j] = load_unit(from, unit, vectors);
-          weights[j] = __shfl_sync(kFullWarp, weight, lane);
-          lanes &= lanes - 1;
-          count = j + 1;
-        }
-      }
-    }
-  };
-
-  // `lanes`: those that have a row, at `y`; not none. `ahead`: of the first of them.
-  __device__ void
-  send_packed(int source, int token, int chunk, RowsAhead& ahead, uint32_t lanes, const char* y, float weight) const {
-    const int unit = chunk * kUnitsAChunk + lane_id();
+  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order.
+  __device__ Unit sum_of(uint32_t lanes, const char* y, float weight, const UnitVectors& vectors) const {
     Sum<T> sums[kUnitVectors];
-    while (true) {
+#pragma unroll 1
+    while (lanes != 0) {
+      Unit rows[kSendAhead];
+      int from[kSendAhead];  // lane; -1: none
 #pragma unroll
       for (int j = 0; j < kSendAhead; ++j) {
-        if (j < ahead.count) {
-          add_unit<true>(sums, ahead.rows[j], ahead.weights[j]);
+        from[j] = __ffs(static_cast<int>(lanes)) - 1;
+        if (lanes != 0) {
+          const uint64_t row = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), from[j]);
+          rows[j] = load_unit(reinterpret_cast<const char*>(row), vectors);
           lanes &= lanes - 1;
         }
       }
-      if (lanes == 0) {
-        break;
+#pragma unroll
+      for (int j = 0; j < kSendAhead; ++j) {
+        if (from[j] >= 0) {
+          add_unit<true>(sums, rows[j], __shfl_sync(kFullWarp, weight, from[j]));
+        }
       }
-      ahead.load(lanes, y, weight, unit, vectors_);
     }
-    if (unit * kUnitVectors < vectors_) {
-      char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
-      send_unit(packs + offset_of_unit(unit), rounded(sums), f_.tag());
-    }
+    return rounded(sums);
   }
 
   template <bool weighted>
@@ -264,15 +245,15 @@ class LowLatencyCombine {
 
   // --- receive ---
 
-  __device__ int entry_of(int token) const {
-    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
+  __device__ Entry entry_of(int token) const {
+    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
   }
 
-  // `entry`: of the first token.
-  __device__ void receive(int entry) const {
+  // `first`: of the first token.
+  __device__ void receive(const Entry& first) const {
     for (int i = begin(); i < a_.num_tokens * parts_; i += step()) {
       const int token = row_of(i), part = i - token * parts_;
-      entry = i == begin() ? entry : entry_of(token);
+      const int entry = (i == begin() ? first : entry_of(token)).value();
       const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : -1;
       bool counts = false;  // the first slot of each rank
 #pragma unroll 1
@@ -288,17 +269,23 @@ class LowLatencyCombine {
     }
   }
 
+  // A look at what a rank says as it enters.
+  __device__ uint64_t word_of(int rank) const {
+    return load_relaxed_system(f_.own(layout().entered(f_.half(), rank)));
+  }
+
   // Of a whole warp: until `rank` has entered the same exchange, where `counts`, which is false after that where it did
-  // not come.
-  __device__ bool await_rank(bool& counts, int rank) const {
+  // not come. `seen`: its word, after a first look.
+  __device__ bool await_rank(bool& counts, int rank, uint64_t seen) const {
     bool going = true;
     if (counts) {
-      const char* word = f_.own(layout().entered(f_.half(), rank));
-      uint64_t seen = 0;
-      const auto outcome = f_.wait(Phase::header, rank, true, [&] {
-        seen = load_relaxed_system(word);
-        return f_.is_word(seen);
-      });
+      auto outcome = Outcome::there;
+      if (!f_.is_word(seen)) {
+        outcome = f_.wait(Phase::header, rank, true, [&] {
+          seen = word_of(rank);
+          return f_.is_word(seen);
+        });
+      }
       counts = outcome == Outcome::there;
       going = outcome != Outcome::failed;
       if (const auto theirs = static_cast<uint32_t>(seen); counts && theirs != agreed()) {
@@ -316,8 +303,7 @@ class LowLatencyCombine {
 
   // Terms are added in the order of the lanes that they are of.
   __device__ bool receive_packed(bool counts, int rank, int token, int chunk) const {
-    const int unit = chunk * kUnitsAChunk + lane_id();
-    const bool has_unit = unit * kUnitVectors < vectors_;
+    const UnitVectors vectors(chunk, vectors_);
     Packs packs[kReceiveAhead];
     int ranks[kReceiveAhead], count = 0;
     // The first look at each of some, before any is waited for.
@@ -329,15 +315,16 @@ class LowLatencyCombine {
         if (lanes != 0) {
           lanes &= lanes - 1;
           count = j + 1;
-          if (has_unit) {
-            packs[j].look(packs_of(ranks[j], token, unit));
+          if (vectors.any()) {
+            packs[j].look(packs_of(ranks[j], token, chunk));
           }
         }
       }
     };
     const uint32_t expected = __ballot_sync(kFullWarp, counts);
+    const uint64_t seen = counts ? word_of(rank) : 0;
     look(expected);
-    if (!await_rank(counts, rank)) {
+    if (!await_rank(counts, rank, seen)) {
       return false;
     }
     uint32_t lanes = __ballot_sync(kFullWarp, counts);
@@ -352,9 +339,9 @@ class LowLatencyCombine {
         if (j < count) {
           lanes &= lanes - 1;
           auto outcome = Outcome::there;
-          if (has_unit && !packs[j].arrived(f_.tag())) {
+          if (vectors.any() && !packs[j].arrived(f_.tag())) {
             outcome = f_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
-              packs[j].look(packs_of(ranks[j], token, unit));
+              packs[j].look(packs_of(ranks[j], token, chunk));
               return packs[j].arrived(f_.tag());
             });
           }
@@ -369,23 +356,16 @@ class LowLatencyCombine {
       }
       look(lanes);
     }
-    const Unit result = is_empty ? Unit{} : rounded(sums);
-    auto* out = reinterpret_cast<uint4*>(a_.out + int64_t{token} * a_.row_bytes);
-#pragma unroll
-    for (int v = 0; v < kUnitVectors; ++v) {
-      if (unit * kUnitVectors + v < vectors_) {
-        out[unit * kUnitVectors + v] = result.vectors[v];
-      }
-    }
+    store_unit(a_.out + int64_t{token} * a_.row_bytes, is_empty ? Unit{} : rounded(sums), vectors);
     return true;
   }
 
-  __device__ const char* packs_of(int rank, int token, int unit) const {
-    return f_.own(layout().combine_packs(f_.half(), rank, token) + offset_of_unit(unit));
+  __device__ const char* packs_of(int rank, int token, int chunk) const {
+    return f_.own(layout().combine_packs(f_.half(), rank, token) + offset_of_unit(chunk));
   }
 
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
-    if (!await_rank(counts, rank)) {
+    if (!await_rank(counts, rank, counts ? word_of(rank) : 0)) {
       return false;
     }
     auto outcome = Outcome::there;
@@ -454,7 +434,7 @@ int shared_bytes(Way way) {
 
 // A warp for each part of a row, whichever way it travels, some warps to a block; and a block that tells.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
-  constexpr int kWarpsABlock = kMaxWarps / 2;
+  constexpr int kWarpsABlock = kMaxWarps / 4;
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;
   const int64_t to_receive = args.part == Part::send ? 0 : args.num_tokens;
   const int64_t parts = std::max(to_send, to_receive) * std::max(kRowParts, chunks_of(args.row_bytes / 16));

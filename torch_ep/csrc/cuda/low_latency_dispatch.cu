@@ -1,7 +1,8 @@
 // ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
 //   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
-//   send       the other blocks, a token each: row (quantised here) and where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a part of one: arrived row -> its places in the result; then, some
+//   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantised here) and
+//              where its copies belong -> every rank it visits
+//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, some
 //              experts each: how many rows there are
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
@@ -50,12 +51,13 @@ class LowLatencyDispatch {
     extern __shared__ __align__(128) char memory[];
     auto* barriers = reinterpret_cast<uint64_t*>(memory + stages_bytes(shape));
     memory_ = {memory, barriers, reinterpret_cast<int*>(barriers + kMaxWarps), shared.is_lost};
-    slots_ = reinterpret_cast<uint8_t*>(memory_.words) + words_bytes(layout());
+    told_ = memory_.words + words(layout());
+    slots_ = reinterpret_cast<uint8_t*>(told_ + words(layout()));
   }
 
   static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
     return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) +
-           words_bytes(args.comm.low_latency) + round_up(args.num_experts, 4);
+           2 * 4 * words(args.comm.low_latency) + round_up(args.num_experts, 4);
   }
 
   template <class T>
@@ -84,9 +86,6 @@ class LowLatencyDispatch {
       if (!(blockIdx.x == 0 ? announce() : send<T>())) {
         return;
       }
-      if (blockIdx.x == 0) {
-        __syncthreads();  // this memory is for what is heard next
-      }
     }
     if (a_.part != Part::send) {
       LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
@@ -95,14 +94,13 @@ class LowLatencyDispatch {
   }
 
  private:
-  // One is enough for packed rows: of what is quantised.
   EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
-    return int64_t{shape.stage_bytes} * (is_packed ? 1 : stages);
+    return is_packed ? 0 : int64_t{shape.stage_bytes} * stages;
   }
-  // Of announce: counts and visits of all; of receive: words of all, which are more.
-  EP_HOST_DEVICE static int64_t words_bytes(const LowLatencyLayout& layout) {
-    return int64_t{layout.world_size} * layout.words * 4;
+  // What a block hears from all; what it tells, counts and visits, is less.
+  EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
+    return int64_t{layout.world_size} * layout.words;
   }
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
@@ -114,60 +112,32 @@ class LowLatencyDispatch {
 
   // False: not begun.
   __device__ bool announce() {
-    __shared__ bool may_write[kWarp];
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), warp = warp_id();
-    const int words = layout().words, visit_words = layout().visit_words(), world_size = f_.world_size();
-    int* counts = memory_.words;                                                 // [experts]
-    auto* visits = reinterpret_cast<uint32_t*>(memory_.words + a_.num_experts);  // [world_size][visit words]
-    constexpr int kAhead = 4;  // tokens that a warp has on their way at once
-    int entries[kAhead];
-    const auto load = [&](int first) {
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int token = first + j * kMaxWarps;
-        entries[j] = token < a_.num_tokens ? entry_of(token) : -1;
-      }
-    };
-    load(warp);
+    const auto tid = static_cast<int>(threadIdx.x);
+    const int visit_words = layout().visit_words(), world_size = f_.world_size();
+    int* counts = told_;                                                 // [experts]
+    auto* visits = reinterpret_cast<uint32_t*>(told_ + a_.num_experts);  // [world_size][visit words]
+    Entry first[kTokensAhead];
+    load_entries(warp_id(), first);
 #pragma unroll 1
     for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
-      memory_.words[i] = 0;
+      told_[i] = 0;
     }
+    __syncthreads();
+    const bool faulty = count(first, counts, visits);
     if (!may_begin()) {
       return false;
     }
-    const bool going = warp != kMaxWarps - 1 || f_.wait_for_credits(may_write[lane]);
-#pragma unroll 1
-    for (int first = warp; first < a_.num_tokens; first += kAhead * kMaxWarps) {
-      if (first != warp) {
-        load(first);
-      }
-#pragma unroll 1
-      for (int token = first; token < min(first + kAhead * kMaxWarps, a_.num_tokens); token += kMaxWarps) {
-        const int entry = entries[0];
-#pragma unroll
-        for (int j = 1; j < kAhead; ++j) {
-          entries[j - 1] = entries[j];
-        }
-        const Token t = token_of(entry);
-        if (t.expert >= 0) {
-          atomicAdd(&counts[t.expert], 1);
-        } else if (entry != -1) {
-          record_fault(token, entry, t.first_same);
-        }
-        if ((ranks_of(entry) >> lane & 1) != 0) {
-          atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);
-        }
-      }
+    if (faulty) {
+      record_faults();
     }
-    if (!__syncthreads_and(going)) {
-      return true;
-    }
+    bool may = false;
+    const uint32_t may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
+    const int words = layout().words;
 #pragma unroll 1
     for (int i = tid; i < world_size * words; i += kThreads) {
       const int p = shape_.by_words.quotient(i), word = i - p * words;
       const int expert = word - kNumAgreed, visit = expert - layout().num_local_experts;
-      if (!may_write[p]) {
+      if ((may_write >> p & 1) == 0) {
         continue;
       }
       uint32_t value = 0;
@@ -187,27 +157,76 @@ class LowLatencyDispatch {
     return true;
   }
 
-  // Of a slot of a token whose entry is bad: out of range, or the same as that of an earlier slot.
-  __device__ void record_fault(int token, int entry, int earlier) const {
-    const int64_t cause = entry < -1 || entry >= a_.num_experts ? kOutOfRange : earlier;
-    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-    f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+  static constexpr int kTokensAhead = 4;  // that a warp has on their way at once
+
+  // Of the warp's tokens from `first` on.
+  __device__ void load_entries(int first, Entry (&entries)[kTokensAhead]) const {
+#pragma unroll
+    for (int i = 0; i < kTokensAhead; ++i) {
+      const int token = first + i * kMaxWarps;
+      entries[i] = token < a_.num_tokens ? entry_of(token) : Entry{};
+    }
+  }
+
+  // Of a whole warp: its tokens, of which it has the first entries. Whether any is bad.
+  __device__ bool count(Entry (&entries)[kTokensAhead], int* counts, uint32_t* visits) const {
+    const int lane = lane_id(), visit_words = layout().visit_words();
+    bool faulty = false;
+#pragma unroll 1
+    for (int first = warp_id(); first < a_.num_tokens; first += kTokensAhead * kMaxWarps) {
+      if (first != warp_id()) {
+        load_entries(first, entries);
+      }
+#pragma unroll
+      for (int i = 0; i < kTokensAhead; ++i) {
+        const int token = first + i * kMaxWarps;
+        if (token < a_.num_tokens) {
+          const int entry = entries[i].value(), expert = expert_of(entry);
+          if (expert >= 0) {
+            atomicAdd(&counts[expert], 1);
+          }
+          faulty = faulty || (expert < 0 && entry != -1);
+          if ((ranks_of(entry) >> lane & 1) != 0) {
+            atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);
+          }
+        }
+      }
+    }
+    return __any_sync(kFullWarp, faulty) != 0;
+  }
+
+  // Likewise: slots whose entries are bad: out of range, or the same as that of an earlier slot.
+  __device__ void record_faults() const {
+#pragma unroll 1
+    for (int token = warp_id(); token < a_.num_tokens; token += kMaxWarps) {
+      const int entry = entry_of(token).value();
+      const int earlier = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
+      const bool in_range = is_expert(entry);
+      if (entry != -1 && !(in_range && earlier == lane_id())) {
+        const int64_t cause = in_range ? earlier : kOutOfRange, shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
+        f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+      }
+    }
   }
 
   // --- send ---
 
-  // What the entries of one token say, in lane k of slot k.
-  struct Token {
-    int expert;      // kNowhere: none
-    int first_same;  // the first slot with that entry
-  };
-
   __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
-  // Of a whole warp. `entry`: of the lane's slot; -1 beyond the last.
-  __device__ Token token_of(int entry) const {
-    const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
-    return {is_expert(entry) && first_same == lane_id() ? entry : kNowhere, first_same};
+  // Of a whole warp, which has the entries of a token: -1 beyond the last slot. kNowhere: none, or that of an earlier
+  // slot too.
+  __device__ int expert_of(int entry) const {
+    constexpr int kAtOnce = 8;
+    bool is_first = true;
+#pragma unroll 1
+    for (int first = 1; first < a_.num_topk; first += kAtOnce) {
+#pragma unroll
+      for (int back = first; back < first + kAtOnce; ++back) {
+        const bool is_same = __shfl_up_sync(kFullWarp, entry, back) == entry;
+        is_first = is_first && !(is_same && back <= lane_id());
+      }
+    }
+    return is_first && is_expert(entry) ? entry : kNowhere;
   }
 
   // Likewise: bits of the ranks that the token visits.
@@ -215,31 +234,17 @@ class LowLatencyDispatch {
     return __reduce_or_sync(kFullWarp, is_expert(entry) ? 1U << rank_of(entry) : 0);
   }
 
-  __device__ int entry_of(int token) const {
-    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : -1;
+  // Of the lane's slot.
+  __device__ Entry entry_of(int token) const {
+    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
+  }
+  __device__ float weight_of(int token) const {
+    const bool has = lane_id() < a_.num_topk && a_.topk_weights != nullptr;
+    return has ? a_.topk_weights[int64_t{token} * a_.num_topk + lane_id()] : 1;
   }
 
-  // Where rows are many, all warps count; where they are few, those that have no part of the row to send.
-  using Counter = RowCounter<is_packed ? 4 : kMaxWarps>;
-
-  // What the warp that leads the counting knows of the lane's slot.
-  struct Lead {
-    int expert = kNowhere;
-    float weight = 0;
-  };
-
-  __device__ Lead begin_counting(Counter& counter, int token, int entry) const {
-    Lead lead;
-    if (Counter::leads()) {
-      const int lane = lane_id();
-      if (lane < a_.num_topk) {
-        lead.weight = a_.topk_weights == nullptr ? 1 : a_.topk_weights[int64_t{token} * a_.num_topk + lane];
-      }
-      lead.expert = token_of(entry).expert;
-      counter.begin(lead.expert);
-    }
-    return lead;
-  }
+  // Where rows are many, all warps count; where they are few, the last one does.
+  using Counter = RowCounter<is_packed ? 1 : kMaxWarps>;
 
   // False: not begun.
   template <class T>
@@ -251,31 +256,30 @@ class LowLatencyDispatch {
     }
   }
 
+  // Warps, each some chunks of tokens; but the last of a block, Places of some.
   template <class T>
   __device__ bool send_packed() {
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
-    const bool as_is = a_.quantize == Quantize::none;
-    const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
-    const int vectors = a_.row_bytes / 16;
-    Counter counter(a_, shape_, entries_, slots_);
+    const int lane = lane_id(), senders = f_.workers() - 1, chunks = shape_.parts;
+    const bool leads = Counter::leads();
+    const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
+    const int step = leads ? senders : senders * (kMaxWarps - 1);
+    Counter counter(a_, entries_, slots_);
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
-    for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks) {
-      // What is asked for here arrives while others are waited for.
-      const int entry = entry_of(token);
-      const char* x = a_.x + int64_t{token} * a_.hidden * static_cast<int>(sizeof(T));
-      Unit unit_ahead{};
-      typename Quantizer<T, kMaxWarps>::Ahead groups_ahead = {};
-      if (as_is) {
-        unit_ahead = load_unit(x, tid, vectors);
-      } else {
-        quantizer.load(reinterpret_cast<const T*>(x), warp_id(), groups_ahead);
+    for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun; n += step) {
+      const int token = leads ? n : shape_.by_parts.quotient(n), chunk = n - token * chunks;
+      // All that there is to be known before the exchange begins.
+      const Entry entry = n < end ? entry_of(token) : Entry{};
+      uint4 place{};
+      Unit unit;
+      float scales[kUnitVectors] = {};
+      const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
+      if (!leads) {
+        load<T>(token, vectors, unit, scales);
+      } else if (n < end) {
+        place = place_of(counter, token, entry);
       }
-      if (Counter::counts()) {
-        counter.load(token);
-      }
-      const Lead lead = begin_counting(counter, token, entry);
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
@@ -283,67 +287,66 @@ class LowLatencyDispatch {
         }
         bool may = false;
         may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
-      } else if (Counter::counts()) {
-        Counter::sync();
       }
-      const uint32_t ranks = ranks_of(entry) & may_write;
       const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
-      if (Counter::counts()) {
-        counter.count(token);
-        Counter::sync();
-      }
-      if (Counter::leads()) {
-        const int index = counter.end(lead.expert);
-        if (lane < a_.num_topk) {
-          const uint4 place{
-              static_cast<uint32_t>(lead.expert), static_cast<uint32_t>(index), __float_as_uint(lead.weight), f_.tag()};
-          to_each(ranks, packs + lane * kPackBytes, [&](char* to) { store_relaxed_system_16(to, place); });
+      place.w = f_.tag();
+      const bool has_scales = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+#pragma unroll 1
+      for (uint32_t ranks = ranks_of(entry.value()) & may_write; ranks != 0; ranks &= ranks - 1) {
+        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, packs);
+        if (leads) {
+          if (lane < a_.num_topk) {
+            store_relaxed_system_16(to + lane * kPackBytes, place);
+          }
+          continue;
+        }
+        if (vectors.any()) {
+          send_unit(to + layout().row_packs_at + offset_of_unit(chunk), unit, f_.tag());
+        }
+        if (has_scales) {
+          const uint4 pack{
+              __float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
+          store_relaxed_system_16(
+              to + layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes, pack);
         }
       }
-      if (!as_is) {
-        quantizer.run(reinterpret_cast<const T*>(x), memory_.stages, groups_ahead);
-        __syncthreads();
-        send_scales(ranks, packs + layout().scale_packs_at);
-      }
-#pragma unroll 1
-      for (int unit = tid; unit * kUnitVectors < vectors; unit += kThreads) {
-        const Unit u = as_is && unit == tid ? unit_ahead : load_unit(as_is ? x : memory_.stages, unit, vectors);
-        to_each(
-            ranks, packs + layout().row_packs_at + offset_of_unit(unit), [&](char* to) { send_unit(to, u, f_.tag()); });
-      }
-      if (!as_is) {
-        __syncthreads();  // all have read the stage
-      }
     }
-    return has_begun || may_begin();
+    return true;
   }
 
-  template <class Send>
-  __device__ void to_each(uint32_t ranks, int64_t offset, const Send& send) const {
-#pragma unroll 1
-    for (; ranks != 0; ranks &= ranks - 1) {
-      send(f_.peer(__ffs(static_cast<int>(ranks)) - 1, offset));
+  // Of a whole warp: what it sends of a row.
+  template <class T>
+  __device__ void load(int token, const UnitVectors& vectors, Unit& unit, float (&scales)[kUnitVectors]) const {
+    const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
+    if (a_.quantize == Quantize::none) {
+      unit = load_unit(reinterpret_cast<const char*>(x), vectors);
+      return;
     }
+    Channels<T> channels[kUnitVectors];
+#pragma unroll
+    for (int i = 0; i < kUnitVectors; ++i) {
+      channels[i].load(x, vectors.at(i), vectors.has(i));
+    }
+    quantize(channels, a_.quantize, unit.vectors, scales);
   }
 
-  // Of one warp. Three words a pack.
-  __device__ void send_scales(uint32_t ranks, int64_t packs) const {
-    if (warp_id() == kLookingWarp) {
-      const auto* words = reinterpret_cast<const uint32_t*>(memory_.stages + scales_at_);
-#pragma unroll 1
-      for (int first = 3 * lane_id(); first < a_.num_scales; first += 3 * kWarp) {
-        const auto word = [&](int i) { return i < a_.num_scales ? words[i] : 0; };
-        const uint4 pack{word(first), word(first + 1), word(first + 2), f_.tag()};
-        to_each(ranks, packs + first / 3 * kPackBytes, [&](char* to) { store_relaxed_system_16(to, pack); });
-      }
-    }
+  // Of a whole warp, the one that counts: the Place of the lane's slot, but for the number.
+  __device__ uint4 place_of(Counter& counter, int token, const Entry& entry) const {
+    counter.load(token);
+    const float weight = weight_of(token);
+    const int expert = expert_of(entry.value());
+    counter.begin(expert);
+    Counter::sync();
+    counter.count(token);
+    Counter::sync();
+    return {
+        static_cast<uint32_t>(expert), static_cast<uint32_t>(counter.end(expert)), __float_as_uint(weight), 0};
   }
 
   template <class T>
   __device__ bool send_bulk() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    const Quantizer<T, kMaxWarps> quantizer(a_.quantize, a_.hidden, scales_at_, a_.num_scales);
     int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
     const auto tell = [&](int token) {
       if (token >= 0) {
@@ -351,7 +354,7 @@ class LowLatencyDispatch {
         store_release_system(f_.peer(lane, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
       }
     };
-    Counter counter(a_, shape_, entries_, slots_);
+    Counter counter(a_, entries_, slots_);
     int n = 0;
     bool has_begun = false, may_write = false;  // the latter: the rank of this lane
 #pragma unroll 1
@@ -364,13 +367,18 @@ class LowLatencyDispatch {
         bulk_load(stage, x, a_.row_bytes, &memory_.barriers[0]);
       }
       // What is asked for here arrives while others are waited for.
-      const int entry = entry_of(token);
-      typename Quantizer<T, kMaxWarps>::Ahead ahead = {};
+      const Entry entry = entry_of(token);
+      const float weight = weight_of(token);
+      Channels<T> ahead[1];
       if (!as_is) {
-        quantizer.load(x, warp_id(), ahead);
+        load_piece(x, warp_id(), ahead);
       }
       counter.load(token);
-      const Lead lead = begin_counting(counter, token, entry);
+      int expert = kNowhere;
+      if (Counter::leads()) {
+        expert = expert_of(entry.value());
+        counter.begin(expert);
+      }
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
@@ -388,13 +396,13 @@ class LowLatencyDispatch {
       }
       counter.count(token);
       if (!as_is) {
-        quantizer.run(x, stage, ahead);
+        quantize_row(x, stage, ahead);
       }
       Counter::sync();
       if (Counter::leads()) {
-        const int index = counter.end(lead.expert);
+        const int index = counter.end(expert);
         if (lane < a_.num_topk) {
-          reinterpret_cast<Place*>(stage + places_at_)[lane] = {lead.expert, index, lead.weight, 0};
+          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
         }
       }
       fence_async_shared();
@@ -405,7 +413,7 @@ class LowLatencyDispatch {
       if (as_is) {
         barrier_wait(&memory_.barriers[0], n % 2);
       }
-      const uint32_t ranks = ranks_of(entry);
+      const uint32_t ranks = ranks_of(entry.value());
       const bool visits = may_write && (ranks >> lane & 1) != 0;
       if (visits) {
         bulk_store(f_.peer(lane, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
@@ -424,6 +432,46 @@ class LowLatencyDispatch {
     return has_begun || may_begin();
   }
 
+  // Of a whole warp: piece n of a row that is quantised, a vector a lane.
+  template <class T>
+  __device__ void load_piece(const T* x, int n, Channels<T> (&channels)[1]) const {
+    const int v = n * kWarp + lane_id();
+    channels[0].load(x, v, v < a_.row_bytes / 16);
+  }
+
+  // Of a whole block: into `stage`, with its scales. `channels`: the warp's first piece.
+  template <class T>
+  __device__ void quantize_row(const T* x, char* stage, Channels<T> (&channels)[1]) const {
+    const int vectors = a_.row_bytes / 16;
+#pragma unroll 1
+    for (int n = warp_id(); n * kWarp < vectors; n += kMaxWarps) {
+      if (n != warp_id()) {
+        load_piece(x, n, channels);
+      }
+      uint4 vector[1];
+      float scale[1];
+      quantize(channels, a_.quantize, vector, scale);
+      const int v = n * kWarp + lane_id(), group = v / kGroupVectors;
+      if (v < vectors) {
+        reinterpret_cast<uint4*>(stage)[v] = vector[0];
+        if (v % kGroupVectors != 0) {
+          continue;
+        }
+        if (a_.quantize == Quantize::fp8_ue8m0) {
+          stage[scales_at_ + group] = static_cast<char>(exponent_of(scale[0]));
+        } else {
+          reinterpret_cast<float*>(stage + scales_at_)[group] = scale[0];
+        }
+      }
+    }
+    // Exponents of groups that are not there.
+    const int groups = (vectors + kGroupVectors - 1) / kGroupVectors;
+    const auto tid = static_cast<int>(threadIdx.x);
+    if (a_.quantize == Quantize::fp8_ue8m0 && tid < 4 && groups + tid < a_.num_scales * 4) {
+      stage[scales_at_ + groups + tid] = 0;
+    }
+  }
+
   // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
   __device__ int loads_before() const {
     const int first = static_cast<int>(blockIdx.x) - 1, blocks = f_.workers() - 1;
@@ -440,6 +488,7 @@ class LowLatencyDispatch {
   const LowLatencyShape& shape_;
   LowLatencyShared& shared_;
   LowLatencyMemory memory_;
+  int* told_;       // of the block that announces
   uint8_t* slots_;  // of the Counter
 };
 
@@ -462,12 +511,11 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   const LowLatencyLayout& layout = args.comm.low_latency;
   LowLatencyShape shape{};
   shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
-  shape.parts = chunks_of(args.row_bytes / 16) + (args.num_scales > 0 ? 1 : 0);
+  shape.parts = chunks_of(args.row_bytes / 16);
   shape.by_parts = Divisor(shape.parts);
   shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
   shape.by_local = Divisor(args.num_experts / layout.world_size);
   shape.by_words = Divisor(layout.words);
-  shape.by_topk = Divisor(args.num_topk);
   shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
   if (!is_packed) {
     const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
@@ -476,12 +524,12 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   return shape;
 }
 
-// A block for each token and for each row that may come, or for some parts of it; one that announces them; one that
+// A block for each token and for each row that may come, or for some chunks of it; one that announces them; one that
 // tells.
 template <bool is_packed>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  constexpr int kWarpsABlock = kMaxWarps / 2;
+  constexpr int kWarpsABlock = 2;
   const int64_t to_receive = is_packed ? (rows * shape.parts + kWarpsABlock - 1) / kWarpsABlock : rows;
   const int64_t to_send = args.num_tokens + 1;
   const int64_t workers =

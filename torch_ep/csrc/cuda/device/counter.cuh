@@ -5,69 +5,74 @@
 
 namespace ep::cuda {
 
-// Of the last kWarps of a block: counts, for the slots of a token, the rows of the tokens before it that go to the same
-// expert. The last warp leads.
+// Of the last kWarps of a block: counts, for the slots of a token, the tokens before it that go to the same expert, a
+// lane each. The last warp leads.
 template <int kWarps>
 class RowCounter {
  public:
   // `slots`: of shared memory, a byte of each expert.
-  __device__
-  RowCounter(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, const Entries& entries, uint8_t* slots)
-      : a_(args), shape_(shape), entries_(entries), slots_(slots) {
+  __device__ RowCounter(const LowLatencyDispatchArgs& args, const Entries& entries, uint8_t* slots)
+      : a_(args), entries_(entries), slots_(slots) {
     if (leads()) {
 #pragma unroll 1
       for (int i = lane_id() * 4; i < a_.num_experts; i += kWarp * 4) {
         *reinterpret_cast<uint32_t*>(slots_ + i) = 0;
       }
+      __syncwarp();
     }
   }
 
   __device__ static bool leads() { return warp_id() == kDispatchWarps - 1; }
-  __device__ static bool counts() { return warp_id() >= kDispatchWarps - kWarps; }
 
-  // Asks for the first entries of those before a token's.
-  __device__ void load(int token, int begin = 0) {
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
-      ahead_[j] = i < token * a_.num_topk ? entries_[i] : -1;
-    }
-  }
+  // Asks for the first entries of those before a token.
+  __device__ void load(int token) { load(token, 0, 0); }
 
   // Of the leader. `expert`: of the lane's slot, negative if none.
   __device__ void begin(int expert) {
-    counted()[lane_id()] = 0;
+    if (kWarps > 1) {
+      counted()[lane_id()] = 0;
+    }
     if (expert >= 0) {
       slots_[expert] = static_cast<uint8_t>(1 + lane_id());
     }
   }
 
   __device__ static void sync() {
-    if constexpr (kWarps == kDispatchWarps) {
+    if (kWarps > 1) {
       __syncthreads();
     } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(1), "n"(kCounters) : "memory");
+      __syncwarp();
     }
   }
 
   // After `load`, and a `sync` after `begin`; a `sync` comes next.
   __device__ void count(int token) {
+    const int lane = lane_id();
+    count_ = 0;
 #pragma unroll 1
-    for (int begin = 0; begin < token * a_.num_topk; begin += kAhead * kCounters) {
-      if (begin != 0) {
-        load(token, begin);
-      }
+    for (int first = 0; first + first_of_warp() < token; first += kWarps * kWarp) {
+      uint32_t visited = 0;  // bits of slots: of an expert that is named twice, one
+#pragma unroll 1
+      for (int slot = 0; slot < a_.num_topk; slot += kAhead) {
+        if (first != 0 || slot != 0) {
+          load(token, first, slot);
+        }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const bool is_expert = ahead_[j] >= 0 && ahead_[j] < a_.num_experts;
-        const int slot = is_expert ? slots_[ahead_[j]] : 0;
-        if (__any_sync(kFullWarp, slot != 0)) {
-          const int i = begin + j * kCounters + static_cast<int>(threadIdx.x) % kCounters;
-          if (!repeats(i, ahead_[j]) && slot != 0) {
-            atomicAdd(&counted()[slot - 1], 1);
-          }
+        for (int j = 0; j < kAhead; ++j) {
+          const int expert = ahead_[j].value();
+          const int same = expert >= 0 && expert < a_.num_experts ? slots_[expert] : 0;
+          visited |= same != 0 ? 1U << (same - 1) : 0;
         }
       }
+#pragma unroll 1
+      for (uint32_t any = __reduce_or_sync(kFullWarp, visited); any != 0; any &= any - 1) {
+        const int slot = __ffs(static_cast<int>(any)) - 1;
+        const int tokens = __popc(__ballot_sync(kFullWarp, (visited >> slot & 1) != 0));
+        count_ += slot == lane ? tokens : 0;
+      }
+    }
+    if (kWarps > 1 && count_ != 0) {
+      atomicAdd(&counted()[lane], count_);
     }
   }
 
@@ -76,29 +81,21 @@ class RowCounter {
     if (expert >= 0) {
       slots_[expert] = 0;
     }
-    return counted()[lane_id()];
+    return kWarps > 1 ? counted()[lane_id()] : count_;
   }
 
  private:
-  static constexpr int kCounters = kWarps * kWarp;
-  static constexpr int kAhead = 4;
+  static constexpr int kAhead = 8;
 
-  // Of a whole warp, whose lanes have consecutive entries: whether the i-th is that of an earlier slot of its token
-  // too, which is an error, and counts as none. Looked for among what is at hand: loads would take as long as all the
-  // rest.
-  __device__ bool repeats(int i, int entry) const {
-    const int lane = lane_id(), slot = i - shape_.by_topk.quotient(i) * a_.num_topk;
-    bool found = false;
-#pragma unroll 1
-    for (int back = 1; back < a_.num_topk; ++back) {
-      const int earlier = __shfl_up_sync(kFullWarp, entry, back);
-      found = found || (back <= slot && back <= lane && earlier == entry);
+  __device__ static int first_of_warp() { return (warp_id() + kWarps - kDispatchWarps) * kWarp; }
+
+  __device__ void load(int token, int first, int slot) {
+    const int t = first + first_of_warp() + lane_id();
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const bool has = t < token && slot + j < a_.num_topk;
+      ahead_[j] = has ? entries_[int64_t{t} * a_.num_topk + slot + j] : Entry{};
     }
-#pragma unroll 1
-    for (int back = lane + 1; back <= slot; ++back) {  // what the warp before has
-      found = found || entries_[i - back] == entry;
-    }
-    return found;
   }
 
   __device__ static int* counted() {
@@ -107,10 +104,10 @@ class RowCounter {
   }
 
   const LowLatencyDispatchArgs& a_;
-  const LowLatencyShape& shape_;
   const Entries& entries_;
   uint8_t* slots_;
-  int ahead_[kAhead];
+  Entry ahead_[kAhead];
+  int count_ = 0;
 };
 
 }  // namespace ep::cuda

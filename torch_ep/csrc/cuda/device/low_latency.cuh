@@ -17,6 +17,8 @@
 
 #include "exchange.cuh"
 
+#include <climits>
+
 namespace ep::cuda {
 
 // Note [Masked ranks]
@@ -35,6 +37,7 @@ struct FlightMemory {
   uint64_t number, received;
   uint32_t failed, masked;
   uint32_t credits;  // bits of the ranks whose credit was there
+  uint32_t share;    // of this block in an exchange
   // While it runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
@@ -71,6 +74,7 @@ class Flight {
       memory_.failed = failed;
       memory_.masked = by_host | by_timeout;
       memory_.credits = credits;
+      memory_.share = kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0);
     }
   }
 
@@ -200,15 +204,16 @@ class Flight {
       atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][tid]), memory_.waited[tid]);
     }
     if (part_ != Part::receive && tid == 0) {
-      add_share(&state_.sent);
+      add_relaxed_device(&state_.sent, memory_.share);
     }
     if (part_ != Part::send && tid == 0) {
-      add_share(&state_.received);
+      add_relaxed_device(&state_.received, memory_.share);
     }
   }
 
  private:
   static constexpr int kLooksPerGlance = 64;
+  static constexpr uint32_t kWhole = uint32_t{1} << kShareBits;
 
   // Of a whole warp.
   __device__ void give_credits() const {
@@ -280,11 +285,6 @@ class Flight {
     return kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine;
   }
 
-  __device__ static void add_share(uint64_t* number) {
-    constexpr uint32_t kWhole = uint32_t{1} << kShareBits;
-    add_relaxed_device(number, kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0));
-  }
-
   LowLatencyState& state_;
   const int kind_;
   const Part part_;
@@ -293,18 +293,24 @@ class Flight {
   Exchange x_;
 };
 
-// Entries of topk_idx.
+// An entry of topk_idx as it lies in memory: what is asked for here is not waited for before it is needed.
+struct Entry {
+  int low = -1, high = -1;
+  bool wide = false;
+
+  // A bad value stays bad.
+  __device__ int value() const {
+    return !wide || high == low >> 31 ? low : high < 0 ? INT_MIN : INT_MAX;
+  }
+};
+
 struct Entries {
   const void* topk_idx;
   bool wide;
 
-  // A bad value stays bad.
-  __device__ int operator[](int64_t i) const {
-    if (!wide) {
-      return static_cast<const int32_t*>(topk_idx)[i];
-    }
-    const int64_t entry = static_cast<const int64_t*>(topk_idx)[i];
-    return static_cast<int>(min(max(entry, int64_t{INT32_MIN}), int64_t{INT32_MAX}));
+  __device__ Entry operator[](int64_t i) const {
+    const auto* words = static_cast<const int*>(topk_idx) + (wide ? 2 * i : i);
+    return {words[0], wide ? words[1] : 0, wide};
   }
 };
 

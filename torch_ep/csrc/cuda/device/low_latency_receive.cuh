@@ -14,8 +14,8 @@ constexpr int kDispatchWarps = kDispatchThreads / kWarp;
 struct LowLatencyShape {
   int stage_bytes;    // a record, padded
   int receive_warps;  // of a block, each with a stage; none if rows are packed
-  int parts;          // of a packed row, a warp each
-  Divisor by_parts, by_tokens, by_topk, by_local, by_words, by_rows;
+  int parts;          // chunks of a packed row, a warp each
+  Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
 // On what all ranks have to agree: the words that an announcement begins with.
@@ -77,15 +77,19 @@ class LowLatencyReceive {
 
   __device__ void run() const {
     const Heard heard{memory_.words, layout().words};
-    if (!hear(memory_.words)) {
-      return;
-    }
     if constexpr (is_packed) {
-      receive_packed(heard);
-    } else if (warp_id() < shape_.receive_warps) {
-      receive_rows(heard);
+      // The warp's first chunk is looked at as soon as its words are heard: most likely it has arrived.
+      ChunkOfRow first(*this, first_chunk());
+      if (hear(memory_.words, [&] { first.look(); })) {
+        receive_packed(heard, first);
+        count_rows(heard);
+      }
+    } else if (hear(memory_.words, [] {})) {
+      if (warp_id() < shape_.receive_warps) {
+        receive_rows(heard);
+      }
+      count_rows(heard);
     }
-    count_rows(heard);
   }
 
  private:
@@ -138,8 +142,10 @@ class LowLatencyReceive {
     return false;
   }
 
-  // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange.
-  __device__ bool hear(int* heard) const {
+  // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange. `then`: what
+  // each thread does between its own words and the others'.
+  template <class Then>
+  __device__ bool hear(int* heard, const Then& then) const {
     const int words = layout().words, all = f_.world_size() * words;
     bool going = true;
 #pragma unroll 1
@@ -162,6 +168,7 @@ class LowLatencyReceive {
         heard[i] = 0;
       }
     }
+    then();
     going = __syncthreads_and(going) != 0;
     return going && (!f_.masks() || hear_together(heard));
   }
@@ -245,135 +252,133 @@ class LowLatencyReceive {
            (row - int64_t{expert} * rows_of_expert);
   }
 
-  // A part of a row on its way, as a lane sees it: its Place, and a unit of a chunk or three words of scales. What
+  // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels. What
   // there is not for this lane counts as arrived.
-  struct PartOfRow {
-    const char *place_at, *packs_at;
-    bool has_place, has_pack, is_unit;
-    uint4 place;
-    Packs packs;  // of scales: the first
+  struct ChunkOfRow {
+    int row, chunk, source, token;  // row: source * max_tokens + token
+    UnitVectors vectors;
+    bool has_place, has_unit, has_scale;
+    const char *place_at, *unit_at, *scale_at;
+    int nth_scale;  // of the pack at scale_at
+    uint4 place, scale;
+    Packs packs;
 
-    __device__ void expect(uint32_t tag) {
-      place.w = tag;
+    // The n-th of all; nothing, if there is none.
+    __device__ ChunkOfRow(const LowLatencyReceive& r, int n)
+        : row(r.shape_.by_parts.quotient(n)),
+          chunk(n - row * r.shape_.parts),
+          source(r.shape_.by_tokens.quotient(row)),
+          token(row - source * r.a_.max_tokens),
+          vectors(chunk, r.a_.row_bytes / 16) {
+      const int lane = lane_id();
+      const bool is_there = n < r.num_chunks();
+      const LowLatencyLayout& layout = r.layout();
+      const char* from = r.f_.own(layout.dispatch_packs(r.f_.half(), source, token));
+      has_place = is_there && lane < r.a_.num_topk;
+      place_at = from + lane * kPackBytes;
+      has_unit = is_there && vectors.any();
+      unit_at = from + layout.row_packs_at + offset_of_unit(chunk);
+      // Packs are of the i-th vectors of one group after the other.
+      const int groups = vectors.step() / kGroupVectors;
+      nth_scale = (lane >= groups ? 1 : 0) + (lane >= 2 * groups ? 1 : 0);
+      scale_at = from + layout.scale_packs_at + (chunk * kChunkScalePacks + lane - nth_scale * groups) * kPackBytes;
+      has_scale = is_there && r.a_.num_scales > 0 && lane < r.groups_of(chunk);
+      const uint32_t tag = r.f_.tag();
+      place = {0, 0, 0, has_place ? 0 : tag};  // 0 is not the tag of any exchange
+      scale = {0, 0, 0, has_scale ? 0 : tag};
 #pragma unroll
       for (int i = 0; i < kUnitPacks; ++i) {
-        packs.packs[i].w = tag;
+        packs.packs[i].w = has_unit ? 0 : tag;
       }
     }
+
     __device__ void look() {
       if (has_place) {
         place = load_relaxed_system_16(place_at);
       }
-      if (has_pack) {
-        packs.packs[0] = load_relaxed_system_16(packs_at);
+      if (has_scale) {
+        scale = load_relaxed_system_16(scale_at);
       }
-      if (is_unit) {
-#pragma unroll
-        for (int i = 1; i < kUnitPacks; ++i) {
-          packs.packs[i] = load_relaxed_system_16(packs_at + i * kPackStride);
-        }
+      if (has_unit) {
+        packs.look(unit_at);
       }
     }
-    __device__ bool has_arrived(uint32_t tag) const { return place.w == tag && packs.arrived(tag); }
+    __device__ bool has_arrived(uint32_t tag) const {
+      return place.w == tag && scale.w == tag && packs.arrived(tag);
+    }
+    __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
-  // Warps, each a part of one row: a chunk of it, or its scales.
-  __device__ void receive_packed(const Heard& heard) const {
-    const int lane = lane_id(), num_parts = f_.world_size() * a_.max_tokens * shape_.parts;
-    const int vectors = a_.row_bytes / 16;
+  // This warp's: every so manieth.
+  __device__ int first_chunk() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
+  __device__ int num_chunks() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
+  // Groups of channels in a chunk.
+  __device__ int groups_of(int chunk) const {
+    const int groups = (a_.row_bytes / 16 + kGroupVectors - 1) / kGroupVectors;
+    return min(groups - chunk * kChunkGroups, kChunkGroups);
+  }
+
+  // Warps, each a chunk of one row. `c`: the first, which may not be there.
+  __device__ void receive_packed(const Heard& heard, ChunkOfRow& c) const {
 #pragma unroll 1
-    for (int n = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); n < num_parts;
-         n += f_.workers() * kDispatchWarps) {
-      const int i = shape_.by_parts.quotient(n), part = n - i * shape_.parts;
-      const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
+    for (int n = first_chunk(); n < num_chunks();) {
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), source, token)) {
-        const char* from = f_.own(layout().dispatch_packs(f_.half(), source, token));
-        const int unit = part * kUnitsAChunk + lane;
-        const bool is_chunk = part * kChunkVectors < vectors;
-        PartOfRow p;
-        p.place_at = from + lane * kPackBytes;
-        p.packs_at = from + (is_chunk ? layout().row_packs_at + offset_of_unit(unit)
-                                      : layout().scale_packs_at + lane * kPackBytes);
-        p.has_place = lane < a_.num_topk;
-        p.is_unit = is_chunk && unit * kUnitVectors < vectors;
-        p.has_pack = is_chunk ? p.is_unit : 3 * lane < a_.num_scales;
-        p.expect(f_.tag());
-        const auto outcome = await(p, source);
+      if (heard.visits(layout(), c.source, c.token)) {
+        const auto outcome = await(c);
         if (outcome == Outcome::failed) {
           break;
         }
         if (outcome == Outcome::there) {
-          row = p.has_place ? row_at(heard, source, static_cast<int>(p.place.x), static_cast<int>(p.place.y)) : -1;
-          weight = __uint_as_float(p.place.z);
-          if (is_chunk) {
-            place_unit(p.packs.unit(), unit, vectors - unit * kUnitVectors, row);
-          } else {
-            place_scales(p, source, row);
-          }
+          row = c.has_place ? row_at(heard, c.source, static_cast<int>(c.place.x), static_cast<int>(c.place.y)) : -1;
+          weight = __uint_as_float(c.place.z);
+          place(c, row);
         }
       }
-      if (part == 0) {
-        write_slot(i, row, weight);
+      if (c.chunk == 0) {
+        write_slot(c.row, row, weight);
       }
+      n += f_.workers() * kDispatchWarps;
+      c = ChunkOfRow(*this, n);
     }
   }
 
   // Of a whole warp, also what it says: whether all its lanes may go on.
-  __device__ Outcome await(PartOfRow& p, int source) const {
-    const auto outcome = f_.wait(Phase::rows, source, lane_id() == 0, [&] {
-      p.look();
-      return p.has_arrived(f_.tag());
-    });
+  __device__ Outcome await(ChunkOfRow& c) const {
+    auto outcome = Outcome::there;
+    if (!c.has_arrived(f_.tag())) {
+      outcome = f_.wait(Phase::rows, c.source, lane_id() == 0, [&] {
+        c.look();
+        return c.has_arrived(f_.tag());
+      });
+    }
     if (__all_sync(kFullWarp, outcome == Outcome::there)) {
       return Outcome::there;
     }
     return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
   }
 
-  // Of a whole warp: a unit a lane, to the rows of all lanes. `left`: vectors of the row from this unit on.
-  __device__ void place_unit(const Unit& u, int unit, int left, int64_t row) const {
-    const uint64_t first = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
+  // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
+  __device__ void place(const ChunkOfRow& c, int64_t row) const {
+    const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
+    const int groups = a_.num_scales > 0 ? groups_of(c.chunk) : 0, group = c.chunk * kChunkGroups + lane_id();
+    // Of bytes, those of groups that are not there too: 0.
+    const bool has_scale = lane_id() < (is_byte ? (groups + 3) / 4 * 4 : groups);
+    const int64_t scale_at = is_byte ? group / 4 * a_.scale_rows * 4 + group % 4 : group * a_.scale_rows * 4;
+    const Unit unit = c.packs.unit();
+    const auto to_row = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
+    const auto to_scales = reinterpret_cast<uint64_t>(a_.num_scales > 0 ? scales_of(max(row, int64_t{0})) : nullptr);
 #pragma unroll 1
     for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
-      auto* to = reinterpret_cast<uint4*>(__shfl_sync(kFullWarp, first, __ffs(static_cast<int>(lanes)) - 1)) +
-                 unit * kUnitVectors;
-#pragma unroll
-      for (int j = 0; j < kUnitVectors; ++j) {
-        if (j < left) {
-          to[j] = u.vectors[j];
+      const int lane = __ffs(static_cast<int>(lanes)) - 1;
+      store_unit(reinterpret_cast<char*>(__shfl_sync(kFullWarp, to_row, lane)), unit, c.vectors);
+      if (a_.num_scales > 0) {
+        char* to = reinterpret_cast<char*>(__shfl_sync(kFullWarp, to_scales, lane)) + scale_at;
+        if (has_scale && is_byte) {
+          *to = static_cast<char>(c.scale_word() >> 23);
+        } else if (has_scale) {
+          *reinterpret_cast<uint32_t*>(to) = c.scale_word();
         }
-      }
-    }
-  }
-
-  // Of a whole warp: the scales of a row, of which the first are there, to the rows of all lanes.
-  __device__ void place_scales(PartOfRow& p, int source, int64_t row) const {
-    const uint64_t to_row = reinterpret_cast<uint64_t>(scales_of(max(row, int64_t{0})));
-#pragma unroll 1
-    for (int first = 3 * lane_id();; first += 3 * kWarp) {
-      const uint4& pack = p.packs.packs[0];
-      const uint32_t words[3] = {pack.x, pack.y, pack.z};
-#pragma unroll 1
-      for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
-        auto* to = reinterpret_cast<uint32_t*>(__shfl_sync(kFullWarp, to_row, __ffs(static_cast<int>(lanes)) - 1)) +
-                   first * a_.scale_rows;
-#pragma unroll
-        for (int j = 0; j < 3; ++j) {
-          if (first + j < a_.num_scales) {
-            to[j * a_.scale_rows] = words[j];
-          }
-        }
-      }
-      if (first - 3 * lane_id() + 3 * kWarp >= a_.num_scales) {
-        return;
-      }
-      p.packs_at += kWarp * kPackBytes;
-      p.has_pack = first + 3 * kWarp < a_.num_scales;
-      p.expect(f_.tag());
-      if (await(p, source) != Outcome::there) {
-        return;
       }
     }
   }

@@ -9,19 +9,49 @@ struct Unit {
   uint4 vectors[kUnitVectors];
 };
 
-// Unit `unit` of the `vectors` of 16 bytes that begin at `from`; zeros beyond them.
-__device__ __forceinline__ Unit load_unit(const char* from, int unit, int vectors) {
+// Which vectors of 16 bytes of a row of `vectors` are in this lane's unit of a chunk: every step-th, so that lanes next to
+// each other have vectors next to each other. Steps are of whole groups of channels.
+class UnitVectors {
+ public:
+  __device__ __forceinline__ UnitVectors(int chunk, int vectors) {
+    const int begin = chunk * kChunkVectors, lane = lane_id();
+    end_ = min(begin + kChunkVectors, vectors);
+    constexpr int kRound = kUnitVectors * kGroupVectors;
+    step_ = (max(end_ - begin, 0) + kRound - 1) / kRound * kGroupVectors;
+    first_ = lane < step_ ? begin + lane : end_;
+  }
+
+  __device__ __forceinline__ bool any() const { return first_ < end_; }
+  __device__ __forceinline__ bool has(int i) const { return at(i) < end_; }
+  __device__ __forceinline__ int at(int i) const { return first_ + i * step_; }
+  __device__ __forceinline__ int step() const { return step_; }
+
+ private:
+  int first_, step_, end_;
+};
+
+// Of the row at `from`; zeros where it has no vectors.
+__device__ __forceinline__ Unit load_unit(const char* from, const UnitVectors& v) {
   Unit u;
 #pragma unroll
   for (int i = 0; i < kUnitVectors; ++i) {
-    const int v = unit * kUnitVectors + i;
-    u.vectors[i] = v < vectors ? reinterpret_cast<const uint4*>(from)[v] : uint4{0, 0, 0, 0};
+    u.vectors[i] = v.has(i) ? reinterpret_cast<const uint4*>(from)[v.at(i)] : uint4{0, 0, 0, 0};
   }
   return u;
 }
 
-__device__ __forceinline__ int64_t offset_of_unit(int unit) {
-  return int64_t{unit / kUnitsAChunk} * kChunkBytes + unit % kUnitsAChunk * kPackBytes;
+__device__ __forceinline__ void store_unit(char* to, const Unit& u, const UnitVectors& v) {
+#pragma unroll
+  for (int i = 0; i < kUnitVectors; ++i) {
+    if (v.has(i)) {
+      reinterpret_cast<uint4*>(to)[v.at(i)] = u.vectors[i];
+    }
+  }
+}
+
+// Of this lane's.
+__device__ __forceinline__ int64_t offset_of_unit(int chunk) {
+  return int64_t{chunk} * kChunkBytes + lane_id() * kPackBytes;
 }
 constexpr int kPackStride = kUnitsAChunk * kPackBytes;  // from one pack of a unit to the next
 
