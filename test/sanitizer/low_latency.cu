@@ -87,7 +87,8 @@ cudaError_t launch_virtual(
     blocks = std::max(blocks, blocks_of(args, multiprocessors));
   }
   const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
-  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way)>>>(on_device, shape_of(ranks[0]));
+  const CombineShape shape = shape_of(ranks[0], way, blocks);
+  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way, shape)>>>(on_device, shape);
   return cudaGetLastError();
 }
 

@@ -65,7 +65,7 @@ struct LowLatencyState {
 // Note [Shares]
 // Blocks of a kernel do not ask which of them is the last, since the answer would take as long as a message to a peer.
 // Each adds its share of 1 << kShareBits to the number of the exchange, once it needs the number before no longer; so
-// the upper bits change when all have added theirs.
+// the upper bits change when all have added theirs: the first block what is left, the others 1.
 constexpr int kShareBits = 20;
 
 // Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except

@@ -20,8 +20,10 @@ constexpr int kPieces = 7;
 constexpr int kWarpBytes = kPieces * kPieceBytes;
 constexpr int kSharedBytes = kMaxWarps * kWarpBytes;
 constexpr int kRowParts = LowLatencyLayout::kRowFlags;
-// Rows that a lane has on their way at once: as many as there are registers for.
-constexpr int kSendAhead = 4, kReceiveAhead = 2;
+// Packed rows that a warp has on their way at once: to sum, in shared memory; to receive, in registers.
+constexpr int kSendAhead = 8, kReceiveAhead = 2;
+constexpr int kAheadBytes = kSendAhead * kChunkVectors * 16;
+static_assert(kMaxWarps * kAheadBytes <= kSharedBytes);
 
 // How rows travel. What receives alone learns it from its ticket.
 enum class Way { packed, bulk, either };
@@ -30,6 +32,8 @@ enum class Way { packed, bulk, either };
 struct CombineShape {
   Divisor by_tokens;  // of the dispatch
   Divisor by_chunks, by_local;
+  // Of few packed rows: half of the warps send and half of them receive, so that neither prepares after the other.
+  bool halves;
 };
 
 template <class T, Way way>
@@ -44,7 +48,7 @@ class LowLatencyCombine {
         max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
         parts_(is_packed() ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
-    memory_ = shared + warp_id() * kWarpBytes;
+    memory_ = shared + (is_packed() ? warp_id() % warps() * kAheadBytes : warp_id() * kWarpBytes);
   }
 
   __device__ void run() {
@@ -57,21 +61,24 @@ class LowLatencyCombine {
       }
       return;
     }
-    // Of the first token that this warp receives: asked for before anything is awaited.
-    const Entry entry = begin() < a_.num_tokens * parts_ ? entry_of(row_of(begin())) : Entry{};
-    if (a_.part == Part::receive ? !may_begin() : !send()) {
+    const bool is_sender = way != Way::either && sends();
+    const int first = is_sender ? kNobody : rank_of_slot(begin());  // before anything is awaited
+    if (!(is_sender ? send() : may_begin())) {
       return;
     }
-    if (a_.part != Part::send) {
-      receive(entry);
+    if (receives()) {
+      receive(is_sender ? rank_of_slot(begin()) : first);
     }
     f_.end();
   }
 
  private:
+  __device__ bool sends() const { return !shape_.halves || warp_id() < kMaxWarps / 2; }
+  __device__ bool receives() const { return a_.part != Part::send && (!shape_.halves || warp_id() >= kMaxWarps / 2); }
   // This warp's work: every so manieth of (row, part).
-  __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
-  __device__ int step() const { return f_.workers() * kMaxWarps; }
+  __device__ int warps() const { return shape_.halves ? kMaxWarps / 2 : kMaxWarps; }
+  __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * (warp_id() % warps()); }
+  __device__ int step() const { return f_.workers() * warps(); }
   // Of a piece of work, counted from 0.
   __device__ int row_of(int work) const { return is_packed() ? shape_.by_chunks.quotient(work) : work / kRowParts; }
   __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
@@ -102,7 +109,7 @@ class LowLatencyCombine {
 
   // False: not begun.
   __device__ bool send() {
-    const int lane = lane_id(), work = f_.world_size() * max_tokens_ * parts_;
+    const int work = f_.world_size() * max_tokens_ * parts_;
     uint32_t ranks = 0;  // that may be written
     int parity = 0;
     bool has_begun = false;
@@ -144,13 +151,12 @@ class LowLatencyCombine {
 
   // Of a whole warp: the ranks that may be written, which are told that this one has entered.
   __device__ uint32_t enter() const {
-    bool may_write = false;
-    const bool going = f_.wait_for_credits(may_write);
+    const uint32_t ranks = f_.writable();
     if (!is_packed()) {
       fence_async_global();  // between the credit and the bulk copies that it allows
     }
     if (blockIdx.x == 0 && warp_id() == 0) {
-      if (going && may_write) {
+      if ((ranks >> lane_id() & 1) != 0) {
         store_relaxed_system(f_.peer(lane_id(), layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
       }
       if (lane_id() == 0 && a_.part == Part::send) {
@@ -158,7 +164,7 @@ class LowLatencyCombine {
         a_.ticket[1] = max_tokens_;
       }
     }
-    return __ballot_sync(kFullWarp, going && may_write);
+    return ranks;
   }
 
   // Of the lane's slot; -1: none here.
@@ -168,27 +174,33 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order.
+  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order. By shared memory, though each lane sees none but
+  // its own: rows in registers would need instructions of their own for each, which take longer to come than to run.
   __device__ Unit sum_of(uint32_t lanes, const char* y, float weight, const UnitVectors& vectors) const {
+    auto* mine = reinterpret_cast<uint4*>(memory_) + lane_id();
     Sum<T> sums[kUnitVectors];
 #pragma unroll 1
     while (lanes != 0) {
-      Unit rows[kSendAhead];
-      int from[kSendAhead];  // lane; -1: none
+      uint32_t ahead = lanes;
+#pragma unroll 1
+      for (int j = 0; j < kSendAhead && ahead != 0; ++j, ahead &= ahead - 1) {
+        const uint64_t from = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), __ffs(static_cast<int>(ahead)) - 1);
 #pragma unroll
-      for (int j = 0; j < kSendAhead; ++j) {
-        from[j] = __ffs(static_cast<int>(lanes)) - 1;
-        if (lanes != 0) {
-          const uint64_t row = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), from[j]);
-          rows[j] = load_unit(reinterpret_cast<const char*>(row), vectors);
-          lanes &= lanes - 1;
+        for (int i = 0; i < kUnitVectors; ++i) {
+          const auto* vector = reinterpret_cast<const uint4*>(from) + vectors.at(i);
+          copy_async_if<0>(vectors.has(i), mine + (j * kUnitVectors + i) * kWarp, vector);
         }
       }
+      copy_commit();
+      copy_wait<0>();
+#pragma unroll 1
+      for (int j = 0; lanes != ahead; ++j, lanes &= lanes - 1) {
+        Unit row;
 #pragma unroll
-      for (int j = 0; j < kSendAhead; ++j) {
-        if (from[j] >= 0) {
-          add_unit<true>(sums, rows[j], __shfl_sync(kFullWarp, weight, from[j]));
+        for (int i = 0; i < kUnitVectors; ++i) {
+          row.vectors[i] = mine[(j * kUnitVectors + i) * kWarp];
         }
+        add_unit<true>(sums, row, __shfl_sync(kFullWarp, weight, __ffs(static_cast<int>(lanes)) - 1));
       }
     }
     return rounded(sums);
@@ -245,27 +257,30 @@ class LowLatencyCombine {
 
   // --- receive ---
 
-  __device__ Entry entry_of(int token) const {
-    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
+  static constexpr int kNobody = -1;
+
+  // Of a whole warp: the rank whose sum for the token of this piece of work the lane awaits, the first of those that have
+  // a slot there.
+  __device__ int rank_of_slot(int work) const {
+    const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
+    const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
+    const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : kNobody;
+    const int first = __ffs(static_cast<int>(__match_any_sync(kFullWarp, rank))) - 1;
+    return first == lane_id() ? rank : kNobody;
   }
 
-  // `first`: of the first token.
-  __device__ void receive(const Entry& first) const {
-    for (int i = begin(); i < a_.num_tokens * parts_; i += step()) {
+  // `rank`: of the first piece of work.
+  __device__ void receive(int rank) const {
+    for (int i = begin(); i < a_.num_tokens * parts_;) {
       const int token = row_of(i), part = i - token * parts_;
-      const int entry = (i == begin() ? first : entry_of(token)).value();
-      const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : -1;
-      bool counts = false;  // the first slot of each rank
-#pragma unroll 1
-      for (int r = 0; r < f_.world_size(); ++r) {
-        const uint32_t has = __ballot_sync(kFullWarp, rank == r);
-        counts = counts || (has != 0 && __ffs(static_cast<int>(has)) - 1 == lane_id() && f_.is_active(r));
-      }
+      const bool counts = rank != kNobody && f_.is_active(rank);
       const bool going =
           is_packed() ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
         return;
       }
+      i += step();
+      rank = rank_of_slot(i);
     }
   }
 
@@ -414,24 +429,6 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kerne
   LowLatencyCombine<T, way>(args, shape, memory).run();
 }
 
-CombineShape shape_of(const LowLatencyCombineArgs& args) {
-  return {
-      Divisor(std::max(args.max_tokens, 1)),
-      Divisor(chunks_of(args.row_bytes / 16)),
-      Divisor(args.num_experts / args.comm.low_latency.world_size)};
-}
-
-Way way_of(const LowLatencyCombineArgs& args) {
-  if (args.part == Part::receive) {
-    return Way::either;
-  }
-  return args.max_tokens <= args.comm.low_latency.packed_tokens ? Way::packed : Way::bulk;
-}
-
-int shared_bytes(Way way) {
-  return way == Way::packed ? 0 : kSharedBytes;
-}
-
 // A warp for each part of a row, whichever way it travels, some warps to a block; and a block that tells.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
   constexpr int kWarpsABlock = kMaxWarps / 4;
@@ -442,21 +439,37 @@ int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
   return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 2)));
 }
 
+CombineShape shape_of(const LowLatencyCombineArgs& args, Way way, int blocks) {
+  const int chunks = chunks_of(args.row_bytes / 16);
+  const int64_t work = int64_t{args.comm.low_latency.world_size} * args.max_tokens * chunks;
+  return {
+      Divisor(std::max(args.max_tokens, 1)),
+      Divisor(chunks),
+      Divisor(args.num_experts / args.comm.low_latency.world_size),
+      way == Way::packed && args.part == Part::both && work <= int64_t{blocks - 1} * (kMaxWarps / 2)};
+}
+
+Way way_of(const LowLatencyCombineArgs& args) {
+  if (args.part == Part::receive) {
+    return Way::either;
+  }
+  return args.max_tokens <= args.comm.low_latency.packed_tokens ? Way::packed : Way::bulk;
+}
+
+int shared_bytes(Way way, const CombineShape& shape) {
+  return way == Way::packed ? kMaxWarps / (shape.halves ? 2 : 1) * kAheadBytes : kSharedBytes;
+}
+
 template <class T>
 cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream) {
   const Way way = way_of(args);
   const auto kernel = way == Way::packed ? low_latency_combine_kernel<T, Way::packed>
                       : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
                                          : low_latency_combine_kernel<T, Way::either>;
-  return launch_overlapped(
-      !args.comm.shares_device,
-      kernel,
-      blocks_of(args, multiprocessors),
-      kMaxWarps * kWarp,
-      shared_bytes(way),
-      stream,
-      args,
-      shape_of(args));
+  const int blocks = blocks_of(args, multiprocessors);
+  const CombineShape shape = shape_of(args, way, blocks);
+  const int shared = shared_bytes(way, shape);
+  return launch_overlapped(!args.comm.shares_device, kernel, blocks, kMaxWarps * kWarp, shared, stream, args, shape);
 }
 
 template <class T>

@@ -112,46 +112,31 @@ class LowLatencyDispatch {
 
   // False: not begun.
   __device__ bool announce() {
-    const auto tid = static_cast<int>(threadIdx.x);
-    const int visit_words = layout().visit_words(), world_size = f_.world_size();
-    int* counts = told_;                                                 // [experts]
-    auto* visits = reinterpret_cast<uint32_t*>(told_ + a_.num_experts);  // [world_size][visit words]
+    const int words = layout().words, all = f_.world_size() * words;
     Entry first[kTokensAhead];
     load_entries(warp_id(), first);
 #pragma unroll 1
-    for (int i = tid; i < a_.num_experts + world_size * visit_words; i += kThreads) {
-      told_[i] = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
+      const int word = i - shape_.by_words.quotient(i) * words;
+      told_[i] = word < kNumAgreed ? static_cast<int>(Agreed(a_).word(word)) : 0;
     }
     __syncthreads();
-    const bool faulty = count(first, counts, visits);
+    const bool faulty = count(first);
     if (!may_begin()) {
       return false;
+    }
+    const uint32_t may_write = f_.writable();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
+      if (const int p = shape_.by_words.quotient(i); (may_write >> p & 1) != 0) {
+        char* to = f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{i - p * words} * 8;
+        store_relaxed_system(to, f_.word_of(static_cast<uint32_t>(told_[i])));
+      }
     }
     if (faulty) {
       record_faults();
     }
-    bool may = false;
-    const uint32_t may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
-    const int words = layout().words;
-#pragma unroll 1
-    for (int i = tid; i < world_size * words; i += kThreads) {
-      const int p = shape_.by_words.quotient(i), word = i - p * words;
-      const int expert = word - kNumAgreed, visit = expert - layout().num_local_experts;
-      if ((may_write >> p & 1) == 0) {
-        continue;
-      }
-      uint32_t value = 0;
-      if (expert < 0) {
-        value = Agreed(a_).word(word);
-      } else if (visit >= 0) {
-        value = visits[p * visit_words + visit];
-      } else if (expert < num_local_) {
-        value = counts[p * num_local_ + expert];
-      }
-      store_relaxed_system(
-          f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{word} * 8, f_.word_of(value));
-    }
-    if (tid == 0 && a_.part == Part::send) {
+    if (threadIdx.x == 0 && a_.part == Part::send) {
       *a_.ticket = static_cast<int64_t>(f_.number());
     }
     return true;
@@ -169,27 +154,28 @@ class LowLatencyDispatch {
   }
 
   // Of a whole warp: its tokens, of which it has the first entries. Whether any is bad.
-  __device__ bool count(Entry (&entries)[kTokensAhead], int* counts, uint32_t* visits) const {
-    const int lane = lane_id(), visit_words = layout().visit_words();
+  __device__ bool count(Entry (&entries)[kTokensAhead]) const {
+    const int words = layout().words;
     bool faulty = false;
 #pragma unroll 1
     for (int first = warp_id(); first < a_.num_tokens; first += kTokensAhead * kMaxWarps) {
       if (first != warp_id()) {
         load_entries(first, entries);
       }
+#pragma unroll 1
+      for (int token = first; token < min(first + kTokensAhead * kMaxWarps, a_.num_tokens); token += kMaxWarps) {
+        const int entry = entries[0].value(), expert = expert_of(entry);
 #pragma unroll
-      for (int i = 0; i < kTokensAhead; ++i) {
-        const int token = first + i * kMaxWarps;
-        if (token < a_.num_tokens) {
-          const int entry = entries[i].value(), expert = expert_of(entry);
-          if (expert >= 0) {
-            atomicAdd(&counts[expert], 1);
-          }
-          faulty = faulty || (expert < 0 && entry != -1);
-          if ((ranks_of(entry) >> lane & 1) != 0) {
-            atomicOr(&visits[lane * visit_words + token / 32], 1U << token % 32);
-          }
+        for (int i = 1; i < kTokensAhead; ++i) {
+          entries[i - 1] = entries[i];
         }
+        if (expert >= 0) {
+          const int p = rank_of(expert);
+          int* told = told_ + p * words + kNumAgreed;
+          atomicAdd(&told[expert - p * num_local_], 1);
+          atomicOr(&told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits], 1U << token % LowLatencyLayout::kVisitBits);
+        }
+        faulty = faulty || (expert < 0 && entry != -1);
       }
     }
     return __any_sync(kFullWarp, faulty) != 0;
@@ -216,17 +202,8 @@ class LowLatencyDispatch {
   // Of a whole warp, which has the entries of a token: -1 beyond the last slot. kNowhere: none, or that of an earlier
   // slot too.
   __device__ int expert_of(int entry) const {
-    constexpr int kAtOnce = 8;
-    bool is_first = true;
-#pragma unroll 1
-    for (int first = 1; first < a_.num_topk; first += kAtOnce) {
-#pragma unroll
-      for (int back = first; back < first + kAtOnce; ++back) {
-        const bool is_same = __shfl_up_sync(kFullWarp, entry, back) == entry;
-        is_first = is_first && !(is_same && back <= lane_id());
-      }
-    }
-    return is_first && is_expert(entry) ? entry : kNowhere;
+    const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
+    return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
   }
 
   // Likewise: bits of the ranks that the token visits.
@@ -271,29 +248,30 @@ class LowLatencyDispatch {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = n - token * chunks;
       // All that there is to be known before the exchange begins.
       const Entry entry = n < end ? entry_of(token) : Entry{};
-      uint4 place{};
+      const int64_t packs = layout().dispatch_packs(0, f_.me(), token);
       Unit unit;
-      float scales[kUnitVectors] = {};
+      float scales[kUnitVectors] = {}, weight = 1;
       const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
       if (!leads) {
         load<T>(token, vectors, unit, scales);
       } else if (n < end) {
-        place = place_of(counter, token, entry);
+        weight = weight_of(token);
+        counter.load(token);
       }
+      uint32_t ranks = ranks_of(entry.value());
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
           return false;
         }
-        bool may = false;
-        may_write = f_.wait_for_credits(may) ? __ballot_sync(kFullWarp, may) : 0;
+        may_write = f_.writable();
       }
-      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
-      place.w = f_.tag();
+      const int64_t at = packs + f_.half() * layout().dispatch_packs_of_half();
+      const uint4 place = leads && n < end ? place_of(counter, token, entry.value(), weight) : uint4{};
       const bool has_scales = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
 #pragma unroll 1
-      for (uint32_t ranks = ranks_of(entry.value()) & may_write; ranks != 0; ranks &= ranks - 1) {
-        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, packs);
+      for (ranks &= may_write; ranks != 0; ranks &= ranks - 1) {
+        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, at);
         if (leads) {
           if (lane < a_.num_topk) {
             store_relaxed_system_16(to + lane * kPackBytes, place);
@@ -330,17 +308,15 @@ class LowLatencyDispatch {
     quantize(channels, a_.quantize, unit.vectors, scales);
   }
 
-  // Of a whole warp, the one that counts: the Place of the lane's slot, but for the number.
-  __device__ uint4 place_of(Counter& counter, int token, const Entry& entry) const {
-    counter.load(token);
-    const float weight = weight_of(token);
-    const int expert = expert_of(entry.value());
+  // Of a whole warp, the one that counts: the Place of the lane's slot.
+  __device__ uint4 place_of(Counter& counter, int token, int entry, float weight) const {
+    const int expert = expert_of(entry);
     counter.begin(expert);
     Counter::sync();
     counter.count(token);
     Counter::sync();
-    return {
-        static_cast<uint32_t>(expert), static_cast<uint32_t>(counter.end(expert)), __float_as_uint(weight), 0};
+    const int index = counter.end(expert);
+    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
   }
 
   template <class T>
@@ -388,7 +364,7 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = f_.wait_for_credits(may_write) && may_write;
+          may_write = (f_.writable() >> lane & 1) != 0;
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {

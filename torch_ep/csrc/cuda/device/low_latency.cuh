@@ -18,6 +18,7 @@
 #include "exchange.cuh"
 
 #include <climits>
+#include <cstddef>
 
 namespace ep::cuda {
 
@@ -35,9 +36,9 @@ enum class Outcome : int { there, absent, failed };
 struct FlightMemory {
   // As its kernel begins.
   uint64_t number, received;
-  uint32_t failed, masked;
-  uint32_t credits;  // bits of the ranks whose credit was there
-  uint32_t share;    // of this block in an exchange
+  uint32_t failed;
+  uint32_t active, awaited;  // bits of the ranks that take part; of those whose credit was not there
+  uint32_t share;            // Note [Shares]
   // While it runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
@@ -64,7 +65,8 @@ class Flight {
     const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*ticket_) : (sent >> kShareBits) + 1;
     const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
     const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
-    const uint32_t credits = __ballot_sync(kFullWarp, is_peer && done + 2 >= number);
+    const uint32_t active = ~(by_host | by_timeout) & ((1U << world_size()) - 1);
+    const uint32_t late = __ballot_sync(kFullWarp, is_peer && done + 2 < number);
     if (p < kMaxRanks) {
       memory_.waited[p] = 0;
     }
@@ -72,9 +74,9 @@ class Flight {
       memory_.number = number;
       memory_.received = received;
       memory_.failed = failed;
-      memory_.masked = by_host | by_timeout;
-      memory_.credits = credits;
-      memory_.share = kWhole / gridDim.x + (blockIdx.x == 0 ? kWhole % gridDim.x : 0);
+      memory_.active = active;
+      memory_.awaited = late & active;
+      memory_.share = blockIdx.x == 0 ? (uint32_t{1} << kShareBits) - (gridDim.x - 1) : 1;
     }
   }
 
@@ -98,7 +100,7 @@ class Flight {
   __device__ char* peer(int rank, int64_t offset) const { return x_.peer(rank, offset); }
 
   // As this kernel began.
-  __device__ bool is_active(int rank) const { return (memory_.masked >> rank & 1) == 0; }
+  __device__ bool is_active(int rank) const { return (memory_.active >> rank & 1) != 0; }
   __device__ bool masks() const { return x_.comm.masks; }
 
   __device__ void record(const Trouble& t) const {
@@ -146,28 +148,16 @@ class Flight {
     end();
   }
 
-  // Of a whole warp: lane p until this half of rank p may be written, if it is to be. False: failed. Who has not
+  // Of a whole warp: bits of the ranks of which this half may be written, once it may; none if failed. Who has not
   // received what it sent itself is told so at once, and not to blame others.
-  __device__ bool wait_for_credits(bool& may_write) const {
-    const int p = lane_id();
-    may_write = false;
+  __device__ uint32_t writable() const {
     if (memory_.received + 2 < number()) {
-      if (blockIdx.x == 0 && p == 0) {
+      if (blockIdx.x == 0 && threadIdx.x == 0) {
         fail({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
       }
-      return false;
+      return 0;
     }
-    auto outcome = Outcome::absent;
-    if (p == me() || (memory_.credits >> p & 1) != 0) {
-      outcome = is_active(p) ? Outcome::there : Outcome::absent;
-    } else if (p < world_size() && is_active(p)) {
-      outcome = wait(
-          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
-    }
-    may_write = outcome == Outcome::there;
-    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
-    __syncwarp();  // what one lane acquired is there for all
-    return going;
+    return memory_.awaited == 0 ? memory_.active : await_credits();
   }
 
   // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
@@ -199,21 +189,32 @@ class Flight {
   // Of a whole block, when it has sent and read everything.
   __device__ void end() const {
     __syncthreads();
-    const auto tid = static_cast<int>(threadIdx.x);
-    if (part_ != Part::send && tid < world_size() && memory_.waited[tid] != 0) {
-      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][tid]), memory_.waited[tid]);
+    const int lane = lane_id();
+    // Two lanes of one warp, so that one instruction tells both.
+    if (warp_id() == 0 && lane < 2 && part_ != (lane == 0 ? Part::receive : Part::send)) {
+      static_assert(offsetof(LowLatencyState, received) == offsetof(LowLatencyState, sent) + sizeof(uint64_t));
+      add_relaxed_device(&state_.sent + lane, memory_.share);
     }
-    if (part_ != Part::receive && tid == 0) {
-      add_relaxed_device(&state_.sent, memory_.share);
-    }
-    if (part_ != Part::send && tid == 0) {
-      add_relaxed_device(&state_.received, memory_.share);
+    if (warp_id() == 1 && part_ != Part::send && lane < world_size() && memory_.waited[lane] != 0) {
+      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][lane]), memory_.waited[lane]);
     }
   }
 
  private:
   static constexpr int kLooksPerGlance = 64;
-  static constexpr uint32_t kWhole = uint32_t{1} << kShareBits;
+
+  // Likewise.
+  __device__ uint32_t await_credits() const {
+    const int p = lane_id();
+    auto outcome = (memory_.active >> p & 1) != 0 ? Outcome::there : Outcome::absent;
+    if ((memory_.awaited >> p & 1) != 0) {
+      outcome = wait(
+          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
+    }
+    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
+    __syncwarp();  // what one lane acquired is there for all
+    return going ? __ballot_sync(kFullWarp, outcome == Outcome::there) : 0;
+  }
 
   // Of a whole warp.
   __device__ void give_credits() const {

@@ -309,8 +309,12 @@ class LowLatencyReceive {
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
-  // This warp's: every so manieth.
-  __device__ int first_chunk() const { return static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); }
+  // This warp's: every so manieth. The warps that are least busy with sending begin: the last but the one that counts.
+  __device__ int first_chunk() const {
+    constexpr int kFirst = kDispatchWarps - 2;
+    const int turn = (kFirst - warp_id() + kDispatchWarps) % kDispatchWarps;
+    return static_cast<int>(blockIdx.x) + f_.workers() * turn;
+  }
   __device__ int num_chunks() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
   // Groups of channels in a chunk.
   __device__ int groups_of(int chunk) const {
@@ -339,7 +343,9 @@ class LowLatencyReceive {
         write_slot(c.row, row, weight);
       }
       n += f_.workers() * kDispatchWarps;
-      c = ChunkOfRow(*this, n);
+      if (n < num_chunks()) {
+        c = ChunkOfRow(*this, n);
+      }
     }
   }
 
