@@ -219,7 +219,6 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token) const {
     return dispatch_packs_at + packed_row(half, source, token) * packed_bytes;
   }
-  EP_HOST_DEVICE int64_t dispatch_packs_of_half() const { return packed_row(1, 0, 0) * packed_bytes; }
   EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
     return combine_packs_at + packed_row(half, source, token) * packed_bytes;
   }

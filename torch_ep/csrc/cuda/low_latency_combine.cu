@@ -110,34 +110,29 @@ class LowLatencyCombine {
   // False: not begun.
   __device__ bool send() {
     const int work = f_.world_size() * max_tokens_ * parts_;
-    uint32_t ranks = 0;  // that may be written
+    int row = row_of_lane(begin());  // what is asked for here arrives while others are waited for
+    if (!may_begin()) {
+      return false;
+    }
+    const uint32_t ranks = enter();
     int parity = 0;
-    bool has_begun = false;
-    for (int i = begin(); i < work || !has_begun; i += step()) {
+    for (int i = begin(); i < work; i += step()) {
+      row = i == begin() ? row : row_of_lane(i);
       const int pair = row_of(i), part = i - pair * parts_;
-      int row = i < work ? row_of_lane(pair) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
-      const UnitVectors vectors(part, vectors_);
-      Unit sum;
-      if (is_packed()) {  // all that there is to be known before the exchange begins
-        sum = sum_of(lanes, y, weight, vectors);
-      }
-      if (!has_begun) {
-        has_begun = true;
-        if (!may_begin()) {
-          return false;
-        }
-        ranks = enter();
-      }
       const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       if (lanes == 0 || (ranks >> source & 1) == 0) {
         continue;
       }
       if (!is_packed()) {
         send_part(source, token, part, lanes, y, weight, parity);
-      } else if (vectors.any()) {
+        continue;
+      }
+      const UnitVectors vectors(part, vectors_);
+      const Unit sum = sum_of(lanes, y, weight, vectors);
+      if (vectors.any()) {
         char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
         send_unit(packs + offset_of_unit(part), sum, f_.tag());
       }
@@ -167,10 +162,11 @@ class LowLatencyCombine {
     return ranks;
   }
 
-  // Of the lane's slot; -1: none here.
-  __device__ int row_of_lane(int pair) const {
-    const int64_t most = int64_t{a_.num_experts} * max_tokens_;
-    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{pair} * a_.num_topk + lane_id()] : -1;
+  // Of the lane's slot, for a piece of work; -1: none here.
+  __device__ int row_of_lane(int work) const {
+    const int most = a_.num_experts * max_tokens_;
+    const bool has = work < f_.world_size() * max_tokens_ * parts_ && lane_id() < a_.num_topk;
+    const int row = has ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
     return row < most ? row : -1;
   }
 

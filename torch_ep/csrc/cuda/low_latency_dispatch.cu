@@ -117,10 +117,13 @@ class LowLatencyDispatch {
     load_entries(warp_id(), first);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      const int word = i - shape_.by_words.quotient(i) * words;
-      told_[i] = word < kNumAgreed ? static_cast<int>(Agreed(a_).word(word)) : 0;
+      told_[i] = 0;
     }
     __syncthreads();
+    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < f_.world_size()) {
+      static_assert(kMaxRanks * kNumAgreed <= kWarp);
+      told_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
+    }
     const bool faulty = count(first);
     if (!may_begin()) {
       return false;
@@ -246,19 +249,24 @@ class LowLatencyDispatch {
 #pragma unroll 1
     for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun; n += step) {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = n - token * chunks;
-      // All that there is to be known before the exchange begins.
+      // What is asked for here arrives while others are waited for.
       const Entry entry = n < end ? entry_of(token) : Entry{};
-      const int64_t packs = layout().dispatch_packs(0, f_.me(), token);
-      Unit unit;
-      float scales[kUnitVectors] = {}, weight = 1;
       const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
-      if (!leads) {
-        load<T>(token, vectors, unit, scales);
-      } else if (n < end) {
+      const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
+      Unit unit;
+      Channels<T> channels[kUnitVectors];
+      float weight = 1;
+      if (leads && n < end) {
         weight = weight_of(token);
         counter.load(token);
+      } else if (a_.quantize == Quantize::none) {
+        unit = load_unit(reinterpret_cast<const char*>(x), vectors);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kUnitVectors; ++i) {
+          channels[i].load(x, vectors.at(i), vectors.has(i));
+        }
       }
-      uint32_t ranks = ranks_of(entry.value());
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
@@ -266,12 +274,16 @@ class LowLatencyDispatch {
         }
         may_write = f_.writable();
       }
-      const int64_t at = packs + f_.half() * layout().dispatch_packs_of_half();
+      float scales[kUnitVectors] = {};
+      if (!leads && a_.quantize != Quantize::none) {
+        quantize(channels, a_.quantize, unit.vectors, scales);
+      }
+      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
       const uint4 place = leads && n < end ? place_of(counter, token, entry.value(), weight) : uint4{};
       const bool has_scales = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
 #pragma unroll 1
-      for (ranks &= may_write; ranks != 0; ranks &= ranks - 1) {
-        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, at);
+      for (uint32_t ranks = ranks_of(entry.value()) & may_write; ranks != 0; ranks &= ranks - 1) {
+        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, packs);
         if (leads) {
           if (lane < a_.num_topk) {
             store_relaxed_system_16(to + lane * kPackBytes, place);
@@ -290,22 +302,6 @@ class LowLatencyDispatch {
       }
     }
     return true;
-  }
-
-  // Of a whole warp: what it sends of a row.
-  template <class T>
-  __device__ void load(int token, const UnitVectors& vectors, Unit& unit, float (&scales)[kUnitVectors]) const {
-    const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
-    if (a_.quantize == Quantize::none) {
-      unit = load_unit(reinterpret_cast<const char*>(x), vectors);
-      return;
-    }
-    Channels<T> channels[kUnitVectors];
-#pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i) {
-      channels[i].load(x, vectors.at(i), vectors.has(i));
-    }
-    quantize(channels, a_.quantize, unit.vectors, scales);
   }
 
   // Of a whole warp, the one that counts: the Place of the lane's slot.

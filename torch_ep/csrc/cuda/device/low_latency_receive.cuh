@@ -196,13 +196,13 @@ class LowLatencyReceive {
   }
 
   // Warps, each some experts: how many rows there are of each, up to which rank; and slots of rows that nobody sent.
-  // The last warps begin, which have the fewest rows to receive.
   __device__ void count_rows(const Heard& heard) const {
     const int lane = lane_id(), world_size = f_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
-    const int warps = f_.workers() * kDispatchWarps;
-    const int from_last = warps - 1 - (static_cast<int>(blockIdx.x) + f_.workers() * warp_id());
+    // Those begin that have the fewest rows to receive.
+    const int turn = is_packed ? warp_id() : kDispatchWarps - 1 - warp_id();
 #pragma unroll 1
-    for (int e = from_last; e < num_local_; e += warps) {
+    for (int e = static_cast<int>(blockIdx.x) + f_.workers() * turn; e < num_local_;
+         e += f_.workers() * kDispatchWarps) {
       int end = lane < world_size ? heard.count(lane, e) : 0;
 #pragma unroll
       for (int step = 1; step < kMaxRanks; step *= 2) {
@@ -245,11 +245,10 @@ class LowLatencyReceive {
     }
   }
 
-  // The first word of the scales of a row; the next is scale_rows further.
-  __device__ int* scales_of(int64_t row) const {
+  // Which word of the scales is the first of a row; the next is scale_rows further.
+  __device__ int64_t scales_of(int64_t row) const {
     const int rows_of_expert = f_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
-    return static_cast<int*>(a_.scales) + expert * a_.num_scales * a_.scale_rows +
-           (row - int64_t{expert} * rows_of_expert);
+    return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
   // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels. What
@@ -366,26 +365,41 @@ class LowLatencyReceive {
 
   // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
   __device__ void place(const ChunkOfRow& c, int64_t row) const {
-    const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
-    const int groups = a_.num_scales > 0 ? groups_of(c.chunk) : 0, group = c.chunk * kChunkGroups + lane_id();
-    // Of bytes, those of groups that are not there too: 0.
-    const bool has_scale = lane_id() < (is_byte ? (groups + 3) / 4 * 4 : groups);
-    const int64_t scale_at = is_byte ? group / 4 * a_.scale_rows * 4 + group % 4 : group * a_.scale_rows * 4;
     const Unit unit = c.packs.unit();
-    const auto to_row = reinterpret_cast<uint64_t>(a_.rows + row * a_.row_bytes);
-    const auto to_scales = reinterpret_cast<uint64_t>(a_.num_scales > 0 ? scales_of(max(row, int64_t{0})) : nullptr);
+    const int scale_row = static_cast<int>(a_.num_scales > 0 && row >= 0 ? scales_of(row) : 0);
+    constexpr int kAtOnce = 2;
 #pragma unroll 1
-    for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
-      const int lane = __ffs(static_cast<int>(lanes)) - 1;
-      store_unit(reinterpret_cast<char*>(__shfl_sync(kFullWarp, to_row, lane)), unit, c.vectors);
-      if (a_.num_scales > 0) {
-        char* to = reinterpret_cast<char*>(__shfl_sync(kFullWarp, to_scales, lane)) + scale_at;
-        if (has_scale && is_byte) {
-          *to = static_cast<char>(c.scale_word() >> 23);
-        } else if (has_scale) {
-          *reinterpret_cast<uint32_t*>(to) = c.scale_word();
+    for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0;) {
+      int from[kAtOnce], rows[kAtOnce], scale_rows[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        from[i] = __ffs(static_cast<int>(lanes)) - 1;
+        lanes &= lanes - 1;
+        rows[i] = __shfl_sync(kFullWarp, static_cast<int>(row), from[i] & (kWarp - 1));
+        scale_rows[i] = __shfl_sync(kFullWarp, scale_row, from[i] & (kWarp - 1));
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (from[i] >= 0) {
+          store_unit(a_.rows + int64_t{rows[i]} * a_.row_bytes, unit, c.vectors);
+          if (a_.num_scales > 0) {
+            place_scale(c, scale_rows[i]);
+          }
         }
       }
+    }
+  }
+
+  // Of the lane's group of channels.
+  __device__ void place_scale(const ChunkOfRow& c, int of_row) const {
+    const int groups = groups_of(c.chunk), group = c.chunk * kChunkGroups + lane_id();
+    if (a_.quantize != Quantize::fp8_ue8m0) {
+      if (lane_id() < groups) {
+        static_cast<uint32_t*>(a_.scales)[of_row + group * a_.scale_rows] = c.scale_word();
+      }
+    } else if (lane_id() < (groups + 3) / 4 * 4) {  // of groups that are not there too: 0
+      static_cast<char*>(a_.scales)[(of_row + group / 4 * a_.scale_rows) * 4 + group % 4] =
+          static_cast<char>(c.scale_word() >> 23);
     }
   }
 
@@ -441,7 +455,8 @@ class LowLatencyReceive {
     bulk_commit();
 #pragma unroll 1
     for (uint32_t left = a_.num_scales != 0 ? __ballot_sync(kFullWarp, row >= 0) : 0; left != 0; left &= left - 1) {
-      int* scales = scales_of(__shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1));
+      const int64_t of_row = __shfl_sync(kFullWarp, row, __ffs(static_cast<int>(left)) - 1);
+      int* scales = static_cast<int*>(a_.scales) + scales_of(of_row);
 #pragma unroll 1
       for (int j = lane_id(); j < a_.num_scales; j += kWarp) {
         scales[j * a_.scale_rows] = reinterpret_cast<const int*>(stage + scales_at_)[j];
