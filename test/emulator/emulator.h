@@ -277,6 +277,9 @@ inline int __any_sync(unsigned mask, int value) {
 inline int __all_sync(unsigned mask, int value) {
   return __ballot_sync(mask, value) == 0xffffffff;
 }
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a & 0xffff, b & 0xffff) | std::max(a >> 16, b >> 16) << 16;
+}
 inline unsigned __match_any_sync(unsigned, int value) {
   const uint64_t* values = emulator::exchange(emulator::pack(value));
   unsigned mask = 0;

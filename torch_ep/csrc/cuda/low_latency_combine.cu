@@ -110,29 +110,34 @@ class LowLatencyCombine {
   // False: not begun.
   __device__ bool send() {
     const int work = f_.world_size() * max_tokens_ * parts_;
-    int row = row_of_lane(begin());  // what is asked for here arrives while others are waited for
-    if (!may_begin()) {
-      return false;
-    }
-    const uint32_t ranks = enter();
+    uint32_t ranks = 0;  // that may be written
     int parity = 0;
-    for (int i = begin(); i < work; i += step()) {
-      row = i == begin() ? row : row_of_lane(i);
+    bool has_begun = false;
+    for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
+      const int row = row_of_lane(i);
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
+      const UnitVectors vectors(part, vectors_);
+      Unit sum;
+      if (is_packed()) {  // what there is to be done before the exchange begins
+        sum = sum_of(lanes, y, weight, vectors);
+      }
+      if (!has_begun) {
+        has_begun = true;
+        if (!may_begin()) {
+          return false;
+        }
+        ranks = enter();
+      }
       const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       if (lanes == 0 || (ranks >> source & 1) == 0) {
         continue;
       }
       if (!is_packed()) {
         send_part(source, token, part, lanes, y, weight, parity);
-        continue;
-      }
-      const UnitVectors vectors(part, vectors_);
-      const Unit sum = sum_of(lanes, y, weight, vectors);
-      if (vectors.any()) {
+      } else if (vectors.any()) {
         char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
         send_unit(packs + offset_of_unit(part), sum, f_.tag());
       }

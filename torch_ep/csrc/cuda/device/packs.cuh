@@ -19,6 +19,7 @@ class UnitVectors {
     constexpr int kRound = kUnitVectors * kGroupVectors;
     step_ = (max(end_ - begin, 0) + kRound - 1) / kRound * kGroupVectors;
     first_ = lane < step_ ? begin + lane : end_;
+    is_whole_ = end_ - begin == kChunkVectors;
   }
 
   __device__ __forceinline__ bool any() const { return first_ < end_; }
@@ -26,27 +27,34 @@ class UnitVectors {
   __device__ __forceinline__ int at(int i) const { return first_ + i * step_; }
   __device__ __forceinline__ int step() const { return step_; }
 
+  // Calls f(i, vector) for each, `row` being where the row is. Of a whole chunk, all from one address.
+  template <class Vector, class F>
+  __device__ __forceinline__ void each(Vector* row, const F& f) const {
+    Vector* first = row + first_;
+#pragma unroll
+    for (int i = 0; i < kUnitVectors; ++i) {
+      if (is_whole_) {
+        f(i, first[i * kUnitsAChunk]);
+      } else if (has(i)) {
+        f(i, row[at(i)]);
+      }
+    }
+  }
+
  private:
   int first_, step_, end_;
+  bool is_whole_;
 };
 
 // Of the row at `from`; zeros where it has no vectors.
 __device__ __forceinline__ Unit load_unit(const char* from, const UnitVectors& v) {
-  Unit u;
-#pragma unroll
-  for (int i = 0; i < kUnitVectors; ++i) {
-    u.vectors[i] = v.has(i) ? reinterpret_cast<const uint4*>(from)[v.at(i)] : uint4{0, 0, 0, 0};
-  }
+  Unit u{};
+  v.each(reinterpret_cast<const uint4*>(from), [&](int i, const uint4& vector) { u.vectors[i] = vector; });
   return u;
 }
 
 __device__ __forceinline__ void store_unit(char* to, const Unit& u, const UnitVectors& v) {
-#pragma unroll
-  for (int i = 0; i < kUnitVectors; ++i) {
-    if (v.has(i)) {
-      reinterpret_cast<uint4*>(to)[v.at(i)] = u.vectors[i];
-    }
-  }
+  v.each(reinterpret_cast<uint4*>(to), [&](int i, uint4& vector) { vector = u.vectors[i]; });
 }
 
 // Of this lane's.

@@ -53,17 +53,19 @@ class Channels {
   }
 
   __device__ uint32_t greatest_magnitude() const {
-    uint32_t most = 0;
+    uint32_t most = 0;  // of T's bits, which are ordered likewise; of two bytes, two at once
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      float wide[kSize];
-      unpack<T>(vectors_[i], wide);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        most = max(most, magnitude(wide[j]));
+      for (const uint32_t word : {vectors_[i].x, vectors_[i].y, vectors_[i].z, vectors_[i].w}) {
+        most = sizeof(T) == 2 ? __vmaxu2(most, word & 0x7fff7fff) : max(most, word & 0x7fffffff);
       }
     }
-    return most;
+    if constexpr (sizeof(T) == 2) {
+      const auto bits = static_cast<uint16_t>(max(most & 0xffff, most >> 16));
+      return magnitude(widen(*reinterpret_cast<const T*>(&bits)));
+    } else {
+      return most;
+    }
   }
 
   __device__ uint4 multiplied(float inverse) const {
