@@ -139,7 +139,7 @@ class LowLatencyCombine {
         send_part(source, token, part, lanes, y, weight, parity);
       } else if (vectors.any()) {
         char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
-        send_unit(packs + offset_of_unit(part), sum, f_.tag());
+        Packs(sum, f_.tag()).send(packs + offset_of_unit(part));
       }
     }
     if (!is_packed()) {

@@ -281,23 +281,28 @@ class LowLatencyDispatch {
       const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
       const uint4 place = leads && n < end ? place_of(counter, token, entry.value(), weight) : uint4{};
       const bool has_scales = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+      // Besides a unit, one pack more.
+      const bool has_more = leads ? lane < a_.num_topk : has_scales;
+      const int64_t more_at =
+          leads ? lane * kPackBytes
+                : layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
+      uint4 more = leads ? place
+                         : uint4{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]),
+                                 f_.tag()};
+      Packs unit_packs(unit, f_.tag());
+      keep_together(more);
+#pragma unroll
+      for (uint4& pack : unit_packs.packs) {
+        keep_together(pack);
+      }
 #pragma unroll 1
       for (uint32_t ranks = ranks_of(entry.value()) & may_write; ranks != 0; ranks &= ranks - 1) {
         char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, packs);
-        if (leads) {
-          if (lane < a_.num_topk) {
-            store_relaxed_system_16(to + lane * kPackBytes, place);
-          }
-          continue;
-        }
         if (vectors.any()) {
-          send_unit(to + layout().row_packs_at + offset_of_unit(chunk), unit, f_.tag());
+          unit_packs.send(to + layout().row_packs_at + offset_of_unit(chunk));
         }
-        if (has_scales) {
-          const uint4 pack{
-              __float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
-          store_relaxed_system_16(
-              to + layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes, pack);
+        if (has_more) {
+          store_relaxed_system_16(to + more_at, more);
         }
       }
     }

@@ -365,25 +365,30 @@ class LowLatencyReceive {
 
   // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
   __device__ void place(const ChunkOfRow& c, int64_t row) const {
-    const Unit unit = c.packs.unit();
-    const bool has_scales = a_.num_scales > 0, is_byte = a_.quantize == Quantize::fp8_ue8m0;
-    const int group = c.chunk * kChunkGroups + lane_id(), groups = has_scales ? groups_of(c.chunk) : 0;
-    const bool has_scale = lane_id() < (is_byte ? (groups + 3) / 4 * 4 : groups);  // bytes of groups not there are 0
+    Unit unit = c.packs.unit();
+#pragma unroll
+    for (uint4& vector : unit.vectors) {
+      keep_together(vector);
+    }
+    const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
+    const int group = c.chunk * kChunkGroups + lane_id(), groups = a_.num_scales > 0 ? groups_of(c.chunk) : 0;
+    const bool has_word = !is_byte && lane_id() < groups;
+    const bool has_byte = is_byte && lane_id() < (groups + 3) / 4 * 4;  // of groups that are not there too: 0
     char* scales = static_cast<char*>(a_.scales) +
                    (is_byte ? group / 4 * a_.scale_rows * 4 + group % 4 : group * a_.scale_rows * 4);
-    const int scale_row = static_cast<int>(has_scales && row >= 0 ? scales_of(row) : 0);
+    const uint32_t scale = is_byte ? c.scale_word() >> 23 : c.scale_word();
+    const int scale_row = static_cast<int>(a_.num_scales > 0 && row >= 0 ? scales_of(row) : 0);
 #pragma unroll 1
     for (uint32_t lanes = __ballot_sync(kFullWarp, row >= 0); lanes != 0; lanes &= lanes - 1) {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       const int64_t to = __shfl_sync(kFullWarp, static_cast<int>(row), lane);
+      char* to_scale = scales + int64_t{__shfl_sync(kFullWarp, scale_row, lane)} * 4;
       store_unit(a_.rows + to * a_.row_bytes, unit, c.vectors);
-      if (has_scales) {
-        char* scale = scales + int64_t{__shfl_sync(kFullWarp, scale_row, lane)} * 4;
-        if (has_scale && is_byte) {
-          *scale = static_cast<char>(c.scale_word() >> 23);
-        } else if (has_scale) {
-          *reinterpret_cast<uint32_t*>(scale) = c.scale_word();
-        }
+      if (has_word) {
+        *reinterpret_cast<uint32_t*>(to_scale) = scale;
+      }
+      if (has_byte) {
+        *to_scale = static_cast<char>(scale);
       }
     }
   }

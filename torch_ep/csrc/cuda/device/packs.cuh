@@ -19,7 +19,6 @@ class UnitVectors {
     constexpr int kRound = kUnitVectors * kGroupVectors;
     step_ = (max(end_ - begin, 0) + kRound - 1) / kRound * kGroupVectors;
     first_ = lane < step_ ? begin + lane : end_;
-    is_whole_ = end_ - begin == kChunkVectors;
   }
 
   __device__ __forceinline__ bool any() const { return first_ < end_; }
@@ -27,34 +26,33 @@ class UnitVectors {
   __device__ __forceinline__ int at(int i) const { return first_ + i * step_; }
   __device__ __forceinline__ int step() const { return step_; }
 
-  // Calls f(i, vector) for each, `row` being where the row is. Of a whole chunk, all from one address.
-  template <class Vector, class F>
-  __device__ __forceinline__ void each(Vector* row, const F& f) const {
-    Vector* first = row + first_;
-#pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i) {
-      if (is_whole_) {
-        f(i, first[i * kUnitsAChunk]);
-      } else if (has(i)) {
-        f(i, row[at(i)]);
-      }
-    }
-  }
-
  private:
   int first_, step_, end_;
-  bool is_whole_;
 };
 
 // Of the row at `from`; zeros where it has no vectors.
 __device__ __forceinline__ Unit load_unit(const char* from, const UnitVectors& v) {
-  Unit u{};
-  v.each(reinterpret_cast<const uint4*>(from), [&](int i, const uint4& vector) { u.vectors[i] = vector; });
+  Unit u;
+#pragma unroll
+  for (int i = 0; i < kUnitVectors; ++i) {
+    u.vectors[i] = v.has(i) ? reinterpret_cast<const uint4*>(from)[v.at(i)] : uint4{0, 0, 0, 0};
+  }
   return u;
 }
 
 __device__ __forceinline__ void store_unit(char* to, const Unit& u, const UnitVectors& v) {
-  v.each(reinterpret_cast<uint4*>(to), [&](int i, uint4& vector) { vector = u.vectors[i]; });
+#pragma unroll
+  for (int i = 0; i < kUnitVectors; ++i) {
+    if (v.has(i)) {
+      reinterpret_cast<uint4*>(to)[v.at(i)] = u.vectors[i];
+    }
+  }
+}
+
+// What is stored more than once is put together once, in registers that nothing else is put into meanwhile: to do so for
+// each store would be to wait for the one before.
+__device__ __forceinline__ void keep_together(uint4& v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
 // Of this lane's.
@@ -63,18 +61,25 @@ __device__ __forceinline__ int64_t offset_of_unit(int chunk) {
 }
 constexpr int kPackStride = kUnitsAChunk * kPackBytes;  // from one pack of a unit to the next
 
-__device__ __forceinline__ void send_unit(char* to, const Unit& u, uint32_t number) {
-  const uint4 &a = u.vectors[0], &b = u.vectors[1], &c = u.vectors[2];
-  store_relaxed_system_16(to, {a.x, a.y, a.z, number});
-  store_relaxed_system_16(to + kPackStride, {a.w, b.x, b.y, number});
-  store_relaxed_system_16(to + 2 * kPackStride, {b.z, b.w, c.x, number});
-  store_relaxed_system_16(to + 3 * kPackStride, {c.y, c.z, c.w, number});
-}
-
-// A look at a unit on its way; `arrived` once all of it is there.
+// A unit on its way; `arrived` once all of it is there.
 struct Packs {
   uint4 packs[kUnitPacks];
 
+  Packs() = default;
+  __device__ __forceinline__ Packs(const Unit& u, uint32_t number) {
+    const uint4 &a = u.vectors[0], &b = u.vectors[1], &c = u.vectors[2];
+    packs[0] = {a.x, a.y, a.z, number};
+    packs[1] = {a.w, b.x, b.y, number};
+    packs[2] = {b.z, b.w, c.x, number};
+    packs[3] = {c.y, c.z, c.w, number};
+  }
+
+  __device__ __forceinline__ void send(char* to) const {
+#pragma unroll
+    for (int i = 0; i < kUnitPacks; ++i) {
+      store_relaxed_system_16(to + i * kPackStride, packs[i]);
+    }
+  }
   __device__ __forceinline__ void look(const char* from) {
 #pragma unroll
     for (int i = 0; i < kUnitPacks; ++i) {
