@@ -70,7 +70,7 @@ FAULTS = {
     "combine: rows of the own rank": Fault(
         "virtual_ranks", "device/sums.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
     ),
-    "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "earlier == entry", "false"),
+    "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "visited |=", "visited +="),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
     ),

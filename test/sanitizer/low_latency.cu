@@ -100,7 +100,7 @@ namespace {
 // --- ranks ---
 
 constexpr int kMostTokens = 24;
-constexpr int kPackedTokens = 4;
+constexpr int kPackedTokens = 8;
 constexpr int kMostLocal = 9;
 constexpr int64_t kSlotBytes = 10240;
 constexpr int64_t kTimeoutNs = 120'000'000'000;  // kernels are slow under a sanitizer

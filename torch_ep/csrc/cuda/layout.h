@@ -127,8 +127,8 @@ constexpr int kUnitsAChunk = 32;
 constexpr int kChunkVectors = kUnitsAChunk * kUnitVectors;
 constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
 
-constexpr int kGroup = 128;                  // channels that share a scale
-constexpr int kGroupVectors = kGroup / 16;   // of fp8
+constexpr int kGroup = 128;                 // channels that share a scale
+constexpr int kGroupVectors = kGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
 constexpr int kChunkScalePacks = kChunkGroups / 3;
 

@@ -121,7 +121,7 @@ class LowLatencyCombine {
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
       const UnitVectors vectors(part, vectors_);
       Unit sum;
-      if (is_packed()) {  // what there is to be done before the exchange begins
+      if (is_packed()) {  // all that can be done before the exchange begins
         sum = sum_of(lanes, y, weight, vectors);
       }
       if (!has_begun) {
@@ -175,8 +175,8 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order. By shared memory, though each lane sees none but
-  // its own: rows in registers would need instructions of their own for each, which take longer to come than to run.
+  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order. By shared memory, though each lane sees none
+  // but its own: there are no registers for as many.
   __device__ Unit sum_of(uint32_t lanes, const char* y, float weight, const UnitVectors& vectors) const {
     auto* mine = reinterpret_cast<uint4*>(memory_) + lane_id();
     Sum<T> sums[kUnitVectors];
@@ -260,8 +260,8 @@ class LowLatencyCombine {
 
   static constexpr int kNobody = -1;
 
-  // Of a whole warp: the rank whose sum for the token of this piece of work the lane awaits, the first of those that have
-  // a slot there.
+  // Of a whole warp: the rank whose sum for the token of this piece of work the lane awaits, the first of those that
+  // have a slot there.
   __device__ int rank_of_slot(int work) const {
     const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
     const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
@@ -286,9 +286,7 @@ class LowLatencyCombine {
   }
 
   // A look at what a rank says as it enters.
-  __device__ uint64_t word_of(int rank) const {
-    return load_relaxed_system(f_.own(layout().entered(f_.half(), rank)));
-  }
+  __device__ uint64_t word_of(int rank) const { return load_relaxed_system(f_.own(layout().entered(f_.half(), rank))); }
 
   // Of a whole warp: until `rank` has entered the same exchange, where `counts`, which is false after that where it did
   // not come. `seen`: its word, after a first look.

@@ -2,7 +2,8 @@
 //   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
 //   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantised here) and
 //              where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, some
+//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then,
+//   some
 //              experts each: how many rows there are
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
@@ -32,8 +33,7 @@ struct LowLatencyShared {
   bool is_lost[kMaxRanks];
 };
 
-// `is_packed`: how rows travel. A kernel of its own for each way, since instructions that are not at hand take long
-// too; for the same reason loops that are run through a few times only are not unrolled.
+// `is_packed`: how rows travel. A kernel of its own for each way, which have little in common.
 template <bool is_packed>
 class LowLatencyDispatch {
  public:
@@ -78,14 +78,8 @@ class LowLatencyDispatch {
       }
       return;
     }
-    if (a_.part == Part::receive) {
-      if (!may_begin()) {
-        return;
-      }
-    } else {
-      if (!(blockIdx.x == 0 ? announce() : send<T>())) {
-        return;
-      }
+    if (!(a_.part == Part::receive ? may_begin() : blockIdx.x == 0 ? announce() : send<T>())) {
+      return;
     }
     if (a_.part != Part::send) {
       LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
@@ -176,7 +170,9 @@ class LowLatencyDispatch {
           const int p = rank_of(expert);
           int* told = told_ + p * words + kNumAgreed;
           atomicAdd(&told[expert - p * num_local_], 1);
-          atomicOr(&told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits], 1U << token % LowLatencyLayout::kVisitBits);
+          atomicOr(
+              &told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
+              1U << token % LowLatencyLayout::kVisitBits);
         }
         faulty = faulty || (expert < 0 && entry != -1);
       }
@@ -247,8 +243,9 @@ class LowLatencyDispatch {
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
-    for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun; n += step) {
-      const int token = leads ? n : shape_.by_parts.quotient(n), chunk = n - token * chunks;
+    for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
+         n += step) {
+      const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
       // What is asked for here arrives while others are waited for.
       const Entry entry = n < end ? entry_of(token) : Entry{};
       const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
@@ -279,17 +276,16 @@ class LowLatencyDispatch {
         quantize(channels, a_.quantize, unit.vectors, scales);
       }
       const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
-      const uint4 place = leads && n < end ? place_of(counter, token, entry.value(), weight) : uint4{};
-      const bool has_scales = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
-      // Besides a unit, one pack more.
-      const bool has_more = leads ? lane < a_.num_topk : has_scales;
-      const int64_t more_at =
-          leads ? lane * kPackBytes
-                : layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
-      uint4 more = leads ? place
-                         : uint4{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]),
-                                 f_.tag()};
       Packs unit_packs(unit, f_.tag());
+      // One pack more: of scales, or a Place.
+      uint4 more{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
+      int64_t more_at = layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
+      bool has_more = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+      if (leads && n < end) {
+        more = place_of(counter, token, entry.value(), weight);
+        more_at = lane * kPackBytes;
+        has_more = lane < a_.num_topk;
+      }
       keep_together(more);
 #pragma unroll
       for (uint4& pack : unit_packs.packs) {

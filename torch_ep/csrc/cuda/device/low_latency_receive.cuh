@@ -251,8 +251,8 @@ class LowLatencyReceive {
     return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
-  // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels. What
-  // there is not for this lane counts as arrived.
+  // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels.
+  // What there is not for this lane counts as arrived.
   struct ChunkOfRow {
     int row, chunk, source, token;  // row: source * max_tokens + token
     UnitVectors vectors;
@@ -302,9 +302,7 @@ class LowLatencyReceive {
         packs.look(unit_at);
       }
     }
-    __device__ bool has_arrived(uint32_t tag) const {
-      return place.w == tag && scale.w == tag && packs.arrived(tag);
-    }
+    __device__ bool has_arrived(uint32_t tag) const { return place.w == tag && scale.w == tag && packs.arrived(tag); }
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 

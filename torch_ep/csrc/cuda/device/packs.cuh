@@ -9,8 +9,8 @@ struct Unit {
   uint4 vectors[kUnitVectors];
 };
 
-// Which vectors of 16 bytes of a row of `vectors` are in this lane's unit of a chunk: every step-th, so that lanes next to
-// each other have vectors next to each other. Steps are of whole groups of channels.
+// Which vectors of 16 bytes of a row of `vectors` are in this lane's unit of a chunk: every step-th, so that lanes next
+// to each other have vectors next to each other. Steps are of whole groups of channels.
 class UnitVectors {
  public:
   __device__ __forceinline__ UnitVectors(int chunk, int vectors) {
@@ -49,8 +49,8 @@ __device__ __forceinline__ void store_unit(char* to, const Unit& u, const UnitVe
   }
 }
 
-// What is stored more than once is put together once, in registers that nothing else is put into meanwhile: to do so for
-// each store would be to wait for the one before.
+// What is stored more than once is put together once, in registers that nothing else is put into meanwhile: to do so
+// for each store would be to wait for the one before.
 __device__ __forceinline__ void keep_together(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }

@@ -76,7 +76,8 @@ class Channels {
       unpack<T>(vectors_[i], wide);
 #pragma unroll
       for (int j = 0; j < kSize; j += 4) {
-        words[(i * kSize + j) / 4] = pair(wide[j], wide[j + 1], inverse) | pair(wide[j + 2], wide[j + 3], inverse) << 16;
+        words[(i * kSize + j) / 4] = pair(wide[j], wide[j + 1], inverse) | pair(wide[j + 2], wide[j + 3], inverse)
+                                                                               << 16;
       }
     }
     return {words[0], words[1], words[2], words[3]};
@@ -92,8 +93,8 @@ class Channels {
   uint4 vectors_[kLoads];
 };
 
-// Of a whole warp, in which kGroupVectors lanes next to each other have the i-th vectors of one group: those vectors and
-// their scales.
+// Of a whole warp, in which kGroupVectors lanes next to each other have the i-th vectors of one group: those vectors
+// and their scales.
 template <class T, int kVectors>
 __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {
