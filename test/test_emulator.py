@@ -79,7 +79,7 @@ FAULTS = {
     ),
     "low latency: rounding of a scale": Fault("low_latency", "device/quantize.cuh", "(bits + 0x7fffff)", "bits"),
     "low latency: not counted as received": Fault(
-        "low_latency", "device/low_latency.cuh", "add_share(&state_.received);", ""
+        "low_latency", "device/low_latency.cuh", "lane < 2 &&", "lane < 1 &&"
     ),
     "low latency: what a pack holds": Fault(
         "low_latency", "device/packs.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
