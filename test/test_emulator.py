@@ -47,7 +47,7 @@ def run(program: Path, cases: int, timeout_s: float = 400) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("program", CASES)
-def test_random_cases_of_one_to_four_ranks(program: str, tmp_path: Path) -> None:
+def test_random_cases(program: str, tmp_path: Path) -> None:
     code, output = run(build(program, tmp_path), CASES[program])
     assert code == 0, output
     assert output.endswith("ok\n")
