@@ -33,7 +33,7 @@ struct CombineShape {
   Divisor by_tokens;  // of the dispatch
   Divisor by_chunks, by_local;
   // Of few packed rows: half of the warps send and half of them receive, so that neither prepares after the other.
-  bool halves;
+  bool has_receivers;
 };
 
 template <class T, Way way>
@@ -73,10 +73,12 @@ class LowLatencyCombine {
   }
 
  private:
-  __device__ bool sends() const { return !shape_.halves || warp_id() < kMaxWarps / 2; }
-  __device__ bool receives() const { return a_.part != Part::send && (!shape_.halves || warp_id() >= kMaxWarps / 2); }
+  __device__ bool sends() const { return !shape_.has_receivers || warp_id() < kMaxWarps / 2; }
+  __device__ bool receives() const {
+    return a_.part != Part::send && (!shape_.has_receivers || warp_id() >= kMaxWarps / 2);
+  }
   // This warp's work: every so manieth of (row, part).
-  __device__ int warps() const { return shape_.halves ? kMaxWarps / 2 : kMaxWarps; }
+  __device__ int warps() const { return shape_.has_receivers ? kMaxWarps / 2 : kMaxWarps; }
   __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * (warp_id() % warps()); }
   __device__ int step() const { return f_.workers() * warps(); }
   // Of a piece of work, counted from 0.
@@ -456,7 +458,7 @@ Way way_of(const LowLatencyCombineArgs& args) {
 }
 
 int shared_bytes(Way way, const CombineShape& shape) {
-  return way == Way::packed ? kMaxWarps / (shape.halves ? 2 : 1) * kAheadBytes : kSharedBytes;
+  return way == Way::packed ? kMaxWarps / (shape.has_receivers ? 2 : 1) * kAheadBytes : kSharedBytes;
 }
 
 template <class T>

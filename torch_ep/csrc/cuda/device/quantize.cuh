@@ -6,8 +6,6 @@
 
 #include <cuda_fp8.h>
 
-#include <cmath>
-
 namespace ep::cuda {
 
 constexpr float kLargest = 448;  // of e4m3
