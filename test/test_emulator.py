@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,13 +47,6 @@ def run(program: Path, cases: int, timeout_s: float = 400) -> tuple[int, str]:
     return done.returncode, (done.stdout + done.stderr)[-4000:]
 
 
-@pytest.mark.parametrize("program", CASES)
-def test_random_cases(program: str, tmp_path: Path) -> None:
-    code, output = run(build(program, tmp_path), CASES[program])
-    assert code == 0, output
-    assert output.endswith("ok\n")
-
-
 class Fault(NamedTuple):
     program: str
     file: str
@@ -87,9 +81,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
-    fault = FAULTS[name]
+def build_faulty(fault: Fault, folder: Path) -> Path:
     planted = []
 
     def change(path: str, text: str) -> str:
@@ -98,6 +90,29 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
         planted.append(fault.right in text)
         return text.replace(fault.right, fault.wrong)
 
-    code, output = run(build(fault.program, tmp_path, change, "-O0"), CASES[fault.program])
+    program = build(fault.program, folder, change, "-O0")
     assert planted == [True]
+    return program
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Programs by their name or by that of their fault. All are built side by side, from the first question on."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = {name: pool.submit(build, name, tmp_path_factory.mktemp("emulator")) for name in CASES}
+        jobs |= {n: pool.submit(build_faulty, f, tmp_path_factory.mktemp("emulator")) for n, f in FAULTS.items()}
+        yield lambda name: jobs[name].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("program", CASES)
+def test_random_cases(built: Callable[[str], Path], program: str) -> None:
+    code, output = run(built(program), CASES[program])
+    assert code == 0, output
+    assert output.endswith("ok\n")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
+    code, output = run(built(name), CASES[FAULTS[name].program])
     assert code != 0, output
