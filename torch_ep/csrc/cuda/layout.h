@@ -120,7 +120,6 @@ constexpr int64_t kPlaceBytes = sizeof(Place);
 // so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Places have
 // packs of their own, one each; so have the scales of a chunk, three in each.
 constexpr int kPackBytes = 16;
-constexpr int kPackData = 12;
 constexpr int kUnitPacks = 4;
 constexpr int kUnitVectors = 3;  // of 16 bytes
 constexpr int kUnitsAChunk = 32;

@@ -2,9 +2,8 @@
 //   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
 //   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantised here) and
 //              where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then,
-//   some
-//              experts each: how many rows there are
+//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, an
+//              expert each: how many rows there are
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
