@@ -20,7 +20,7 @@ from test_cuda_sources import cuda_include_folders, needs_nvcc
 # CUDA's headers come with nvcc, which itself is not needed here.
 pytestmark = needs_nvcc
 
-# Random ones of each program, besides twelve larger ones of virtual_ranks that are always run.
+# Random ones of each program, besides fourteen larger ones of virtual_ranks that are always run.
 CASES = {"virtual_ranks": 48, "low_latency": 40}
 
 
@@ -56,7 +56,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "plan: rows that come before": Fault(
-        "virtual_ranks", "plan.cu", "before += b < block ? n : 0;", "before += b <= block ? n : 0;"
+        "virtual_ranks", "plan.cu", "received_before += b < block_ ?", "received_before += b <= block_ ?"
     ),
     "dispatch: rows in a flag": Fault(
         "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"

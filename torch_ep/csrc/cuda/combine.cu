@@ -332,7 +332,7 @@ class Combine {
       const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
 
       // Lane r waits for the row of rank r.
-      const int row = row_to_lane(x_, slot);
+      const int row = slot.row_to_lane;
       const int chunk = row / chunk_size;
       const bool waits = is_peer && row >= 0 && chunk != arrived_chunk;
       const char* flag = x_.own(layout.combine_flag(from, waits ? chunk : 0));

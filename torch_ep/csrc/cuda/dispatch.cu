@@ -167,7 +167,7 @@ class Dispatch {
     }
     for (; token.index >= 0; ++n) {
       const Token next = tokens.next();
-      const int row = row_to_lane(x_, find_slot(x_, token.entry, out_));
+      const int row = find_slot(x_, token.entry, out_).row_to_lane;
       if (token.index / chunk_tokens_ != chunk) {
         chunk = token.index / chunk_tokens_;
         begin = count = 0;
@@ -315,7 +315,7 @@ class Dispatch {
   // A token of this rank, if it has an expert here: 1, or else 0.
   __device__ int place_own(const Token& token, int n) const {
     const int me = a_.comm.rank;
-    const int row = __shfl_sync(kFullWarp, row_to_lane(x_, find_slot(x_, token.entry, out_)), me);
+    const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, me);
     if (row < 0) {
       return 0;
     }

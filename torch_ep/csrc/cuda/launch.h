@@ -40,13 +40,14 @@ struct Mailbox {
   int64_t ours;
   int64_t theirs;
   int64_t theirs_epoch;  // of bad_topk: num_topk << 32 | num_experts of that plan
-  // Of the exact plan: rows, once plan_epoch is that of the exchange. A failure of the values is in the record above.
-  int64_t rows;
-  int64_t plan_failed;
-  uint64_t plan_epoch;
+  // Of the exact plan that the host waits for, which has set it to 0: kPlanTold | its number of rows, and kPlanFailed
+  // where the record above says why, or will.
+  uint64_t plan;
   // Not 0: a wait timed out, in that exchange, and every later one ends at once. `kind` may tell of an earlier failure.
   int64_t stopped;
 };
+
+constexpr uint64_t kPlanTold = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
 
 constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 constexpr int kMaxBlocks = 256;
@@ -130,7 +131,6 @@ struct PlanArgs {
   const void* topk_idx;
   bool wide_idx;  // int64, not int32
   int num_tokens, num_topk, num_experts;
-  Divisor by_local;  // by the number of local experts
   bool expert_major;
   int alignment;
   int64_t capacity;  // -1: exact

@@ -18,18 +18,16 @@ constexpr int kMaxTopk = 32;  // one lane a slot
 // Rows of one rank that can be numbered beside a count in the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
-// ep::plan places the tokens of so many ranks at once, in a block, each kPlanWords * 32 at a time.
-constexpr int kPlanGroups = 4;
+// A block of ep::plan places so many words of tokens of each rank at once, 32 in a word.
 constexpr int kPlanWords = 8;
-
-EP_HOST_DEVICE constexpr int plan_groups(int world_size) {
-  return world_size < kPlanGroups ? world_size : kPlanGroups;
+EP_HOST_DEVICE constexpr int plan_words(int world_size) {
+  return 2 * world_size <= kMaxRanks ? kPlanWords : kPlanWords / 2;
 }
 
 // Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
 // of each token that is placed at once; and counts of that expert of every rank.
 EP_HOST_DEVICE constexpr int64_t plan_words_an_expert(int world_size) {
-  return 2 + 2 * world_size + plan_groups(world_size) * kPlanWords;
+  return 2 + 2 * world_size + world_size * plan_words(world_size);
 }
 
 // That find room in the shared memory of a block.
@@ -56,6 +54,10 @@ struct alignas(128) Header {
 constexpr int kNumAgreed = 4;
 
 struct Layout {
+  // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
+  // of the whole rank, whether something is wrong.
+  static constexpr int kPlanSums = 3;
+
   int world_size;
   int num_blocks;
   int num_topk;
@@ -63,45 +65,63 @@ struct Layout {
   int64_t max_tokens;
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
 
-  EP_HOST_DEVICE int num_local_experts() const { return num_experts / world_size; }
-  // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
-  // of the whole rank, whether something is wrong.
-  static constexpr int kPlanSums = 3;
-  EP_HOST_DEVICE int64_t counts_bytes() const { return round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16); }
-  EP_HOST_DEVICE int64_t topk_bytes() const { return round_up(max_tokens, 4) * num_topk * 4; }
+  // What follows from these, worked out once.
+  int64_t counts_bytes;  // of one block
+  int64_t topk_bytes;    // of one rank
+  int64_t rows_bytes;    // a rank sends itself nothing, so its buffer has rows of the others only
+  int64_t done_at, left_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
+      dispatch_rows_at, combine_rows_at, end;
+
+  Layout() = default;
+  Layout(int ranks, int blocks, int topk, int experts, int64_t tokens, int64_t slot)
+      : world_size(ranks),
+        num_blocks(blocks),
+        num_topk(topk),
+        num_experts(experts),
+        max_tokens(tokens),
+        slot_bytes(slot),
+        counts_bytes(round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16)),
+        topk_bytes(round_up(tokens * topk * 4, 16)),
+        rows_bytes((ranks - 1) * tokens * slot),
+        done_at(header(2, 0)),
+        left_at(done_at + ranks * int64_t{8}),
+        plan_flags_at(left_at + ranks * int64_t{8}),
+        dispatch_flags_at(plan_flags_at + int64_t{ranks} * blocks * 8),
+        combine_flags_at(dispatch_flags_at + ranks * tokens * 8),
+        plan_counts_at(round_up(combine_flags_at + ranks * tokens * 8, 128)),
+        plan_topk_at(plan_counts_at + int64_t{ranks} * blocks * counts_bytes),
+        dispatch_rows_at(round_up(plan_topk_at + ranks * topk_bytes, 128)),
+        combine_rows_at(dispatch_rows_at + rows_bytes),
+        end(combine_rows_at + rows_bytes) {}
+
+  int num_local_experts() const { return num_experts / world_size; }
+  int64_t bytes() const { return end; }
 
   EP_HOST_DEVICE int64_t header(int parity, int source) const {
     return (int64_t{parity} * world_size + source) * static_cast<int64_t>(sizeof(Header));
   }
-  EP_HOST_DEVICE int64_t done(int source) const { return header(2, 0) + source * int64_t{8}; }
-  EP_HOST_DEVICE int64_t left(int source) const { return done(world_size) + source * int64_t{8}; }
+  EP_HOST_DEVICE int64_t done(int source) const { return done_at + source * int64_t{8}; }
+  EP_HOST_DEVICE int64_t left(int source) const { return left_at + source * int64_t{8}; }
   EP_HOST_DEVICE int64_t plan_flag(int source, int block) const {
-    return left(world_size) + (int64_t{source} * num_blocks + block) * 8;
+    return plan_flags_at + (int64_t{source} * num_blocks + block) * 8;
   }
   // Rows travel in chunks, each with a flag of its own: written once an exchange, when the chunk is complete.
   EP_HOST_DEVICE int64_t dispatch_flag(int source, int64_t chunk) const {
-    return plan_flag(world_size, 0) + (source * max_tokens + chunk) * 8;
+    return dispatch_flags_at + (source * max_tokens + chunk) * 8;
   }
   EP_HOST_DEVICE int64_t combine_flag(int source, int64_t chunk) const {
-    return dispatch_flag(world_size, 0) + (source * max_tokens + chunk) * 8;
+    return combine_flags_at + (source * max_tokens + chunk) * 8;
   }
-  EP_HOST_DEVICE int64_t signal_bytes() const { return round_up(combine_flag(world_size, 0), 128); }
-
   EP_HOST_DEVICE int64_t plan_counts(int source, int block) const {
-    return signal_bytes() + (int64_t{source} * num_blocks + block) * counts_bytes();
+    return plan_counts_at + (int64_t{source} * num_blocks + block) * counts_bytes;
   }
-  EP_HOST_DEVICE int64_t plan_topk(int source) const { return plan_counts(world_size, 0) + source * topk_bytes(); }
-
-  // A rank sends itself nothing, so its buffer has rows of the others only.
-  EP_HOST_DEVICE int64_t rows_begin() const { return round_up(plan_topk(world_size), 128); }
-  EP_HOST_DEVICE int64_t rows_bytes() const { return (world_size - 1) * max_tokens * slot_bytes; }
+  EP_HOST_DEVICE int64_t plan_topk(int source) const { return plan_topk_at + source * topk_bytes; }
   EP_HOST_DEVICE int64_t dispatch_rows(int source, int reader) const {
-    return rows_begin() + (source - (source > reader)) * max_tokens * slot_bytes;
+    return dispatch_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
   }
   EP_HOST_DEVICE int64_t combine_rows(int source, int reader) const {
-    return rows_bytes() + dispatch_rows(source, reader);
+    return combine_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
   }
-  EP_HOST_DEVICE int64_t bytes() const { return rows_begin() + 2 * rows_bytes(); }
 };
 
 // What travels with a row of the low-latency pair for each slot of its token.

@@ -186,7 +186,6 @@ class Nvlink final : public Transport {
     args.num_tokens = static_cast<int>(num_tokens);
     args.num_topk = static_cast<int>(num_topk);
     args.num_experts = static_cast<int>(options.num_experts);
-    args.by_local = Divisor(static_cast<int>(num_local_experts));
     args.expert_major = options.expert_major;
     args.alignment = static_cast<int>(options.alignment);
     args.capacity = options.capacity.value_or(-1);
@@ -202,7 +201,7 @@ class Nvlink final : public Transport {
     last_tokens_ = num_tokens;
     last_most_tokens_ = most_tokens;
     if (exact) {
-      mailbox_->plan_epoch = 0;
+      mailbox_->plan = 0;
     }
     C10_CUDA_CHECK(launch_plan(args, stream));
     if (args.refused && !exact) {
@@ -494,8 +493,9 @@ class Nvlink final : public Transport {
     // The kernel's own waits end by the time-out; this one is for a kernel that ended without a word, or never began.
     const auto look_at = std::chrono::milliseconds(10);
     auto look = steady_clock::now() + look_at;
-    std::atomic_ref<uint64_t> told(mailbox_->plan_epoch);
-    while (told.load(std::memory_order_acquire) == 0) {
+    std::atomic_ref<uint64_t> mail(mailbox_->plan);
+    uint64_t told = 0;
+    while ((told = mail.load(std::memory_order_acquire)) == 0) {
       if (steady_clock::now() < look) {
         continue;
       }
@@ -503,16 +503,16 @@ class Nvlink final : public Transport {
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
-        TORCH_CHECK(told.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
+        TORCH_CHECK(mail.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
       }
       std::this_thread::yield();
     }
-    if (mailbox_->plan_failed != 0) {
+    if ((told & kPlanFailed) != 0) {
       C10_CUDA_CHECK(cudaStreamSynchronize(stream));
       throw_failure();
       TORCH_CHECK(false, "ep::plan: the kernel reported a failure without a record");
     }
-    return mailbox_->rows;
+    return static_cast<int64_t>(told & (kPlanFailed - 1));
   }
 
   // --- errors ---

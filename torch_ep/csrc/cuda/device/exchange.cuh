@@ -71,9 +71,13 @@ struct Trouble {
   int64_t peer, detail, ours, theirs, theirs_epoch;
 };
 
+// What hardly ever happens is out of the way: code that does not run costs those that run beside it time, as it does
+// not fit into the memory for instructions. Arguments are copies, so that what calls it keeps its variables in
+// registers.
+
 // The first failure of an exchange goes to the host; it is what the next call raises. `recorded`: the epoch of the last
 // one of exchanges that are counted as this one is.
-__device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* recorded) {
+__device__ __noinline__ inline void record(Exchange x, Trouble r, uint64_t* recorded) {
   Mailbox& mailbox = *x.comm.mailbox;
   const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(recorded), x.epoch);
   if (last < x.epoch && fresh(mailbox.kind) == 0) {
@@ -108,8 +112,9 @@ constexpr uint64_t kMismatch = uint64_t{1} << 63;
 constexpr int kMissingShift = 56;
 constexpr uint64_t kMissing = uint64_t{0x7f} << kMissingShift;
 
-__device__ inline void leave(const Exchange& x, uint64_t cause) {
+__device__ __noinline__ inline void leave(Exchange x, uint64_t cause) {
   abort_exchange(x);
+#pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {
       store_release_system(x.peer(p, x.layout().left(x.comm.rank)), x.epoch | cause);
@@ -135,50 +140,57 @@ __device__ inline void give_up(const Exchange& x, const Trouble& r, int missing)
 // A wait that ends: by time-out, because a peer gave up, or because this exchange was aborted.
 class Wait {
  public:
-  __device__ Wait(const Exchange& x, Phase phase)
-      : x_(x), phase_(phase), meets_(phase == Phase::header || phase == Phase::credit) {}
+  __device__ Wait(const Exchange& x, Phase phase) : x_(x), phase_(phase) {}
 
   // After a look that found nothing. False: there is no point in looking again.
   __device__ bool again(int peer, uint64_t seen) {
     ++looks_;
-    if (looks_ % kLooksPerGlance != 0) {
-      return true;
+    if (looks_ % kLooksPerGlance == 0) {
+      since_ = glance(x_, phase_, peer, seen, since_);
     }
-    if (is_aborted(x_) && !(meets_ && fresh(x_.comm.state->failed) == 0)) {
-      return false;
-    }
-    const auto now = static_cast<int64_t>(global_timer_ns());
-    if (since_ == 0) {
-      since_ = now;
-    }
-    if (now - since_ > x_.comm.timeout_ns) {
-      give_up(x_, {Failure::timeout, phase_, peer, 0, 0, static_cast<int64_t>(seen), 0}, peer);
-      return false;
-    }
-    for (int p = 0; p < x_.world_size(); ++p) {
-      const uint64_t left = p == x_.comm.rank ? 0 : load_relaxed_system(x_.own(x_.layout().left(p)));
-      if ((left & ~kMissing) == x_.epoch) {
-        const auto missing = static_cast<int>((left & kMissing) >> kMissingShift) - 1;
-        give_up(x_, {Failure::left, phase_, p, missing, 0, 0, 0}, missing);
-        return false;
-      }
-      if (left == (x_.epoch | kMismatch) && !meets_) {
-        fresh(x_.comm.state->elsewhere) = p + 1;
-        abort_exchange(x_);
-        return false;
-      }
-    }
-    return true;
+    return since_ >= 0;
   }
 
  private:
   static constexpr int kLooksPerGlance = 64;
+
+  // When the first glance was, if `since` is 0; or -1: there is no point in looking again.
+  __device__ __noinline__ static int64_t glance(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
+    // Headers, and the credits before them, are awaited whatever else is known of the exchange: no rank leaves it
+    // before it met all, so every mismatch is found by both of its sides.
+    const bool meets = phase == Phase::header || phase == Phase::credit;
+    if (is_aborted(x) && !(meets && fresh(x.comm.state->failed) == 0)) {
+      return -1;
+    }
+    const auto now = static_cast<int64_t>(global_timer_ns());
+    if (since == 0) {
+      since = now;
+    }
+    if (now - since > x.comm.timeout_ns) {
+      give_up(x, {Failure::timeout, phase, peer, 0, 0, static_cast<int64_t>(seen), 0}, peer);
+      return -1;
+    }
+#pragma unroll 1
+    for (int p = 0; p < x.world_size(); ++p) {
+      const uint64_t left = p == x.comm.rank ? 0 : load_relaxed_system(x.own(x.layout().left(p)));
+      if ((left & ~kMissing) == x.epoch) {
+        const auto missing = static_cast<int>((left & kMissing) >> kMissingShift) - 1;
+        give_up(x, {Failure::left, phase, p, missing, 0, 0, 0}, missing);
+        return -1;
+      }
+      if (left == (x.epoch | kMismatch) && !meets) {
+        fresh(x.comm.state->elsewhere) = p + 1;
+        abort_exchange(x);
+        return -1;
+      }
+    }
+    return since;
+  }
+
   const Exchange& x_;
-  Phase phase_;
-  // Headers, and the credits before them, are awaited whatever else is known of the exchange: no rank leaves it before
-  // it met all, so every mismatch is found by both of its sides.
-  bool meets_;
-  int64_t looks_ = 0, since_ = 0;
+  const Phase phase_;
+  int64_t since_ = 0;
+  int looks_ = 0;
 };
 
 // Of a whole warp: until `ready()` holds on every lane that has `waits` set. False: given up.
@@ -251,21 +263,27 @@ check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int6
   }
   bool same = true;
   if (is_peer) {
-    const auto differs = [&](int64_t detail, int64_t ours, const int64_t* word) {
-      const auto theirs = static_cast<int64_t>(load_relaxed_system(word));
-      if (ours == theirs) {
-        return false;
+    // The first word that differs. Rows are compared only where both sides know them: within one operator, all or none
+    // do.
+    int64_t detail = 0, ours = 0, theirs = 0;
+    const auto compare = [&](int64_t n, int64_t own, const int64_t* word) {
+      const auto other = static_cast<int64_t>(load_relaxed_system(word));
+      if (same && own != other) {
+        same = false;
+        detail = n;
+        ours = own;
+        theirs = other;
       }
-      record(x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
-      return true;
     };
-    // Rows are compared only where both sides know them: within one operator, all or none do.
-    same = !differs(0, static_cast<int64_t>(x.op), &header->op);
-    for (int i = 0; same && i < kNumAgreed; ++i) {
-      same = !differs(1 + i, agreed[i], &header->agreed[i]);
+    compare(0, static_cast<int64_t>(x.op), &header->op);
+    for (int i = 0; i < kNumAgreed; ++i) {
+      compare(1 + i, agreed[i], &header->agreed[i]);
     }
-    same = same && !differs(1 + kNumAgreed, rows_to_lane, &header->rows_from_you);
-    same = same && !differs(2 + kNumAgreed, rows_from_lane, &header->rows_to_you);
+    compare(1 + kNumAgreed, rows_to_lane, &header->rows_from_you);
+    compare(2 + kNumAgreed, rows_from_lane, &header->rows_to_you);
+    if (!same) {
+      record(x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
+    }
   }
   if (!__all_sync(kFullWarp, same)) {
     if (p == 0) {
@@ -306,6 +324,7 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   *last_use = x.epoch;
   state.epoch = x.epoch;
   fence_system();
+#pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {
       store_relaxed_system(x.peer(p, x.layout().done(x.comm.rank)), x.epoch);

@@ -58,44 +58,42 @@ class Ring {
   int count_, bytes_;
 };
 
-// A slot of a token: the wire row that carries it, whose rank, and whether it is the first slot of that row.
+// What a warp knows of a token.
 struct Slot {
+  // Lane k, of slot k: the wire row that carries it, whose rank, and whether it is the first slot of that row.
   int row;  // counted within the rows of that rank; -1: none
   int rank;
   bool first;
+  // Lane r: the row to rank r, or -1.
+  int row_to_lane;
 };
 
 // Of a whole warp: what lane k's entry of send_slot says. A bad entry counts as none and is recorded.
 __device__ inline Slot find_slot(const Exchange& x, int entry, const WireRows& out) {
-  Slot slot{-1, 0, false};
-  const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
+  const int lane = lane_id();
+  Slot slot{-1, 0, false, -1};
+  uint32_t of_slot = 0, of_lane = 0;  // slots of the same rank as this lane's; those of the rank of this lane
+#pragma unroll 2
   for (int r = 0; r < x.world_size(); ++r) {
-    const int begin = __shfl_sync(kFullWarp, out.begin, r);
-    const int end = __shfl_sync(kFullWarp, out.end, r);
-    if (entry >= begin && entry < end) {
-      slot = {entry - begin, r, false};
+    const int begin = __shfl_sync(kFullWarp, out.begin, r), end = __shfl_sync(kFullWarp, out.end, r);
+    const bool is_here = entry >= begin && entry < end;
+    const uint32_t slots = __ballot_sync(kFullWarp, is_here);
+    if (is_here) {
+      slot.row = entry - begin;
+      slot.rank = r;
+      of_slot = slots;
     }
+    of_lane = lane == r ? slots : of_lane;
   }
-  const uint32_t same = __match_any_sync(kFullWarp, entry);
-  slot.first = slot.row >= 0 && __ffs(static_cast<int>(same)) - 1 == lane_id();
+  slot.first = __ffs(static_cast<int>(of_slot)) - 1 == lane;
+  const int row = __shfl_sync(kFullWarp, slot.row, of_lane != 0 ? __ffs(static_cast<int>(of_lane)) - 1 : 0);
+  slot.row_to_lane = of_lane != 0 ? row : -1;
+  const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
   if (entry != -1 && slot.row < 0) {
     record(
         x, {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::send_slot), total, entry, 0});
   }
   return slot;
-}
-
-// Of a whole warp: to lane r, the row of a token that is of rank r, or -1.
-__device__ inline int row_to_lane(const Exchange& x, const Slot& slot) {
-  int row = -1;
-  for (int r = 0; r < x.world_size(); ++r) {
-    const uint32_t has = __ballot_sync(kFullWarp, slot.first && slot.rank == r);
-    const int found = __shfl_sync(kFullWarp, slot.row, has != 0 ? __ffs(static_cast<int>(has)) - 1 : 0);
-    if (lane_id() == r && has != 0) {
-      row = found;
-    }
-  }
-  return row;
 }
 
 // Of a whole warp: its share of rows_of, the inverse of recv_slot.
@@ -129,8 +127,8 @@ __device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, i
   return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
 }
 
-// Of a whole warp, a few bytes. Any alignment.
-__device__ inline void copy_bytes(char* to, const char* from, int bytes) {
+// Of a whole warp, a few bytes. Any alignment. Out of the way, since calls are many.
+__device__ __noinline__ inline void copy_bytes(char* to, const char* from, int bytes) {
   const auto alignment =
       reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
   if (alignment % 4 == 0) {
@@ -138,19 +136,21 @@ __device__ inline void copy_bytes(char* to, const char* from, int bytes) {
       *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
     }
   } else {
+#pragma unroll 1
     for (int i = lane_id(); i < bytes; i += kWarp) {
       to[i] = from[i];
     }
   }
 }
 
-__device__ inline void zero_bytes(char* to, int64_t bytes) {
+__device__ __noinline__ inline void zero_bytes(char* to, int64_t bytes) {
   const auto alignment = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
   if (alignment % 16 == 0) {
     for (int64_t i = lane_id() * 16; i < bytes; i += kWarp * 16) {
       *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
     }
   } else {
+#pragma unroll 1
     for (int64_t i = lane_id(); i < bytes; i += kWarp) {
       to[i] = 0;
     }
