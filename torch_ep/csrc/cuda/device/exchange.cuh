@@ -71,13 +71,9 @@ struct Trouble {
   int64_t peer, detail, ours, theirs, theirs_epoch;
 };
 
-// What hardly ever happens is out of the way: code that does not run costs those that run beside it time, as it does
-// not fit into the memory for instructions. Arguments are copies, so that what calls it keeps its variables in
-// registers.
-
 // The first failure of an exchange goes to the host; it is what the next call raises. `recorded`: the epoch of the last
 // one of exchanges that are counted as this one is.
-__device__ __noinline__ inline void record(Exchange x, Trouble r, uint64_t* recorded) {
+__device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* recorded) {
   Mailbox& mailbox = *x.comm.mailbox;
   const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(recorded), x.epoch);
   if (last < x.epoch && fresh(mailbox.kind) == 0) {
@@ -94,7 +90,11 @@ __device__ __noinline__ inline void record(Exchange x, Trouble r, uint64_t* reco
   }
 }
 
-__device__ inline void record(const Exchange& x, const Trouble& r) {
+// What hardly ever happens is out of the way: code that does not run costs the code beside it time, as all of it does
+// not fit into the memory for instructions. Arguments are copies, so that what calls it keeps its variables in
+// registers.
+
+__device__ __noinline__ inline void record(Exchange x, Trouble r) {
   record(x, r, &x.comm.state->recorded);
 }
 
