@@ -63,7 +63,8 @@ class LowLatencyCombine {
     }
     const bool is_sender = way != Way::either && sends();
     const int first = is_sender ? kNobody : rank_of_slot(begin());  // before anything is awaited
-    if (!(is_sender ? send() : may_begin())) {
+    // All warps of a block begin at one barrier.
+    if (!(way == Way::either ? may_begin() : send(is_sender))) {
       return;
     }
     if (receives()) {
@@ -109,15 +110,15 @@ class LowLatencyCombine {
   // Of a whole block, once it has asked for what it needs first.
   __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
 
-  // False: not begun.
-  __device__ bool send() {
-    const int work = f_.world_size() * max_tokens_ * parts_;
+  // Of a whole block, whose warps begin here, whether they send or not. False: not begun.
+  __device__ bool send(bool is_sender) {
+    const int work = is_sender ? f_.world_size() * max_tokens_ * parts_ : 0;
     uint32_t ranks = 0;  // that may be written
     int parity = 0;
     bool has_begun = false;
     for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
-      const int row = row_of_lane(i);
+      const int row = i < work ? row_of_lane(i) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
@@ -131,7 +132,7 @@ class LowLatencyCombine {
         if (!may_begin()) {
           return false;
         }
-        ranks = enter();
+        ranks = is_sender ? enter() : 0;
       }
       const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       if (lanes == 0 || (ranks >> source & 1) == 0) {
@@ -172,8 +173,7 @@ class LowLatencyCombine {
   // Of the lane's slot, for a piece of work; -1: none here.
   __device__ int row_of_lane(int work) const {
     const int most = a_.num_experts * max_tokens_;
-    const bool has = work < f_.world_size() * max_tokens_ * parts_ && lane_id() < a_.num_topk;
-    const int row = has ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
+    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
     return row < most ? row : -1;
   }
 
