@@ -190,7 +190,7 @@ class Wait {
   const Exchange& x_;
   const Phase phase_;
   int64_t since_ = 0;
-  int looks_ = 0;
+  uint32_t looks_ = 0;
 };
 
 // Of a whole warp: until `ready()` holds on every lane that has `waits` set. False: given up.
