@@ -352,14 +352,8 @@ class PlanBlock {
     } else if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
       record_bad(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
     }
-    sent_end_ = mine_.sent;
-    received_end_ = mine_.received;
-    for (int step = 1; step < kMaxRanks; step *= 2) {
-      const int sent = __shfl_up_sync(kFullWarp, sent_end_, step);
-      const int received = __shfl_up_sync(kFullWarp, received_end_, step);
-      sent_end_ += lane >= step ? sent : 0;
-      received_end_ += lane >= step ? received : 0;
-    }
+    sent_end_ = sum_up_to_lane<kMaxRanks>(mine_.sent);
+    received_end_ = sum_up_to_lane<kMaxRanks>(mine_.received);
     received_ = __shfl_sync(kFullWarp, received_end_, world_size_ - 1);
     needed_ = a_.expert_major ? add_up_experts() : received_;
     rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
@@ -379,12 +373,12 @@ class PlanBlock {
   __device__ void hear_rank(int rank, bool& going) const {
     RankCounts sums{};
     for (int b = lane_id(); b < blocks_; b += kWarp) {
-      const char* told = words_of(rank * blocks_ + b) + num_local_ * int64_t{8};
+      const char* told = words_of(rank * blocks_ + b);
       const void* words[] = {
           &a_.comm.state->send_rows[b * kMaxRanks + rank],
-          told + static_cast<int>(Sum::rows) * 8,
-          told + static_cast<int>(Sum::num_tokens) * 8,
-          told + static_cast<int>(Sum::status) * 8};
+          told + word_of(Sum::rows) * int64_t{8},
+          told + word_of(Sum::num_tokens) * int64_t{8},
+          told + word_of(Sum::status) * int64_t{8}};
       uint64_t seen[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -461,12 +455,7 @@ class PlanBlock {
       for (int e = from; e < to; ++e) {
         size += aligned(s_.expert_total[e]);
       }
-      int end = size;
-      for (int step = 1; step < kWarp; step *= 2) {
-        const int below = __shfl_up_sync(kFullWarp, end, step);
-        end += lane >= step ? below : 0;
-      }
-      int begin = end - size;
+      int begin = sum_up_to_lane<kWarp>(size) - size;
       for (int e = from; e < to; ++e) {
         s_.expert_begin[e] = begin;
         begin += aligned(s_.expert_total[e]);

@@ -358,6 +358,17 @@ class Tickets {
   bool has_drawn_ = false;
 };
 
+// Of a whole warp: the sum of what this lane and those below it have, for each of the first kLanes lanes.
+template <int kLanes>
+__device__ __forceinline__ int sum_up_to_lane(int n) {
+#pragma unroll
+  for (int step = 1; step < kLanes; step *= 2) {
+    const int below = __shfl_up_sync(kFullWarp, n, step);
+    n += lane_id() >= step ? below : 0;
+  }
+  return n;
+}
+
 // Rows that go to, or come from, each rank: lane r has those of rank r, counted from the first row of rank 0.
 struct WireRows {
   int begin, end;
@@ -368,11 +379,7 @@ __device__ inline WireRows wire_rows(const Exchange& x, const int32_t* counts) {
   const int lane = lane_id();
   const auto most = static_cast<int>(x.layout().max_tokens);
   const int count = lane < x.world_size() ? min(max(counts[lane], 0), most) : 0;
-  int end = count;
-  for (int step = 1; step < kMaxRanks; step *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, end, step);
-    end += lane >= step ? below : 0;
-  }
+  const int end = sum_up_to_lane<kMaxRanks>(count);
   return {end - count, end};
 }
 
