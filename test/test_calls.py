@@ -69,7 +69,13 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     short: list[str] = []
 
     def counted(name: str) -> Any:
-        return lambda *args: (short.append(name), getattr(_C, name)(*args))[1]
+        def call(*args: Any) -> Any:
+            result = getattr(_C, name)(*args)
+            if result is not None:
+                short.append(name)
+            return result
+
+        return call
 
     names = ["plan", "dispatch", "combine", "combine_weighted"]
     monkeypatch.setattr(torch_ep.ops, "_C", SimpleNamespace(**{name: counted(name) for name in names}))
@@ -101,17 +107,57 @@ def test_both_ways_give_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
 
 
+def short_of(name: str, **changes: Any) -> Any:
+    """What the short way of an operator returns for arguments of which some are others; None: the long way is taken."""
+    plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")
+    x = torch.randn(plan.num_rows if name.startswith("combine") else 3, 8)
+    arguments = {
+        "plan": {"type": torch_ep.Plan, "topk_idx": topk_idx(), "num_experts": 4, "layout": "rank_major"}
+        | {"alignment": 1, "world_size": 1, "group_name": "", "max_tokens_per_rank": None, "after": None},
+        "dispatch": {"x": x, "plan": plan, "topk_weights": None, "scales": None, "after": None},
+        "combine": {"x": x, "plan": plan, "topk_weights": None, "scales": None, "after": None},
+        "combine_weighted": {"x": x, "plan": plan, "row_weights": torch.rand(plan.num_rows), "after": None},
+    }[name]
+    return getattr(_C, name)(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize("name", ["plan", "dispatch", "combine", "combine_weighted"])
+def test_the_short_way_takes_what_it_knows(name: str) -> None:
+    result = short_of(name, after=torch.zeros(1))
+    assert type(result) is (torch_ep.Plan if name == "plan" else Tensor)
+
+
 @pytest.mark.parametrize(
-    "name, args, message",
+    "name, changes",
     [
-        ("plan", (), "ep::plan: expected 8 arguments, got 0"),
-        ("dispatch", (1,) * 10, "ep::dispatch: expected a Tensor, got int"),
-        ("combine", (None,) * 10, "ep::combine: expected a Tensor, got NoneType"),
-        ("combine_weighted", (0.5,) * 9, "ep::combine: expected a Tensor, got float"),
-        ("plan", (torch.zeros(1, 1).long(), "4", "rank_major", 1, 1, "", None, None), "'str' object cannot be"),
-        ("plan", (torch.zeros(1, 1).long(), 4, 5, 1, 1, "", None, None), "bad argument type"),
+        ("plan", {"topk_idx": [[0, 3]]}),
+        ("plan", {"num_experts": "4"}),
+        ("plan", {"num_experts": 2**70}),
+        ("plan", {"layout": None}),
+        ("plan", {"group_name": "\ud800"}),
+        ("plan", {"max_tokens_per_rank": 4.0}),
+        ("dispatch", {"x": 1}),
+        ("dispatch", {"plan": None}),
+        ("dispatch", {"plan": (1, 2)}),
+        ("dispatch", {"topk_weights": torch.rand(3, 2).requires_grad_()}),
+        ("combine", {"scales": 0.5}),
+        ("combine", {"after": torch.zeros(1).requires_grad_()}),
+        ("combine_weighted", {"row_weights": None}),
     ],
+    ids=str,
 )
-def test_arguments_of_other_types_are_named(name: str, args: tuple, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        getattr(_C, name)(*args)
+def test_the_short_way_leaves_the_rest_to_the_long_one(name: str, changes: dict[str, Any]) -> None:
+    assert short_of(name, **changes) is None
+
+
+@pytest.mark.parametrize(
+    "field, value", [("send_slot", None), ("recv_slot", None), ("layout", "rank_major"), ("group_name", 1)]
+)
+def test_plans_that_are_not_whole_too(field: str, value: Any) -> None:
+    plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")
+    assert short_of("dispatch", plan=plan._replace(**{field: value})) is None
+
+
+def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
+    with pytest.raises(RuntimeError, match="Expected a value of type 'int' for argument 'num_experts'"):
+        torch_ep.plan(topk_idx(), "4")  # type: ignore[arg-type]

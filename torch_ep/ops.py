@@ -57,7 +57,9 @@ def plan(
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
     if capacity is None:
         args = (topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after)
-        fields = _call(torch.ops.ep.plan, _C.plan, args, topk_idx, after)
+        if not torch.compiler.is_compiling() and (planned := _C.plan(Plan, *args)) is not None:
+            return planned
+        fields = torch.ops.ep.plan(*args)
     else:
         fields = torch.ops.ep.plan.capacity(
             topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens, after
@@ -76,19 +78,6 @@ def plan(
         layout,
         group_name,
     )
-
-
-def _call(op: Any, direct: Any, args: tuple, *inputs: Tensor | None) -> Any:
-    """Calls an operator; past its schema and its autograd formula where nobody is to notice: `direct`.
-
-    Both take longer than all the rest of a call, and after an exact plan the device waits for it.
-    """
-    if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0:
-        return op(*args)
-    for t in inputs:
-        if t is not None and (type(t) is not Tensor or t.requires_grad):
-            return op(*args)
-    return direct(*args)
 
 
 def _plan_args(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
@@ -133,9 +122,10 @@ def dispatch(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`.
     """
-    args = (x, topk_weights, scales, *_plan_args(plan), after)
-    rows, weights, row_scales = _call(torch.ops.ep.dispatch, _C.dispatch, args, x, topk_weights, scales, after)
-    results = (rows, *(t for t in (weights, row_scales) if t is not None))
+    if not torch.compiler.is_compiling() and (got := _C.dispatch(x, plan, topk_weights, scales, after)) is not None:
+        return got
+    rows, *others = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args(plan), after)
+    results = (rows, *(t for t in others if t is not None))
     return results if len(results) > 1 else rows
 
 
@@ -175,10 +165,12 @@ def combine(
     if row_weights is not None:
         if topk_weights is not None:
             raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
-        op, direct = torch.ops.ep.combine.weighted, _C.combine_weighted
-        return _call(op, direct, (y, row_weights, *_plan_args(plan), after), y, row_weights, after)
-    args = (y, topk_weights, None, *_plan_args(plan), after)
-    tokens, weights, _ = _call(torch.ops.ep.combine, _C.combine, args, y, topk_weights, after)
+        if not torch.compiler.is_compiling() and (got := _C.combine_weighted(y, plan, row_weights, after)) is not None:
+            return got
+        return torch.ops.ep.combine.weighted(y, row_weights, *_plan_args(plan), after)
+    if not torch.compiler.is_compiling() and (got := _C.combine(y, plan, topk_weights, None, after)) is not None:
+        return got
+    tokens, weights, _ = torch.ops.ep.combine(y, topk_weights, None, *_plan_args(plan), after)
     return tokens if weights is None else (tokens, weights)
 
 

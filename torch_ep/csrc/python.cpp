@@ -1,61 +1,114 @@
-// What Python imports as torch_ep._C: the registrations of ops.cpp, and a short way to the operators that a host calls
-// between two kernels. torch.ops looks at every argument by the operator's schema, boxes it and unboxes it again, which
-// takes longer than all that the operator itself does on the host; after an exact plan a device waits for that. From
-// here on both ways are one: the dispatcher, with its modes, subclasses and profilers.
+// What Python imports as torch_ep._C: the registrations of ops.cpp, and a short way from the public functions to the
+// operators. torch.ops looks at every argument by the operator's schema, boxes it and unboxes it again, and Python
+// takes plans apart and puts them together: longer than all that the operators themselves do on the host, and after an
+// exact plan a device waits for that. The short way is for calls that nobody is to notice before the dispatcher; for
+// others it returns None, and torch_ep/ops.py goes the long way. From the dispatcher on, with its modes and profilers,
+// both are one.
 #include "ops.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <array>
+
 namespace {
+
+// A plan as Python has it: the fields of torch_ep.Plan, in its order.
+enum PlanField : Py_ssize_t {
+  kSendSlot,
+  kSendCounts,
+  kRecvCounts,
+  kRecvTopkIdx,
+  kRecvSlot,
+  kOffsets,
+  kTokensPerExpert,
+  kNumDropped,
+  kLayout,
+  kGroupName,
+  kPlanFields
+};
 
 // The arguments of a call, one after the other.
 class Arguments {
  public:
-  Arguments(const char* op, PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
-      : op_(op), next_(arguments) {
-    TORCH_CHECK_TYPE(count == expected, op_, ": expected ", expected, " arguments, got ", count);
+  Arguments(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
+      : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0) {
+    TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
+  // A mode, a subclass or autograd has a say; or an argument is of another type, as the long way will tell.
+  bool is_noticed() const { return is_noticed_; }
+
+  PyObject* object() { return *next_++; }
   const at::Tensor& tensor() {
-    PyObject* argument = *next_++;
-    TORCH_CHECK_TYPE(THPVariable_Check(argument), op_, ": expected a Tensor, got ", Py_TYPE(argument)->tp_name);
-    return THPVariable_Unpack(argument);
-  }
-  std::optional<at::Tensor> optional_tensor() {
-    if (*next_ == Py_None) {
-      ++next_;
-      return std::nullopt;
+    PyObject* argument = object();
+    if (!THPVariable_CheckExact(argument)) {
+      static const at::Tensor none;
+      is_noticed_ = true;
+      return none;
     }
-    return tensor();
+    const at::Tensor& t = THPVariable_Unpack(argument);
+    is_noticed_ = is_noticed_ || t.requires_grad();
+    return t;
   }
+  std::optional<at::Tensor> optional_tensor() { return is_none() ? std::nullopt : std::optional(tensor()); }
   int64_t integer() {
-    const int64_t value = PyLong_AsLongLong(*next_++);
-    if (value == -1 && PyErr_Occurred() != nullptr) {
-      throw python_error();
-    }
+    PyObject* argument = object();
+    int overflow = 1;
+    const int64_t value = PyLong_Check(argument) ? PyLong_AsLongLongAndOverflow(argument, &overflow) : 0;
+    is_noticed_ = is_noticed_ || overflow != 0;
     return value;
   }
-  std::optional<int64_t> optional_integer() {
-    if (*next_ == Py_None) {
-      ++next_;
-      return std::nullopt;
-    }
-    return integer();
-  }
+  std::optional<int64_t> optional_integer() { return is_none() ? std::nullopt : std::optional(integer()); }
   c10::string_view string() {
+    PyObject* argument = object();
     Py_ssize_t size = 0;
-    const char* text = PyUnicode_AsUTF8AndSize(*next_++, &size);
+    const char* text = PyUnicode_Check(argument) ? PyUnicode_AsUTF8AndSize(argument, &size) : nullptr;
     if (text == nullptr) {
-      throw python_error();
+      PyErr_Clear();
+      is_noticed_ = true;
+      return {};
     }
     return {text, static_cast<size_t>(size)};
   }
 
  private:
-  const char* op_;
+  bool is_none() {
+    const bool is = *next_ == Py_None;
+    next_ += is;
+    return is;
+  }
+
   PyObject* const* next_;
+  bool is_noticed_;
+};
+
+bool is_rank_major(PyObject* layout) {
+  return PyUnicode_Check(layout) && PyUnicode_CompareWithASCIIString(layout, "rank_major") == 0;
+}
+
+// What dispatch and combine take of a plan, as arguments of their own.
+class PlanArguments {
+ public:
+  explicit PlanArguments(PyObject* plan) {
+    if (!PyTuple_Check(plan) || PyTuple_GET_SIZE(plan) != kPlanFields) {
+      return;
+    }
+    const auto field = [plan](PlanField i) { return PyTuple_GET_ITEM(plan, i); };
+    PyObject* recv_map = field(is_rank_major(field(kLayout)) ? kRecvTopkIdx : kRecvSlot);
+    is_whole_ = recv_map != Py_None;
+    fields_ = {field(kSendSlot), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
+  }
+  // False: the long way says what is wrong.
+  bool is_whole() const { return is_whole_; }
+  Arguments arguments() const { return {fields_.data(), kCount, kCount}; }
+
+ private:
+  static constexpr Py_ssize_t kCount = 6;
+  bool is_whole_ = false;
+  std::array<PyObject*, kCount> fields_{};
 };
 
 class WithoutGil {
@@ -86,28 +139,54 @@ PyObject* wrap(const at::Tensor& t) {
   return THPVariable_Wrap(t);
 }
 
-PyObject* wrap(const std::optional<at::Tensor>& t) {
-  if (t) {
-    return THPVariable_Wrap(*t);
+// Rows alone, or a tuple with what else there is.
+PyObject* wrap(const ep::Payloads& payloads) {
+  const auto& [rows, weights, scales] = payloads;
+  if (!weights && !scales) {
+    return wrap(rows);
   }
-  Py_RETURN_NONE;
-}
-
-template <class... Tensors>
-PyObject* wrap(const std::tuple<Tensors...>& tensors) {
-  PyObject* result = PyTuple_New(sizeof...(Tensors));
+  PyObject* result = PyTuple_New(1 + weights.has_value() + scales.has_value());
   if (result == nullptr) {
     throw python_error();
   }
-  Py_ssize_t i = 0;
-  std::apply([&](const auto&... t) { (PyTuple_SET_ITEM(result, i++, wrap(t)), ...); }, tensors);
+  PyTuple_SET_ITEM(result, 0, wrap(rows));
+  Py_ssize_t count = 1;
+  for (const auto& t : {weights, scales}) {
+    if (t) {
+      PyTuple_SET_ITEM(result, count++, wrap(*t));
+    }
+  }
   return result;
 }
 
+// An object of the class torch_ep.Plan.
+PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* layout, PyObject* group_name) {
+  PyObject* result = type->tp_alloc(type, kPlanFields);
+  if (result == nullptr) {
+    throw python_error();
+  }
+  const auto set = [&](PlanField field, PyObject* value) { PyTuple_SET_ITEM(result, field, value); };
+  const auto& [send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped] = plan;
+  const bool rank_major = is_rank_major(layout);
+  set(kSendSlot, wrap(send_slot));
+  set(kSendCounts, wrap(send_counts));
+  set(kRecvCounts, wrap(recv_counts));
+  set(rank_major ? kRecvTopkIdx : kRecvSlot, wrap(recv_map));
+  set(rank_major ? kRecvSlot : kRecvTopkIdx, Py_NewRef(Py_None));
+  set(kOffsets, wrap(offsets));
+  set(kTokensPerExpert, wrap(tokens_per_expert));
+  set(kNumDropped, wrap(num_dropped));
+  set(kLayout, Py_NewRef(layout));
+  set(kGroupName, Py_NewRef(group_name));
+  return result;
+}
+
+// (Plan, topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens_per_rank, after)
 PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   static const auto op = operator_of("ep::plan", "", &ep::plan);
-  Arguments a("ep::plan", arguments, count, 8);
+  Arguments a(arguments, count, 9);
+  auto* type = reinterpret_cast<PyTypeObject*>(a.object());
   const at::Tensor& topk_idx = a.tensor();
   const int64_t num_experts = a.integer();
   const auto layout = a.string();
@@ -115,10 +194,32 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto group_name = a.string();
   const auto max_tokens_per_rank = a.optional_integer();
   const auto after = a.optional_tensor();
-  return wrap(call(op, topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens_per_rank, after));
+  if (a.is_noticed()) {
+    Py_RETURN_NONE;
+  }
+  const auto result =
+      call(op, topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens_per_rank, after);
+  return wrap_plan(type, result, arguments[3], arguments[6]);
   END_HANDLE_TH_ERRORS
 }
 
+// f(arguments of the plan) for a call that nobody is to notice.
+template <class F>
+PyObject* with_plan(const Arguments& a, const PlanArguments& plan, const F& f) {
+  if (a.is_noticed() || !plan.is_whole()) {
+    Py_RETURN_NONE;
+  }
+  Arguments p = plan.arguments();
+  const at::Tensor &send_slot = p.tensor(), &send_counts = p.tensor(), &recv_counts = p.tensor();
+  const at::Tensor& recv_map = p.tensor();
+  const auto layout = p.string(), group_name = p.string();
+  if (p.is_noticed()) {
+    Py_RETURN_NONE;
+  }
+  return wrap(f(send_slot, send_counts, recv_counts, recv_map, layout, group_name));
+}
+
+// (rows, plan, topk_weights, scales, after)
 template <ep::Payloads (*function)(
     const at::Tensor&,
     const std::optional<at::Tensor>&,
@@ -132,15 +233,11 @@ template <ep::Payloads (*function)(
     const std::optional<at::Tensor>&)>
 PyObject* exchange(const char* name, PyObject* const* arguments, Py_ssize_t count) {
   static const auto op = operator_of(name, "", function);
-  Arguments a(name, arguments, count, 10);
+  Arguments a(arguments, count, 5);
   const at::Tensor& rows = a.tensor();
-  const auto weights = a.optional_tensor(), scales = a.optional_tensor();
-  const at::Tensor &send_slot = a.tensor(), &send_counts = a.tensor(), &recv_counts = a.tensor();
-  const at::Tensor& recv_map = a.tensor();
-  const auto layout = a.string(), group_name = a.string();
-  const auto after = a.optional_tensor();
-  return wrap(
-      call(op, rows, weights, scales, send_slot, send_counts, recv_counts, recv_map, layout, group_name, after));
+  const PlanArguments plan(a.object());
+  const auto weights = a.optional_tensor(), scales = a.optional_tensor(), after = a.optional_tensor();
+  return with_plan(a, plan, [&](const auto&... p) { return call(op, rows, weights, scales, p..., after); });
 }
 
 PyObject* dispatch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -155,16 +252,16 @@ PyObject* combine(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// (rows, plan, row_weights, after)
 PyObject* combine_weighted(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   static const auto op = operator_of("ep::combine", "weighted", &ep::combine_weighted);
-  Arguments a("ep::combine", arguments, count, 9);
-  const at::Tensor &rows = a.tensor(), &weights = a.tensor();
-  const at::Tensor &send_slot = a.tensor(), &send_counts = a.tensor(), &recv_counts = a.tensor();
-  const at::Tensor& recv_map = a.tensor();
-  const auto layout = a.string(), group_name = a.string();
+  Arguments a(arguments, count, 4);
+  const at::Tensor& rows = a.tensor();
+  const PlanArguments plan(a.object());
+  const at::Tensor& weights = a.tensor();
   const auto after = a.optional_tensor();
-  return wrap(call(op, rows, weights, send_slot, send_counts, recv_counts, recv_map, layout, group_name, after));
+  return with_plan(a, plan, [&](const auto&... p) { return call(op, rows, weights, p..., after); });
   END_HANDLE_TH_ERRORS
 }
 
