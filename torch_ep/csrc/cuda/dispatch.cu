@@ -12,8 +12,8 @@ namespace {
 
 // Tokens of a chunk, where there are enough for every sender. Each chunk costs a fence, about two microseconds of one
 // warp; the receiver starts later by as much as a chunk takes.
-constexpr int kChunkTokens = 2;
-constexpr int kMaxWarps = 16;
+constexpr int kChunkTokens = 4;
+constexpr int kMaxWarps = 24;
 
 class Dispatch {
  public:
@@ -455,13 +455,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Eight blocks fill the links of an H200; where each arrived row has one place only, the others can spare one more.
+// Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
+// first rows; and where each arrived row has one place only, the others can spare some.
 Shape shape_of(const DispatchArgs& args) {
   const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
-  const int stages = fit >= 3 * kMaxWarps / 2 ? 2 : 1;
+  const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int blocks = args.comm.layout.num_blocks;
-  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 7) / 8;
+  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
   return {args.comm.layout.world_size > 1 ? senders : 0, std::min(fit / stages, kMaxWarps), stages, stage};
 }
 
