@@ -64,6 +64,9 @@ FAULTS = {
     "combine: rows of the own rank": Fault(
         "virtual_ranks", "device/sums.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
     ),
+    "combine: columns of a part": Fault(
+        "virtual_ranks", "combine.cu", "(part + 1) * pieces() / cut.parts}", "part * pieces() / cut.parts + 1}"
+    ),
     "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "visited |=", "visited +="),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"

@@ -99,7 +99,8 @@ namespace {
 
 // --- ranks ---
 
-constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
+// More than a block of ep::plan places at once, also where there are two of them, and than kFewChunks.
+constexpr int kMostTokens = 1100;
 constexpr int kMostLocalExperts = 9;
 constexpr int64_t kSlotBytes = 10240;
 constexpr int64_t kTimeoutNs = 120'000'000'000;     // kernels are slow under a sanitizer
@@ -897,6 +898,16 @@ Case many_tokens(int world_size, bool expert_major) {
   return c;
 }
 
+// Rows of which ep::combine cuts those of one rank into more parts than those of another.
+Case few_tokens(int world_size, bool expert_major) {
+  Case c = many_tokens(world_size, expert_major);
+  c.tokens.assign(world_size, 40);
+  c.tokens[0] = 300;
+  c.row_bytes = c.first_bytes = 9728;
+  c.element = Element::bf16;
+  return c;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -915,6 +926,9 @@ int main(int argc, char** argv) {
     Random fixed(static_cast<uint64_t>(w));
     const Case many = many_tokens(world_size, w / kWorldSizes % 2 == 0);
     run_case(world, many, fixed);
+    if (w < kWorldSizes) {
+      run_case(world, few_tokens(world_size, w % 2 == 0), fixed);
+    }
     if (world_size > 1) {
       Case one_row = many;
       one_row.first_bytes = one_row.row_bytes;

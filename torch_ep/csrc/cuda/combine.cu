@@ -2,6 +2,7 @@
 //   send   some blocks: chunks of the rows of every peer: the rows of one token summed -> shared memory -> peer
 //   sum    the others, and these when they are done: this rank's tokens: arrived rows and own ones summed -> result.
 //          The first of these warps meets the peers.
+// Where rows are few, warps share them by columns: a warp that sums a whole row takes longer than all the rest.
 // Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction, and what
 // crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
 #include "device/rows.cuh"
@@ -49,16 +50,67 @@ class Combine {
     }
     going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
     if (going && sends) {
-      Turn turn(x_, in_.count());
-      send(turn);
+      send();
     }
     if (going) {
-      sum();
+      if (is_few(a_.plan.num_tokens) || any_few(out_)) {
+        sum<true>();
+      } else {
+        sum<false>();
+      }
     }
     end_exchange(x_, &a_.comm.state->last_combine);
   }
 
  private:
+  // --- chunks ---
+
+  // Columns of a row, in pieces.
+  struct Columns {
+    int begin, end;
+    __device__ int count() const { return end - begin; }
+    __device__ int64_t offset() const { return int64_t{begin} * kPieceBytes; }
+  };
+
+  // How rows are cut: 1 << shift of them a chunk, or some parts a row, each a chunk of its own.
+  struct Cut {
+    int shift, parts;
+  };
+
+  // Of the `rows` that go from one rank to another: the same on both sides.
+  __device__ Cut cut_of(int rows) const {
+    if (!is_few(rows)) {
+      return {kChunkShift, 1};
+    }
+    return {0, min(max(kFewChunks / (rows * peers()), kLeastParts), pieces())};
+  }
+  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMostSingleRows; }
+  __device__ bool any_few(const WireRows& rows) const {
+    return __any_sync(kFullWarp, x_.is_peer(lane_id()) && is_few(rows.count())) != 0;
+  }
+
+  __device__ int peers() const { return max(x_.world_size() - 1, 1); }
+  __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
+
+  // Where no rows are few, nothing is divided.
+  template <bool few>
+  __device__ Columns columns_of(const Cut& cut, int part) const {
+    if (!few || cut.parts == 1) {
+      return {0, pieces()};
+    }
+    return {part * pieces() / cut.parts, (part + 1) * pieces() / cut.parts};
+  }
+  // The chunk that has a piece of a row.
+  template <bool few>
+  __device__ int chunk_of(const Cut& cut, int row, int piece) const {
+    return !few || cut.parts == 1 ? row >> cut.shift : row * cut.parts + ((piece + 1) * cut.parts - 1) / pieces();
+  }
+
+  // Vectors in some columns.
+  __device__ int vectors_in(const Columns& columns) const {
+    return min(vectors_, columns.end * kPieceVectors) - columns.begin * kPieceVectors;
+  }
+
   // --- the rows of the result of dispatch that belong to one wire row ---
 
   struct Rows {
@@ -97,35 +149,34 @@ class Combine {
 
   // --- send ---
 
-  // Rows of a chunk, of the `rows` that go from one rank to another: the same on both sides.
-  __device__ static int chunk_rows(int rows) { return rows > kRowsOfSmallChunks ? kChunkRows : 1; }
-
   // The chunks of wire rows that this warp sends, one after the other.
   class Turn {
    public:
-    __device__ Turn(const Exchange& x, int rows_to_lane) : x_(x), tickets_(x, 0), rows_(rows_to_lane) {
-      const int size = chunk_rows(rows_);
-      int most = x.is_peer(lane_id()) ? (rows_ + size - 1) / size : 0;
+    __device__ explicit Turn(const Combine& c) : c_(c), tickets_(c.x_, 0), rows_(c.in_.count()) {
+      const Cut cut = c.cut_of(rows_);
+      int most = c.x_.is_peer(lane_id()) ? ((rows_ + (1 << cut.shift) - 1) >> cut.shift) * cut.parts : 0;
       for (int step = kMaxRanks / 2; step > 0; step /= 2) {
         most = max(most, __shfl_xor_sync(kFullWarp, most, step));
       }
       chunks_ = __shfl_sync(kFullWarp, most, 0);
     }
 
-    // False: there is none left. The tickets go round the peers, as long as the one with most rows has any.
+    // False: there is none left. The tickets go round the peers, as long as the one with most chunks has any.
     __device__ bool advance() {
-      const int peers = x_.world_size() - 1;
+      const int peers = c_.peers();
       while (true) {
-        const int64_t ticket = tickets_.next();
-        if (ticket >= int64_t{chunks_} * peers) {
+        const auto ticket = static_cast<int>(tickets_.next());
+        if (ticket >= chunks_ * peers) {
           return false;
         }
-        chunk = static_cast<int>(ticket / peers);
+        chunk = ticket / peers;
         // Not every rank to the same one at once.
-        to = (x_.comm.rank + 1 + static_cast<int>(ticket % peers)) % x_.world_size();
-        const int rows = __shfl_sync(kFullWarp, rows_, to), size = chunk_rows(rows);
-        begin = min(chunk * size, rows);
-        end = min(begin + size, rows);
+        to = (c_.a_.comm.rank + 1 + ticket - chunk * peers) % c_.x_.world_size();
+        const int rows = __shfl_sync(kFullWarp, rows_, to);
+        const Cut cut = c_.cut_of(rows);
+        begin = min(cut.parts == 1 ? chunk << cut.shift : chunk / cut.parts, rows);
+        end = min(begin + (1 << cut.shift), rows);
+        columns = c_.template columns_of<true>(cut, chunk - (begin >> cut.shift) * cut.parts);
         if (begin < end) {
           tickets_.draw();
           return true;
@@ -135,9 +186,10 @@ class Combine {
 
     int to = 0, chunk = 0;
     int begin = 0, end = 0;  // of the rows that go back to rank `to`
+    Columns columns{};
 
    private:
-    const Exchange& x_;
+    const Combine& c_;
     Tickets tickets_;
     const int rows_;
     int chunks_ = 0;
@@ -146,12 +198,11 @@ class Combine {
   // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
   class Flags {
    public:
-    // Bulk copies that a record leaves in, at least.
-    __device__ Flags(const Exchange& x, int pieces) : x_(x), pieces_(pieces) {}
-    // After each record's last bulk_commit.
-    __device__ void sent(int to, int chunk, bool ends_chunk) {
+    __device__ explicit Flags(const Exchange& x) : x_(x) {}
+    // After each record's last bulk_commit; `copies`: of the record, at least.
+    __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
       if (chunk_ >= 0) {
-        if (pieces_ >= 4) {
+        if (copies >= 4) {
           bulk_wait<4>();
         } else {
           bulk_wait<1>();
@@ -181,11 +232,11 @@ class Combine {
       chunk_ = -1;
     }
     const Exchange& x_;
-    const int pieces_;
     int to_ = 0, chunk_ = -1;
   };
 
-  __device__ void send(Turn& turn) {
+  __device__ void send() {
+    Turn turn(*this);
     if (a_.plan.expert_major || weighted) {
       send_sums(turn);
     } else {
@@ -209,7 +260,7 @@ class Combine {
 
   // Two pieces of the warp's memory hold what is leaving.
   __device__ void send_sums(Turn& turn) {
-    Flags flags(x_, (vectors_ + kPieceVectors - 1) / kPieceVectors);
+    Flags flags(x_);
     char* leaving = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
     while (turn.advance()) {
@@ -229,16 +280,22 @@ class Combine {
           fence_async_shared();
           __syncwarp();
           if (lane_id() == turn.to) {
-            bulk_store(
-                slot + int64_t{piece} * kPieceBytes,
-                stage,
-                min(kPieceBytes, a_.record.row_bytes - piece * kPieceBytes));
+            const int at = (turn.columns.begin + piece) * kPieceBytes;
+            bulk_store(slot + at, stage, min(kPieceBytes, a_.record.row_bytes - at));
           }
           bulk_commit();
         };
-        sum_rows<T, weighted, kSumDepth>({1, 1, rows.lanes}, y_row(rows), rows.weight, vectors_, memory_, sink);
-        send_weights(slot, wire_row, rows);
-        flags.sent(turn.to, turn.chunk, row + 1 == turn.end);
+        sum_rows<T, weighted, kSumDepth>(
+            {1, 1, rows.lanes},
+            y_row(rows) + turn.columns.offset(),
+            rows.weight,
+            vectors_in(turn.columns),
+            memory_,
+            sink);
+        if (turn.columns.begin == 0) {
+          send_weights(slot, wire_row, rows);
+        }
+        flags.sent(turn.to, turn.chunk, turn.columns.count(), row + 1 == turn.end);
       }
     }
     flags.finish();
@@ -247,8 +304,7 @@ class Combine {
   // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
   __device__ void send_copies(Turn& turn) {
     const Ring ring = copy_ring();
-    const int pieces = (a_.record.row_bytes + kHalf - 1) / kHalf;
-    Flags flags(x_, pieces);
+    Flags flags(x_);
     // What is loaded, and the one before, which leaves next.
     struct Piece {
       int to, row, chunk;
@@ -268,17 +324,27 @@ class Combine {
         bulk_store(slot + p.begin, ring.stage(n), p.bytes);
       }
       bulk_commit();
-      if (p.ends_row) {
+      if (p.begin == 0) {
         send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
-        flags.sent(p.to, p.chunk, p.ends_chunk);
+      }
+      if (p.ends_row) {
+        flags.sent(p.to, p.chunk, 1, p.ends_chunk);
       }
     };
     while (turn.advance()) {
       for (int row = turn.begin; row < turn.end; ++row) {
         const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
-        for (int i = 0; i < pieces; ++i) {
-          Piece piece{turn.to, row, turn.chunk, wire_row, i * kHalf, 0, i + 1 == pieces, row + 1 == turn.end};
-          piece.bytes = min(kHalf, a_.record.row_bytes - piece.begin);
+        const int end = min(turn.columns.end * kPieceBytes, a_.record.row_bytes);
+        for (int begin = turn.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
+          const Piece piece{
+              turn.to,
+              row,
+              turn.chunk,
+              wire_row,
+              begin,
+              min(kHalf, end - begin),
+              begin + kHalf >= end,
+              row + 1 == turn.end};
           bulk_wait_read<0>();  // of what leaves from this half
           load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
           if (has_waiting) {
@@ -315,6 +381,7 @@ class Combine {
 
   // --- sum ---
 
+  template <bool few>
   __device__ void sum() {
     const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
     const Layout& layout = x_.layout();
@@ -322,25 +389,35 @@ class Combine {
     const int from = is_peer ? lane : me;
     const char* slots = is_peer ? x_.own(layout.combine_rows(from, me)) : nullptr;
     const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
-    const int chunk_size = chunk_rows(out_.count());
+    const Cut theirs = cut_of(out_.count()), ours = cut_of(a_.plan.num_tokens);
     int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
     Tickets tickets(x_, 1);
-    for (int64_t token = tickets.next(); token < a_.plan.num_tokens; token = tickets.next()) {
+    for (int64_t i = tickets.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = tickets.next()) {
       tickets.draw();
-      const int entry = lane < num_topk ? a_.plan.send_slot[token * num_topk + lane] : -1;
+      const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
+      const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
+      const int entry = lane < num_topk ? a_.plan.send_slot[int64_t{token} * num_topk + lane] : -1;
       const Slot slot = find_slot(x_, entry, out_);
       const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
 
-      // Lane r waits for the row of rank r.
+      // Lane r waits for these columns of the row of rank r.
       const int row = slot.row_to_lane;
-      const int chunk = row / chunk_size;
-      const bool waits = is_peer && row >= 0 && chunk != arrived_chunk;
-      const char* flag = x_.own(layout.combine_flag(from, waits ? chunk : 0));
-      const auto has_arrived = [&] { return x_.is_tagged(load_acquire_system(flag)); };
+      const int last_chunk = chunk_of<few>(theirs, row, columns.end - 1);
+      int chunk = chunk_of<few>(theirs, row, columns.begin);
+      const bool waits = is_peer && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk);
+      const auto has_arrived = [&] {
+        while (x_.is_tagged(load_acquire_system(x_.own(layout.combine_flag(from, chunk))))) {
+          if (!few || chunk == last_chunk) {
+            return true;
+          }
+          ++chunk;
+        }
+        return false;
+      };
       if (!wait_lanes(x_, Phase::rows, waits, from, has_arrived)) {
         return;
       }
-      arrived_chunk = waits ? chunk : arrived_chunk;
+      arrived_chunk = waits ? last_chunk : arrived_chunk;
 
       const char* base =
           reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
@@ -355,12 +432,13 @@ class Combine {
         own = rows_of(own_wire_row, own_lane);
         own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
       }
-      char* result = a_.out + token * a_.record.row_stride + lane * 16;
+      char* result = a_.out + token * a_.record.row_stride + columns.offset() + lane * 16;
+      const int vectors = vectors_in(columns);
       const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           const int v = piece * kPieceVectors + b * kWarp;
-          if (v + lane < vectors_) {
+          if (v + lane < vectors) {
             *reinterpret_cast<uint4*>(result + int64_t{v} * 16) = part[b];
           }
         }
@@ -374,10 +452,15 @@ class Combine {
         own_term = 0;
       }
       sum_rows<T, weighted, kSumDepth>(
-          {terms, own_term, own.lanes}, is_own ? own_row : arrived_row, own.weight, vectors_, memory_, sink);
+          {terms, own_term, own.lanes},
+          (is_own ? own_row : arrived_row) + columns.offset(),
+          own.weight,
+          vectors,
+          memory_,
+          sink);
 
-      if (weight_bytes != 0 && lane < num_topk) {
-        char* to = a_.out_weights + (token * num_topk + lane) * weight_bytes;
+      if (weight_bytes != 0 && columns.begin == 0 && lane < num_topk) {
+        char* to = a_.out_weights + (int64_t{token} * num_topk + lane) * weight_bytes;
         if (slot.row < 0) {
           zero_weight(to, weight_bytes);
         } else if (is_own) {
@@ -389,9 +472,8 @@ class Combine {
     }
   }
 
-  // As kChunkTokens of dispatch. Fewer rows than this are not enough for all senders in chunks of more than one.
-  static constexpr int kChunkRows = 2;
-  static constexpr int kRowsOfSmallChunks = 256;
+  // As kChunkTokens of dispatch.
+  static constexpr int kChunkShift = 1;
 
   __device__ static char* shared_memory() {
     extern __shared__ __align__(128) char shared[];
@@ -409,7 +491,7 @@ class Combine {
   const int send_blocks_;
   char* const memory_;  // of this warp
   const WireRows out_, in_;
-  const int vectors_;
+  const int vectors_;  // of a row
 };
 
 template <class T, bool weighted>
