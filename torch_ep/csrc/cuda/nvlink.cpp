@@ -401,16 +401,17 @@ class Nvlink final : public Transport {
   c10::cuda::CUDAStream enter() {
     throw_failure();
     const auto stream = c10::cuda::getCurrentCUDAStream();
-    if (!is_capturing()) {
-      if (last_stream_ && *last_stream_ != stream) {
-        cudaEvent_t event = nullptr;
-        C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-        C10_CUDA_CHECK(cudaEventRecord(event, *last_stream_));
-        C10_CUDA_CHECK(cudaStreamWaitEvent(stream, event));
-        C10_CUDA_CHECK(cudaEventDestroy(event));
-      }
-      last_stream_ = stream;
+    if (last_stream_ == stream || is_capturing()) {
+      return stream;
     }
+    if (last_stream_) {
+      cudaEvent_t event = nullptr;
+      C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+      C10_CUDA_CHECK(cudaEventRecord(event, *last_stream_));
+      C10_CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+      C10_CUDA_CHECK(cudaEventDestroy(event));
+    }
+    last_stream_ = stream;
     return stream;
   }
 
