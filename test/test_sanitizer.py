@@ -24,7 +24,7 @@ def find(name: str) -> str | None:
 
 NVCC = find("nvcc")
 SANITIZER = find("compute-sanitizer")
-# mbarriers of a block that synccheck has room for. Kernels have 32 at most, two for each of 16 warps. Left to itself it
+# mbarriers of a block that synccheck has room for. Kernels have 48 at most, two for each of 24 warps. Left to itself it
 # made room for too few, said so, and the kernel ended with an "unspecified launch failure". Here is room for those of a
 # whole launch.
 NUM_BARRIERS = 1024
