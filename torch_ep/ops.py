@@ -124,8 +124,8 @@ def dispatch(
     """
     if not torch.compiler.is_compiling() and (got := _C.dispatch(x, plan, topk_weights, scales, after)) is not None:
         return got
-    rows, *others = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args(plan), after)
-    results = (rows, *(t for t in others if t is not None))
+    rows, weights, row_scales = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args(plan), after)
+    results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
 
