@@ -124,6 +124,7 @@ class GraphModule(torch.nn.Module):
         recv_map: "i32[u0]" = plan[3]
         offsets: "i32[4]" = plan[4]
         num_dropped: "i32[]" = plan[6]
+
         dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
         rows: "f32[u0, 8]" = dispatch[0]
         weights_2: "f32[u0]" = dispatch[1]
@@ -204,6 +205,7 @@ class GraphModule(torch.nn.Module):
         _assert_scalar = torch.ops.aten._assert_scalar.default(ge, "Runtime assertion failed for expression u0 >= 0 on node 'ge'")
         le: "Sym(u0 <= 10)" = sym_size_int <= 10
         _assert_scalar_1 = torch.ops.aten._assert_scalar.default(le, "Runtime assertion failed for expression u0 <= 10 on node 'le'")
+
         dispatch = torch.ops.ep.dispatch.default(view, mul, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
         getitem_9: "f32[u0, 8]" = dispatch[0]
         getitem_10: "f32[u0]" = dispatch[1]
