@@ -10,9 +10,10 @@
 namespace ep::cuda {
 namespace {
 
-// Tokens of a chunk, where there are enough for every sender. Each chunk costs a fence, about two microseconds of one
-// warp; the receiver starts later by as much as a chunk takes.
-constexpr int kChunkTokens = 4;
+// Tokens of a chunk, at most, where there are enough for every sender to have kChunks. Each chunk costs a fence, about
+// two microseconds of one warp; the receiver starts later by as much as a chunk takes.
+constexpr int kMostChunkTokens = 4;
+constexpr int kChunks = 3;
 constexpr int kMaxWarps = 24;
 
 class Dispatch {
@@ -25,7 +26,7 @@ class Dispatch {
             (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),
         receivers_((static_cast<int>(gridDim.x) - shape.send_blocks) * shape.warps),
         sends_(static_cast<int>(blockIdx.x) < shape.send_blocks),
-        chunk_tokens_(args.plan.num_tokens > shape.send_blocks * shape.warps ? kChunkTokens : 1),
+        chunk_tokens_(shape.chunk_tokens),
         chunks_((args.plan.num_tokens + chunk_tokens_ - 1) / chunk_tokens_),
         ring_(Ring::of_warp(shape)),
         out_(wire_rows(x_, args.plan.send_counts)),
@@ -461,9 +462,15 @@ Shape shape_of(const DispatchArgs& args) {
   const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
+  const int warps = std::min(fit / stages, kMaxWarps);
   const int blocks = args.comm.layout.num_blocks;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
-  return {args.comm.layout.world_size > 1 ? senders : 0, std::min(fit / stages, kMaxWarps), stages, stage};
+  return {
+      args.comm.layout.world_size > 1 ? senders : 0,
+      warps,
+      stages,
+      stage,
+      std::clamp(args.plan.num_tokens / (kChunks * senders * warps), 1, kMostChunkTokens)};
 }
 
 }  // namespace

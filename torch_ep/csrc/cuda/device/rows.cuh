@@ -15,6 +15,7 @@ struct Shape {
   int warps;   // of a block
   int stages;  // of a warp
   int stage_bytes;
+  int chunk_tokens;  // of dispatch
 };
 
 // Shared memory of a block on sm_90 that a kernel may ask for (CUDA C++ Programming Guide, table of compute
