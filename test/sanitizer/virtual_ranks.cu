@@ -99,8 +99,7 @@ namespace {
 
 // --- ranks ---
 
-// More than a block of ep::plan places at once, also where there are two of them, and than kFewChunks.
-constexpr int kMostTokens = 1100;
+constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
 constexpr int kMostLocalExperts = 9;
 constexpr int64_t kSlotBytes = 10240;
 constexpr int64_t kTimeoutNs = 120'000'000'000;     // kernels are slow under a sanitizer

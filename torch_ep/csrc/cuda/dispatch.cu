@@ -10,10 +10,11 @@
 namespace ep::cuda {
 namespace {
 
-// Tokens of a chunk, at most, where there are enough for every sender to have kChunks. Each chunk costs a fence, about
-// two microseconds of one warp; the receiver starts later by as much as a chunk takes.
+// Tokens of a chunk, at most, where there are enough for every sender to have so many chunks. Each chunk costs a fence,
+// about two microseconds of one warp; the receiver starts later by as much as a chunk takes, which is worse where it
+// has more to do than the sender.
 constexpr int kMostChunkTokens = 4;
-constexpr int kChunks = 3;
+constexpr int kChunks = 3, kChunksExpertMajor = 6;
 constexpr int kMaxWarps = 24;
 
 class Dispatch {
@@ -465,12 +466,9 @@ Shape shape_of(const DispatchArgs& args) {
   const int warps = std::min(fit / stages, kMaxWarps);
   const int blocks = args.comm.layout.num_blocks;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
-  return {
-      args.comm.layout.world_size > 1 ? senders : 0,
-      warps,
-      stages,
-      stage,
-      std::clamp(args.plan.num_tokens / (kChunks * senders * warps), 1, kMostChunkTokens)};
+  const int chunks = (args.plan.expert_major ? kChunksExpertMajor : kChunks) * senders * warps;
+  const int chunk_tokens = std::clamp(args.plan.num_tokens / chunks, 1, kMostChunkTokens);
+  return {args.comm.layout.world_size > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
 }
 
 }  // namespace
