@@ -67,6 +67,27 @@ FAULTS = {
     "combine: columns of a part": Fault(
         "virtual_ranks", "combine.cu", "(part + 1) * pieces() / cut.parts}", "part * pieces() / cut.parts + 1}"
     ),
+    "dispatch: a flag before its rows": Fault(
+        "virtual_ranks", "dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
+    ),
+    "dispatch: a stage used before it has left": Fault(
+        "virtual_ranks",
+        "dispatch.cu",
+        "bulk_wait_read<1>();\n    } else {\n      bulk_wait_read<0>();",
+        "bulk_wait_read<2>();\n    } else {\n      bulk_wait_read<1>();",
+    ),
+    "combine: the first part of a row awaited alone": Fault(
+        "virtual_ranks",
+        "combine.cu",
+        "chunk_of<few>(theirs, row, columns.end - 1)",
+        "chunk_of<few>(theirs, row, columns.begin)",
+    ),
+    "combine: rows read before they have come": Fault(
+        "virtual_ranks", "device/sums.cuh", "copy_wait<kDepth - 1>();", "copy_wait<kDepth>();"
+    ),
+    "low latency: a flag before its row": Fault(
+        "low_latency", "low_latency_dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
+    ),
     "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "visited |=", "visited +="),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"

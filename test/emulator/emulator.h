@@ -3,7 +3,8 @@
 // A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
 // they please, and shared memory is thread-local. A fiber gives way where it waits for others: at barriers, at
 // operations of a warp, and whenever it looks at a word that others write. Bulk and asynchronous copies are done at
-// once. What this cannot find is what a weaker memory model or another order of copies would do.
+// once or as late as what waits for them allows, at random: so what is told, read or overwritten too early shows. What
+// this cannot find is what a weaker memory model would do.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,8 +20,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <random>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -44,12 +48,107 @@ struct Barrier {
   bool all = true, result = true;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+
+  void run() const { std::memcpy(to, from, bytes); }
+};
+
+// Copies of a fiber that are waited for together.
+struct Group {
+  std::vector<Copy> copies;
+  std::vector<char> data;  // once what is copied has been read
+  bool is_read = false;
+
+  void read() {
+    for (const Copy& copy : copies) {
+      const auto* from = static_cast<const char*>(copy.from);
+      data.insert(data.end(), from, from + copy.bytes);
+    }
+    is_read = true;
+  }
+  void write() {
+    if (!is_read) {
+      read();
+    }
+    const char* from = data.data();
+    for (const Copy& copy : copies) {
+      std::memcpy(copy.to, from, copy.bytes);
+      from += copy.bytes;
+    }
+  }
+};
+
+// Of one kind, the oldest first; the last one is still to be committed.
+class Groups {
+ public:
+  void add(const Copy& copy) { open_.copies.push_back(copy); }
+  void commit() {
+    groups_.push_back(std::move(open_));
+    open_ = {};
+  }
+  // All but the last `pending`.
+  void read(size_t pending) {
+    for (size_t i = 0; i + pending < groups_.size(); ++i) {
+      if (!groups_[i].is_read) {
+        groups_[i].read();
+      }
+    }
+  }
+  void write(size_t pending) {
+    for (; groups_.size() > pending; groups_.pop_front()) {
+      groups_.front().write();
+    }
+  }
+  // At the end of the fiber.
+  bool all_read() const {
+    return open_.copies.empty() &&
+           std::all_of(groups_.begin(), groups_.end(), [](const Group& g) { return g.is_read || g.copies.empty(); });
+  }
+
+ private:
+  Group open_;
+  std::deque<Group> groups_;
+};
+
+// Stacks are used again: to map and fault in new ones takes longer than most of what runs on them.
+class Stacks {
+ public:
+  std::unique_ptr<char[]> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) {
+      return std::unique_ptr<char[]>(new char[kStackBytes]);
+    }
+    auto stack = std::move(free_.back());
+    free_.pop_back();
+    return stack;
+  }
+  void give_back(std::unique_ptr<char[]> stack) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(stack));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<char[]>> free_;
+};
+inline Stacks stacks;
+
+// A bulk copy into shared memory, and the barrier that counts its bytes.
+struct Load {
+  Copy copy;
+  uint64_t* barrier;
+};
+
 struct Fiber {
   ucontext_t context;  // of its beginning
   jmp_buf at;          // where it gave way: unlike swapcontext, this makes no system call
   std::unique_ptr<char[]> stack;
   uint3 thread_idx;
   bool has_begun = false, done = false;
+  Groups stores, loads;  // bulk copies out of shared memory; asynchronous copies of 16 bytes
 };
 
 struct Block {
@@ -57,6 +156,8 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barrier, named[16];
   std::vector<char> shared;
+  std::vector<Load> bulk_loads;  // that are still to be done
+  std::minstd_rand random;
   std::function<void()> body;
   jmp_buf scheduler;
   Fiber* current = nullptr;
@@ -77,9 +178,19 @@ inline void yield() {
   }
 }
 
+// Whether a copy waits until it must be done.
+inline bool is_late() {
+  return (block->random() >> 8) % 2 != 0;
+}
+
 inline void run_fiber() {
   block->body();
-  block->current->done = true;
+  Fiber& fiber = *block->current;
+  if (!fiber.stores.all_read() || !fiber.loads.all_read()) {
+    fail("a thread ended before its copies had been read");
+  }
+  fiber.stores.write(0);
+  fiber.done = true;
   yield();
 }
 
@@ -128,6 +239,8 @@ inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid,
   block = &own;
   own.body = body;
   own.block_idx = index;
+  static std::atomic<unsigned> seed{1};
+  own.random.seed(seed++);
   own.grid_dim = grid;
   own.block_dim = threads;
   own.fibers.resize(threads.x);
@@ -138,7 +251,7 @@ inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid,
   }
   for (unsigned i = 0; i < threads.x; ++i) {
     Fiber& fiber = own.fibers[i];
-    fiber.stack.reset(new char[kStackBytes]);
+    fiber.stack = stacks.take();
     fiber.thread_idx = {i, 0, 0};
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -157,10 +270,16 @@ inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid,
           fiber.has_begun = true;
           setcontext(&fiber.context);
         }
-        left -= own.current->done;
+        if (own.current->done) {
+          stacks.give_back(std::move(own.current->stack));
+          --left;
+        }
       }
     }
     std::this_thread::yield();
+  }
+  if (!own.bulk_loads.empty()) {
+    fail("a block ended before what was to arrive in its memory");
   }
   block = nullptr;
 }

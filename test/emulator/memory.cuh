@@ -67,15 +67,22 @@ inline void check_copy(const void* a, const void* b, uint32_t bytes) {
 template <int kOffset>
 void copy_async_if(bool copies, void* shared, const void* global) {
   if (copies) {
-    void* to = static_cast<char*>(shared) + kOffset;
-    const void* from = static_cast<const char*>(global) + kOffset;
-    check_copy(to, from, 16);
-    std::memcpy(to, from, 16);
+    const emulator::Copy copy{static_cast<char*>(shared) + kOffset, static_cast<const char*>(global) + kOffset, 16};
+    check_copy(copy.to, copy.from, copy.bytes);
+    if (emulator::is_late()) {
+      emulator::block->current->loads.add(copy);
+    } else {
+      copy.run();
+    }
   }
 }
-inline void copy_commit() {}
+inline void copy_commit() {
+  emulator::block->current->loads.commit();
+}
 template <int kPending>
-void copy_wait() {}
+void copy_wait() {
+  emulator::block->current->loads.write(kPending);
+}
 
 // Counts phases: a phase ends when as many bytes have come as were expected.
 inline void barrier_init(uint64_t* barrier) {
@@ -89,31 +96,57 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
     *barrier += uint64_t{1} << 32;
   }
 }
+inline void complete(const emulator::Load& load) {
+  load.copy.run();
+  uint64_t& barrier = *load.barrier;
+  if ((barrier & 0xffffffff) < load.copy.bytes) {
+    emulator::fail("bulk_load of more bytes than were expected");
+  }
+  barrier -= load.copy.bytes;
+  if ((barrier & 0xffffffff) == 0) {
+    barrier += uint64_t{1} << 32;
+  }
+}
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while ((*static_cast<volatile uint64_t*>(barrier) >> 32) % 2 == parity) {
+    auto& loads = emulator::block->bulk_loads;
+    const auto found = std::find_if(loads.begin(), loads.end(), [&](const auto& l) { return l.barrier == barrier; });
+    if (found != loads.end()) {
+      complete(*found);
+      loads.erase(found);
+    }
     emulator::yield();
   }
 }
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   check_copy(shared, global, bytes);
-  std::memcpy(shared, global, bytes);
-  if ((*barrier & 0xffffffff) < bytes) {
-    emulator::fail("bulk_load of more bytes than were expected");
-  }
-  *barrier -= bytes;
-  if ((*barrier & 0xffffffff) == 0) {
-    *barrier += uint64_t{1} << 32;
+  const emulator::Load load{{shared, global, bytes}, barrier};
+  if (emulator::is_late()) {
+    emulator::block->bulk_loads.push_back(load);
+  } else {
+    complete(load);
   }
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   check_copy(shared, global, bytes);
-  std::memcpy(global, shared, bytes);
+  const emulator::Copy copy{global, shared, bytes};
+  if (emulator::is_late()) {
+    emulator::block->current->stores.add(copy);
+  } else {
+    copy.run();
+  }
 }
-inline void bulk_commit() {}
+inline void bulk_commit() {
+  emulator::block->current->stores.commit();
+}
 template <int kPending>
-void bulk_wait_read() {}
+void bulk_wait_read() {
+  emulator::block->current->stores.read(kPending);
+}
 template <int kPending>
-void bulk_wait() {}
+void bulk_wait() {
+  emulator::block->current->stores.write(kPending);
+}
 inline void fence_async_shared() {}
 inline void fence_async_global() {
   __threadfence_system();
