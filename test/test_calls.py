@@ -158,6 +158,19 @@ def test_plans_that_are_not_whole_too(field: str, value: Any) -> None:
     assert short_of("dispatch", plan=plan._replace(**{field: value})) is None
 
 
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
+def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout) -> None:
+    def plan() -> torch_ep.Plan:
+        return torch_ep.plan(topk_idx(), 4, layout=layout)
+
+    short = plan()
+    with FunctionLog() as log:
+        long = plan()
+    assert len(log.seen) == 1
+    for name, a, b in zip(torch_ep.Plan._fields, short, long, strict=True):
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, name
+
+
 def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
     with pytest.raises(RuntimeError, match="Expected a value of type 'int' for argument 'num_experts'"):
         torch_ep.plan(topk_idx(), "4")  # type: ignore[arg-type]
