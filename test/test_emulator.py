@@ -40,10 +40,9 @@ def build(
     return program
 
 
-def run(program: Path, cases: int, timeout_s: float = 400) -> tuple[int, str]:
-    done = subprocess.run(
-        [program, "--cases", str(cases)], capture_output=True, text=True, errors="replace", timeout=timeout_s
-    )
+def run(program: Path, cases: int, *options: str) -> tuple[int, str]:
+    command = [program, "--cases", str(cases), *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=400)
     return done.returncode, (done.stdout + done.stderr)[-4000:]
 
 
@@ -89,6 +88,12 @@ FAULTS = {
         "low_latency", "low_latency_dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
     ),
     "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "visited |=", "visited +="),
+    "rows written without a credit": Fault(
+        "virtual_ranks",
+        "device/exchange.cuh",
+        "load_acquire_system(x.own(x.layout().done(p))) >= last;",
+        "true;",
+    ),
     "an epoch left out": Fault(
         "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
     ),
@@ -138,5 +143,5 @@ def test_random_cases(built: Callable[[str], Path], program: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
-    code, output = run(built(name), CASES[FAULTS[name].program])
+    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "10")
     assert code != 0, output

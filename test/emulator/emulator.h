@@ -1,7 +1,8 @@
 // Just enough of CUDA to run the kernels of torch_ep/csrc/cuda on a CPU: slowly, but where there is no GPU.
 //
 // A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
-// they please, and shared memory is thread-local. A fiber gives way where it waits for others: at barriers, at
+// they please, and shared memory is thread-local. A row of a grid is a rank, whose kernels follow each other as if in a
+// stream of its own. A fiber gives way where it waits for others: at barriers, at
 // operations of a warp, and whenever it looks at a word that others write. Bulk and asynchronous copies are done at
 // once or as late as what waits for them allows, at random: so what is told, read or overwritten too early shows. What
 // this cannot find is what a weaker memory model would do.
@@ -16,12 +17,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -284,17 +287,49 @@ inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid,
   block = nullptr;
 }
 
-// Runs a grid to its end.
-template <class Body>
-void launch(const Body& body, dim3 grid, dim3 threads, size_t shared = 0, cudaStream_t = nullptr) {
-  std::vector<std::thread> blocks;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blocks.emplace_back([&, x, y] { run_block(body, {x, y, 0}, grid, threads, shared); });
+// What is launched: in each row of a grid, that of a rank, one kernel after another; rows side by side, as ranks are
+// that wait for nobody but each other. So one may be some kernels ahead.
+class Device {
+ public:
+  void launch(unsigned row, std::function<void()> kernel) {
+    std::thread& last = last_[row];
+    last = std::thread([before = std::move(last), kernel = std::move(kernel), late = random_() % 8 == 0]() mutable {
+      if (before.joinable()) {
+        before.join();
+      }
+      if (late) {
+        std::this_thread::sleep_for(kDelay);
+      }
+      kernel();
+    });
+  }
+  void synchronize() {
+    for (auto& [row, last] : last_) {
+      if (last.joinable()) {
+        last.join();
+      }
     }
   }
-  for (auto& b : blocks) {
-    b.join();
+
+ private:
+  static constexpr std::chrono::milliseconds kDelay{20};  // as long as some kernels take
+  std::map<unsigned, std::thread> last_;
+  std::minstd_rand random_;
+};
+inline Device device;
+
+template <class Body>
+void launch(const Body& body, dim3 grid, dim3 threads, size_t shared = 0, cudaStream_t = nullptr) {
+  for (unsigned y = 0; y < grid.y; ++y) {
+    device.launch(y, [=] {
+      std::vector<std::thread> blocks;
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blocks.emplace_back([&, x] { run_block(body, {x, y, 0}, grid, threads, shared); });
+      }
+      for (auto& b : blocks) {
+        b.join();
+      }
+    });
   }
 }
 
@@ -500,6 +535,7 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+  emulator::device.synchronize();
   std::free(p);
   return cudaSuccess;
 }
@@ -509,7 +545,10 @@ cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) {
 cudaError_t cudaFreeHost(void* p) {
   return cudaFree(p);
 }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (kind != cudaMemcpyHostToDevice) {
+    emulator::device.synchronize();
+  }
   if (bytes != 0) {
     std::memcpy(to, from, bytes);
   }
@@ -520,6 +559,7 @@ cudaError_t cudaMemset(void* p, int value, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+  emulator::device.synchronize();
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() {

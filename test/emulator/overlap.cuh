@@ -14,7 +14,7 @@ cudaError_t launch_overlapped(
     int shared_bytes,
     cudaStream_t,
     Parameters... arguments) {
-  emulator::launch([&] { kernel(arguments...); }, blocks, threads, shared_bytes);
+  emulator::launch([=] { kernel(arguments...); }, blocks, threads, shared_bytes);
   return cudaSuccess;
 }
 

@@ -14,7 +14,7 @@ PROGRAMS = Path("test/sanitizer")
 # What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
 CHANGES = [
     # kernel<<<grid, threads, shared[, stream]>>>(arguments);
-    (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([&] { \1(\3); }, \2);"),
+    (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([=] { \1(\3); }, \2);"),
     (r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
      r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());"),
     (r'asm volatile\("bar\.sync %0, %1;" ::"r"\(([^"]*)\), "n"\((\w+)\) : "memory"\);',

@@ -29,6 +29,10 @@ using std::vector;
 inline std::string now_running = "virtual_ranks";
 inline bool has_differences = false;
 inline bool fills_bulk_results = false;
+inline int timeout_s = 120;  // of an exchange: kernels are slow under a sanitizer
+inline int64_t default_timeout_ns() {
+  return timeout_s * int64_t{1'000'000'000};
+}
 
 [[noreturn]] inline void fail(const std::string& what) {
   std::printf("%s: %s\n", now_running.c_str(), what.c_str());
@@ -199,11 +203,11 @@ struct Options {
       const std::string name = argv[i], value = i + 1 < argc ? argv[i + 1] : "";
       if (name == "--fill") {
         fills_bulk_results = true;
-      } else if (name == "--cases" || name == "--seed") {
-        (name == "--cases" ? cases : seed) = number_after(name.c_str(), value);
+      } else if (name == "--cases" || name == "--seed" || name == "--timeout") {
+        (name == "--cases" ? cases : name == "--seed" ? seed : timeout_s) = number_after(name.c_str(), value);
         ++i;
       } else {
-        std::fprintf(stderr, "usage: %s [--cases N] [--seed N] [--fill]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s [--cases N] [--seed N] [--timeout SECONDS] [--fill]\n", argv[0]);
         std::exit(2);
       }
     }

@@ -103,7 +103,6 @@ constexpr int kMostTokens = 24;
 constexpr int kPackedTokens = 8;
 constexpr int kMostLocal = 9;
 constexpr int64_t kSlotBytes = 10240;
-constexpr int64_t kTimeoutNs = 120'000'000'000;  // kernels are slow under a sanitizer
 // Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each
 // other.
 constexpr int64_t kShortNs = 4'000'000'000;
@@ -112,7 +111,7 @@ constexpr int kMultiprocessors = 5;  // of each rank, so that blocks have more t
 class World {
  public:
   // `number`: of the last exchange of each kind, as if there had been so many.
-  explicit World(int world_size, bool masks = false, int64_t timeout_ns = kTimeoutNs, uint64_t number = 0) {
+  explicit World(int world_size, bool masks = false, int64_t timeout_ns = default_timeout_ns(), uint64_t number = 0) {
     const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes, kPackedTokens);
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
@@ -698,7 +697,7 @@ int main(int argc, char** argv) {
     }
   }
   // Words and packs hold the lower 32 bits of the number.
-  World old(2, false, kTimeoutNs, (uint64_t{1} << 32) - 5);
+  World old(2, false, default_timeout_ns(), (uint64_t{1} << 32) - 5);
   for (int i = 0; i < 8; ++i) {
     Random random(static_cast<uint64_t>(i));
     run_case(old, draw(random, 2), random);

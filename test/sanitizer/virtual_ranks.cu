@@ -102,7 +102,6 @@ namespace {
 constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
 constexpr int kMostLocalExperts = 9;
 constexpr int64_t kSlotBytes = 10240;
-constexpr int64_t kTimeoutNs = 120'000'000'000;     // kernels are slow under a sanitizer
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
 
 // Only once the device is idle.
@@ -124,7 +123,7 @@ class World {
       comm.rows_of = memory_.zeros<uint64_t>(size_t{1} * world_size * kMostTokens * kMaxTopk);
       comm.layout = layout_;
       comm.rank = r;
-      comm.timeout_ns = kTimeoutNs;
+      comm.timeout_ns = default_timeout_ns();
       void* mailbox = nullptr;
       check(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
       std::memset(mailbox, 0, sizeof(Mailbox));
