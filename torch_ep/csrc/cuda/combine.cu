@@ -472,7 +472,7 @@ class Combine {
     }
   }
 
-  // As kChunkTokens of dispatch.
+  // Of many rows, a chunk has two: each costs a fence, as in dispatch.
   static constexpr int kChunkShift = 1;
 
   __device__ static char* shared_memory() {
