@@ -104,6 +104,9 @@ FAULTS = {
     "low latency: not counted as received": Fault(
         "low_latency", "device/low_latency.cuh", "lane < 2 &&", "lane < 1 &&"
     ),
+    "low latency: a half written again too early": Fault(
+        "low_latency", "device/low_latency.cuh", "is_peer && done + 2 < number", "is_peer && done + 4 < number"
+    ),
     "low latency: what a pack holds": Fault(
         "low_latency", "device/packs.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
     ),
@@ -143,5 +146,5 @@ def test_random_cases(built: Callable[[str], Path], program: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
-    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "10")
+    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "5")
     assert code != 0, output
