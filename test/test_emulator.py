@@ -146,5 +146,5 @@ def test_random_cases(built: Callable[[str], Path], program: str) -> None:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
-    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "5")
+    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "10")
     assert code != 0, output

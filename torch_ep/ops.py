@@ -49,7 +49,7 @@ def plan(
     Raises:
         ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. A bad
             value on one rank raises `torch.distributed.DistError` on the others, which name that rank.
-        RuntimeError: `init` was not called for the group.
+        RuntimeError: `init` was not called for the group, or an argument is of another Python type than its own.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
     """
     group_name, world_size = resolve(group)

@@ -2,10 +2,10 @@
 //
 // A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
 // they please, and shared memory is thread-local. A row of a grid is a rank, whose kernels follow each other as if in a
-// stream of its own. A fiber gives way where it waits for others: at barriers, at
-// operations of a warp, and whenever it looks at a word that others write. Bulk and asynchronous copies are done at
-// once or as late as what waits for them allows, at random: so what is told, read or overwritten too early shows. What
-// this cannot find is what a weaker memory model would do.
+// stream of its own. A fiber gives way where it waits for others: at barriers, at operations of a warp, and whenever it
+// looks at a word that others write. Bulk and asynchronous copies are done at once or as late as what waits for them
+// allows, at random: so what is told, read or overwritten too early shows. What this cannot find is what a weaker
+// memory model would do.
 #pragma once
 
 #include <cuda_bf16.h>

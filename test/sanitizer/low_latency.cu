@@ -660,18 +660,18 @@ void run_many(World& world, const Case& c, Random& random) {
 
 template <class T>
 void run_as(World& world, const Case& c, Random& random) {
-  Run<T> first(world, c, random);
   const int way = random.below(3);
   if (way == 0) {
     run_many<T>(world, c, random);
   } else if (way == 1) {
-    first.dispatch(Part::both);
-    first.combine(Part::both);
+    Run<T> run(world, c, random);
+    run.dispatch(Part::both);
+    run.combine(Part::both);
     world.settle();
-    first.check_results();
+    run.check_results();
   } else {
     // Two batches of one shape on their way at once.
-    Run<T> second(world, c, random);
+    Run<T> first(world, c, random), second(world, c, random);
     first.dispatch(Part::send);
     second.dispatch(Part::send);
     first.dispatch(Part::receive);

@@ -92,7 +92,7 @@ class Combine {
   __device__ int peers() const { return max(x_.world_size() - 1, 1); }
   __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
 
-  // Where no rows are few, nothing is divided.
+  // Where no rows are few, nothing is divided: code of its own, without which 4096 tokens took 1.6 % longer.
   template <bool few>
   __device__ Columns columns_of(const Cut& cut, int part) const {
     if (!few || cut.parts == 1) {
@@ -310,6 +310,7 @@ class Combine {
       int to, row, chunk;
       int64_t wire_row;
       int begin, bytes;
+      int copies;  // of the row, up to this one
       bool ends_row, ends_chunk;
     };
     Piece waiting{};
@@ -328,13 +329,14 @@ class Combine {
         send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
       }
       if (p.ends_row) {
-        flags.sent(p.to, p.chunk, 1, p.ends_chunk);
+        flags.sent(p.to, p.chunk, p.copies, p.ends_chunk);
       }
     };
     while (turn.advance()) {
       for (int row = turn.begin; row < turn.end; ++row) {
         const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
         const int end = min(turn.columns.end * kPieceBytes, a_.record.row_bytes);
+        int copies = 0;
         for (int begin = turn.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
           const Piece piece{
               turn.to,
@@ -343,6 +345,7 @@ class Combine {
               wire_row,
               begin,
               min(kHalf, end - begin),
+              ++copies,
               begin + kHalf >= end,
               row + 1 == turn.end};
           bulk_wait_read<0>();  // of what leaves from this half
