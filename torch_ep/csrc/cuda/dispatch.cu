@@ -10,12 +10,8 @@
 namespace ep::cuda {
 namespace {
 
-// Tokens of a chunk, at most, where there are enough for every sender to have so many chunks. Each chunk costs a fence,
-// about two microseconds of one warp; the receiver starts later by as much as a chunk takes, which is worse where it
-// has more to do than the sender.
-constexpr int kMostChunkTokens = 4;
-constexpr int kChunks = 3, kChunksExpertMajor = 6;
-constexpr int kMaxWarps = 24;
+// Of a block. More warps keep more rows on their way, and take a microsecond longer to start: for many tokens only.
+constexpr int kMaxWarps = 24, kFewWarps = 16;
 
 class Dispatch {
  public:
@@ -457,17 +453,25 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
+// Tokens of a chunk, which `warps` send. Each chunk costs a fence, about two microseconds of one warp; the receiver
+// starts later by as much as a chunk takes, which is worse where it has more to do than the sender.
+int chunk_tokens_of(int tokens, int warps, bool expert_major) {
+  if (tokens <= (expert_major ? 12 * warps : warps)) {
+    return 1;
+  }
+  return tokens <= 16 * warps ? 2 : 4;
+}
+
 // Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
 // first rows; and where each arrived row has one place only, the others can spare some.
 Shape shape_of(const DispatchArgs& args) {
+  const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks;
+  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
   const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
-  const int warps = std::min(fit / stages, kMaxWarps);
-  const int blocks = args.comm.layout.num_blocks;
-  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
-  const int chunks = (args.plan.expert_major ? kChunksExpertMajor : kChunks) * senders * warps;
-  const int chunk_tokens = std::clamp(args.plan.num_tokens / chunks, 1, kMostChunkTokens);
+  const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
+  const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, args.plan.expert_major);
   return {args.comm.layout.world_size > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
 }
 
