@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
+import torch.distributed as dist
 import torch.nn.functional as F
 from devices import Ranks
-from harness import seeded
+from harness import seeded, world
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import torch_ep
-from torch_ep.nn import MoE, full_state_dict, gather_experts, grouped_mm, shard_experts
+from torch_ep.nn import (
+    MoE,
+    clip_grad_norm_,
+    expert_parameter_names,
+    full_state_dict,
+    gather_experts,
+    grouped_mm,
+    shard_experts,
+)
 
 SHAPE = {"hidden": 8, "intermediate": 6, "num_experts": 8, "num_topk": 3}
 TOKENS = (9, 0, 5, 1)  # of each rank
@@ -196,6 +213,69 @@ def test_input_of_three_dimensions(device: str) -> None:
     assert torch.equal(y, layer(x.view(10, layer.hidden))[0].view(x.shape))
 
 
+STRIDED = {
+    "columns": lambda x: x.repeat(1, 2)[:, : x.shape[1]],
+    "one token, expanded": lambda x: x[:1].expand(4, -1),
+    "transposed": lambda x: x.view(3, 3, -1).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_input(device: str, name: str) -> None:
+    layer = make_layer(device).requires_grad_(False)
+    x = STRIDED[name](make_x(device, 0, 9, layer.hidden))
+    assert not x.is_contiguous()
+    assert torch.equal(layer(x)[0], layer(x.contiguous())[0])
+    decoder, x = layer.float(), x.float()
+    assert torch.equal(decoder.decode(x, 9), decoder.decode(x.contiguous(), 9))
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["plain", "marked"])
+def test_strided_input_compiled(device: str, marked: bool) -> None:
+    torch._dynamo.reset()
+    layer = make_layer(device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for count in (5, 3, 1, 0):
+        x = STRIDED["columns"](make_x(device, count, count, layer.hidden))
+        if marked:
+            torch_ep.mark_tokens(x)
+        torch.testing.assert_close(compiled(x)[0], layer(x)[0])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 2, 16), (16,), ()], ids=str)
+def test_tokens_of_another_size(device: str, shape: tuple[int, ...]) -> None:
+    layer = make_layer(device).requires_grad_(False)
+    x = make_x(device, 0, *shape)
+    message = rf"torch_ep\.nn\.MoE: expected x of \[\.\.\., 8\], got \[{', '.join(map(str, shape))}\]"
+    with pytest.raises(ValueError, match=message):
+        layer(x)
+    with pytest.raises(ValueError, match=message):
+        layer.decode(x, 8)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="raised exception ValueError"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+
+
+def test_tokens_of_another_dtype(device: str) -> None:
+    layer = make_layer(device, dtype=torch.float32).requires_grad_(False)
+    x = make_x(device, 0, 9, layer.hidden)
+    for dtype in (torch.bfloat16, torch.float64, torch.int64):
+        message = rf"torch_ep\.nn\.MoE: expected x of torch\.float32, the experts' dtype, got {dtype}"
+        with pytest.raises(TypeError, match=message):
+            layer(x.to(dtype))
+        with pytest.raises(TypeError, match=message):
+            layer.decode(x.to(dtype), 9)
+
+
+def test_router_in_float32_beside_experts_in_bfloat16(device: str) -> None:
+    layer = make_layer(device, dtype=torch.bfloat16)
+    layer.router = nn.Parameter(layer.router.float())
+    y, _ = layer(make_x(device, 0, 9, layer.hidden).bfloat16())
+    assert y.dtype == torch.bfloat16
+
+
 @every_layout
 def test_bfloat16_goes_through_torchs_grouped_mm(device: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
@@ -210,6 +290,140 @@ def test_bfloat16_goes_through_torchs_grouped_mm(device: str, layout: str, monke
     want = dense(x.double(), weights, layer.num_topk).out
     # Seven bits of mantissa, three products deep.
     torch.testing.assert_close(y.double(), want, rtol=0.05, atol=0.02 * float(want.abs().max()))
+
+
+def _autocast(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16)
+
+
+class Projected(nn.Module):
+    """A layer whose input has autocast's dtype or, without `before`, that of the parameters."""
+
+    def __init__(self, device: str, before: bool, layout: str) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.before = nn.Linear(8, 8) if before else nn.Identity()
+        self.moe = MoE(8, 16, 8, 3, layout=layout, shared_intermediate=8)
+        self.to(device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, torch_ep.nn.RouterStats]:
+        return self.moe(self.before(x))
+
+
+def _autocast_step(
+    rank: int, world_size: int, device: str, before: bool, layout: str, compiled: bool
+) -> dict[str, list[Tensor]]:
+    """By name: a result or gradient of a step under autocast, and the same of a layer cast by hand."""
+    torch._dynamo.reset()
+    auto, manual = Projected(device, before, layout), Projected(device, before, layout)
+    for p in manual.parameters():
+        if p is not manual.moe.router:
+            p.data = p.data.bfloat16()
+    x = make_x(device, rank, TOKENS[rank], 8).bfloat16()  # for the router, too, both ways the same
+    inputs = x.float().requires_grad_(), x.clone().requires_grad_()
+    run = torch.compile(auto, fullgraph=True, backend="aot_eager") if compiled else auto
+    with _autocast(device):
+        outputs = run(inputs[0]), None
+    outputs = outputs[0], manual(inputs[1])
+    found: dict[str, list[Tensor]] = {}
+    for (y, stats), module, x in zip(outputs, (auto, manual), inputs, strict=True):
+        (y.float().square().sum() + stats.aux_loss).backward()
+        results = {"y": y, **stats._asdict(), "x.grad": x.grad}
+        for name, p in module.named_parameters():
+            assert p.grad.dtype == p.dtype
+            results[name] = p.grad
+        for name, t in results.items():
+            found.setdefault(name, []).append(t.detach().cpu())
+    torch._dynamo.reset()
+    return found
+
+
+@every_layout
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("before", [False, True], ids=["alone", "after a Linear"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_autocast_equals_a_layer_cast_by_hand(
+    device: str, world_size: int, before: bool, compiled: bool, layout: str
+) -> None:
+    args = (device, before, layout, compiled)
+    steps = [_autocast_step(0, 1, *args)] if world_size == 1 else Ranks(device, world_size).run(_autocast_step, *args)
+    for found in steps:
+        assert found["y"][0].dtype == torch.bfloat16
+        assert torch.equal(*found["tokens_per_expert"])
+        torch.testing.assert_close(*found["y"], rtol=0.02, atol=0.02)
+        for name, (got, want) in found.items():
+            # The gradient of x is a sum of several, in float32 or in bfloat16.
+            torch.testing.assert_close(
+                got.float(), want.float(), rtol=0.02, atol=0.02, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_autocast_leaves_the_router_alone(device: str) -> None:
+    layer = make_layer(device, dtype=torch.float32)
+    x = make_x(device, 0, 256, layer.hidden).float()
+    want = layer.route(x)
+    with _autocast(device):
+        got = layer.route(x)
+        rounded = F.linear(x, layer.router).softmax(-1).topk(layer.num_topk).indices
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert not torch.equal(rounded, want[0])  # x tells
+
+
+def test_autocast_leaves_float64_alone(device: str) -> None:
+    layer = make_layer(device, shared_intermediate=4)
+    x = make_x(device, 0, 9, layer.hidden)
+    want, _ = layer(x)
+    with _autocast(device):
+        assert torch.equal(layer(x)[0], want)
+        with pytest.raises(TypeError, match=r"expected x of torch\.float64, the experts' dtype, got torch\.bfloat16"):
+            layer(x.float())
+
+
+@every_layout
+def test_rows_travel_in_autocasts_dtype(device: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    original = torch_ep.nn.dispatch
+    monkeypatch.setattr(torch_ep.nn, "dispatch", lambda x, *a, **k: sent.append(x.dtype) or original(x, *a, **k))
+    layer = make_layer(device, dtype=torch.float32, layout=layout)
+    with _autocast(device):
+        layer(make_x(device, 0, 9, layer.hidden).float())
+    assert sent == [torch.bfloat16] * (2 if layout == "rank_major" else 1)
+
+
+def test_rows_of_decode_travel_in_autocasts_dtype(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    original = torch_ep.nn.low_latency_dispatch
+    monkeypatch.setattr(
+        torch_ep.nn, "low_latency_dispatch", lambda x, *a, **k: sent.append(x.dtype) or original(x, *a, **k)
+    )
+    layer = make_layer(device, dtype=torch.float32).requires_grad_(False)
+    with _autocast(device):
+        layer.decode(make_x(device, 0, 9, layer.hidden).float(), 9)
+    assert sent == [torch.bfloat16]
+
+
+def _decoded_under_autocast(rank: int, world_size: int, device: str, quantize: Any) -> tuple[Tensor, Tensor]:
+    layer = make_layer(device, dtype=torch.float32, shared_intermediate=4).requires_grad_(False)
+    x = make_x(device, rank, TOKENS[rank], layer.hidden).float()
+    want = layer.decode(x, 9, quantize=quantize)
+    with _autocast(device):
+        return layer.decode(x, 9, quantize=quantize).cpu(), want.cpu()
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_decode_under_autocast(device: str, world_size: int, quantize: Any) -> None:
+    args = (device, quantize)
+    results = (
+        [_decoded_under_autocast(0, 1, *args)]
+        if world_size == 1
+        else Ranks(device, world_size).run(_decoded_under_autocast, *args)
+    )
+    for got, want in results:
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), want, rtol=0.05, atol=0.02)
 
 
 GROUPS = {
@@ -320,10 +534,10 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 class Model(nn.Module):
     """A layer below the root, so that its parameters' names have a prefix."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
         super().__init__()
         self.before = nn.Linear(8, 8, dtype=torch.float64)
-        self.moe = MoE(**SHAPE, selection_bias=True, shared_intermediate=4, dtype=torch.float64)
+        self.moe = MoE(**SHAPE, selection_bias=True, shared_intermediate=4, group=group, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(self.before(x))[0]
@@ -408,3 +622,210 @@ def test_shard_and_gather_are_inverse(device: str) -> None:
 def test_one_rank_needs_no_group() -> None:
     assert make_layer().group_name == ""
     assert torch_ep.comm.resolve(None) == ("", 1)
+
+
+# --- data parallelism -------------------------------------------------------------------------------------------------
+
+MESHES = {"dp 1, ep 2": (1, 2), "dp 2, ep 1": (2, 1), "dp 2, ep 2": (2, 2)}
+each_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+EXPERTS_OF_MODEL = ["moe.gate", "moe.up", "moe.down"]
+MAX_NORM = 0.1
+
+
+@contextmanager
+def _mesh(shape: tuple[int, int]) -> Iterator[DeviceMesh]:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep"))
+    communicator = torch_ep.init(mesh["ep"])
+    try:
+        yield mesh
+    finally:
+        if communicator.group_name not in ("", dist.group.WORLD.group_name):
+            torch_ep.destroy(mesh["ep"])
+
+
+def _whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def _sharded_full_state(rank: int, world_size: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+    with _mesh(shape) as mesh:
+        torch.manual_seed(21)
+        model = Model(mesh["ep"])
+        model.moe.selection_bias += torch.arange(8) / 100
+        return full_state_dict(fully_shard(model, mesh=mesh["dp"]))
+
+
+@each_mesh
+def test_full_state_of_a_layer_that_fsdp_has_sharded(shape: tuple[int, int]) -> None:
+    want = _full_state(0, 1, "cpu")
+    for state in world(shape[0] * shape[1]).run(_sharded_full_state, shape):
+        assert list(state) == list(want)
+        for name in want:
+            assert type(state[name]) is Tensor
+            assert torch.equal(state[name], want[name]), name
+
+
+def _loaded_into_shards(rank: int, world_size: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    with _mesh((1, 2) if world_size == 2 else (2, 2)) as mesh:
+        torch.manual_seed(rank)
+        model = Model(mesh["ep"])
+        fully_shard(model, mesh=mesh["dp"])
+        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+        return full_state_dict(model)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_full_state_loads_into_what_fsdp_has_sharded(world_size: int) -> None:
+    want = _full_state(0, 1, "cpu")
+    for state in world(world_size).run(_loaded_into_shards, want):
+        for name in want:
+            assert torch.equal(state[name], want[name]), name
+
+
+def _shapes_of_two_names(rank: int, world_size: int, device: str) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    layer = make_layer(device)
+    module = nn.ModuleDict({"first": layer, "again": layer})
+    state = full_state_dict(module)
+    return expert_parameter_names(module), {name: tuple(t.shape) for name, t in state.items()}
+
+
+def test_state_of_a_layer_with_two_names(device: str) -> None:
+    expected = {
+        f"{prefix}.{name}": shape
+        for prefix in ("first", "again")
+        for name, shape in {"router": (8, 8), "gate": (8, 8, 6), "up": (8, 8, 6), "down": (8, 6, 8)}.items()
+    }
+    for names, shapes in Ranks(device, 2).run(_shapes_of_two_names, device):
+        assert shapes == expected
+        assert names == [name for name in expected if "router" not in name]
+
+
+def _loss(model: nn.Module, rank: int) -> Tensor:
+    return model(make_x("cpu", rank, 4 + rank, 8)).square().sum()
+
+
+def _reduced_by_ddp(model: Model, mesh: DeviceMesh, rank: int) -> None:
+    experts = expert_parameter_names(model)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, experts)
+    replicated = DistributedDataParallel(model)  # which reduces for as long as it lives
+    _loss(replicated, rank).backward()
+    for name in experts:
+        grad = model.get_parameter(name).grad
+        dist.all_reduce(grad, group=mesh["dp"].get_group())
+        grad /= mesh.size()
+
+
+def _reduced_by_fsdp(sharded: nn.Module, mesh: DeviceMesh, rank: int, model: nn.Module | None = None) -> None:
+    """`sharded` is all of the model, or the part of it that is sharded over "dp"."""
+    experts = expert_parameter_names(sharded)
+    fully_shard(sharded, mesh=mesh["dp"])
+    _loss(model or sharded, rank).backward()
+    for name, p in sharded.named_parameters():
+        grad = p.grad.to_local()
+        if name not in experts:
+            dist.all_reduce(grad, group=mesh["ep"].get_group())
+        grad /= mesh["ep"].size()
+
+
+def _reduced_by_fsdp_over_two_meshes(model: Model, mesh: DeviceMesh, rank: int) -> None:
+    fully_shard(model.before, mesh=init_device_mesh("cpu", (mesh.size(),)))
+    _reduced_by_fsdp(model.moe, mesh, rank, model)
+
+
+def _reduced_by_hand_beside_fsdp(model: Model, mesh: DeviceMesh, rank: int) -> None:
+    fully_shard(model.before, mesh=init_device_mesh("cpu", (mesh.size(),)))
+    _loss(model, rank).backward()
+    experts = expert_parameter_names(model.moe)
+    for name, p in model.moe.named_parameters():
+        dist.all_reduce(p.grad, group=mesh["dp"].get_group() if name in experts else None)
+        p.grad /= mesh.size()
+
+
+REDUCED = {
+    "DDP": _reduced_by_ddp,
+    "FSDP2": _reduced_by_fsdp,
+    "FSDP2 over two meshes": _reduced_by_fsdp_over_two_meshes,
+    "by hand beside FSDP2": _reduced_by_hand_beside_fsdp,
+}
+
+
+def _data_parallel_step(
+    rank: int, world_size: int, shape: tuple[int, int], how: str, max_norm: float
+) -> tuple[list[str], Tensor, dict[str, Tensor]]:
+    """Names of the experts' parameters, the norm, and all gradients, clipped and whole."""
+    with _mesh(shape) as mesh:
+        torch.manual_seed(21)
+        model = Model(mesh["ep"])
+        names = expert_parameter_names(model)
+        REDUCED[how](model, mesh, rank)
+        norm = clip_grad_norm_(model, max_norm)
+        grads = {name: _whole(p.grad) for name, p in model.named_parameters()}
+        return (
+            names,
+            norm,
+            {name: gather_experts(grad, mesh["ep"]) if name in names else grad for name, grad in grads.items()},
+        )
+
+
+@pytest.mark.parametrize("max_norm", [MAX_NORM, 1e9], ids=["clipped", "below"])
+@pytest.mark.parametrize("how", REDUCED)
+@each_mesh
+def test_gradients_clipped_together_are_those_of_one_rank(shape: tuple[int, int], how: str, max_norm: float) -> None:
+    world_size = shape[0] * shape[1]
+    torch.manual_seed(21)
+    model = Model()
+    (sum(_loss(model, rank) for rank in range(world_size)) / world_size).backward()
+    want_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    assert want_norm > 2 * MAX_NORM
+    for names, norm, grads in world(world_size).run(_data_parallel_step, shape, how, max_norm):
+        assert names == (EXPERTS_OF_MODEL if shape[1] > 1 else [])
+        torch.testing.assert_close(norm, want_norm)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(grads[name], p.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Frozen(Model):
+    """Rank 1 has no gradients of experts at all."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.before.weight.grad = torch.full((8, 8), 0.5, dtype=torch.float64)
+        if rank == 0:
+            self.moe.gate.grad = torch.full_like(self.moe.gate, 2)
+
+
+def _clip_frozen(rank: int, world_size: int) -> tuple[float, float, float]:
+    model = Frozen(rank)
+    norm = clip_grad_norm_(model, 1.0)
+    return float(norm), float(model.before.weight.grad[0, 0]), float(clip_grad_norm_(Model(), 1.0))
+
+
+def test_ranks_without_gradients_clip_along() -> None:
+    want = (64 * 0.5**2 + 4 * 8 * 6 * 2**2) ** 0.5
+    for norm, element, of_none in world(2).run(_clip_frozen):
+        assert norm == pytest.approx(want)
+        assert element == pytest.approx(0.5 / want, rel=1e-5)
+        assert of_none == 0
+
+
+def test_norm_of_bfloat16_gradients_is_in_float32() -> None:
+    layer = make_layer(dtype=torch.bfloat16)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    assert clip_grad_norm_(layer, 1.0).dtype == torch.float32
+
+
+def _experts_after_ddp(rank: int, world_size: int) -> list[Tensor]:
+    torch.manual_seed(21)
+    model = Model()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, expert_parameter_names(model))
+    DistributedDataParallel(model)
+    return [p.detach() for p in (model.moe.gate, model.moe.up, model.moe.down)]
+
+
+def test_ddp_leaves_every_ranks_experts_alone() -> None:
+    first, second = world(2).run(_experts_after_ddp)
+    want = _full_state(0, 1, "cpu")
+    for name, a, b in zip(EXPERTS_OF_MODEL, first, second, strict=True):
+        assert torch.equal(torch.cat([a, b]), want[name])

@@ -1,7 +1,8 @@
-"""The Mixture-of-Experts layer that users start from, and what its state dict needs when the world size changes."""
+"""The Mixture-of-Experts layer that users start from, and what states and gradients need where experts are spread."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -9,13 +10,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .comm import Group, local_group, process_group, resolve
 from .low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from .ops import combine, dispatch, plan
 from .plan import Layout, _recv_map
 
-__all__ = ["MoE", "RouterStats", "full_state_dict", "gather_experts", "grouped_mm", "shard_experts"]
+__all__ = [
+    "MoE",
+    "RouterStats",
+    "clip_grad_norm_",
+    "expert_parameter_names",
+    "full_state_dict",
+    "gather_experts",
+    "grouped_mm",
+    "shard_experts",
+]
 
 
 _GROUP_CHANNELS = 128  # that share a scale, in quantised rows
@@ -65,6 +76,22 @@ def shard_experts(t: Tensor, group: Group = None) -> Tensor:
     return t.chunk(world_size)[process_group(group_name).rank()]
 
 
+def _autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def _autocast_dtype(t: Tensor) -> torch.dtype:
+    """In which a matrix product takes `t`: autocast's, which leaves float64 alone; without autocast t's own."""
+    if t.is_floating_point() and t.dtype != torch.float64 and _autocasts(t.device.type):
+        return torch.get_autocast_dtype(t.device.type)
+    return t.dtype
+
+
+def _autocast(t: Tensor) -> Tensor:
+    dtype = _autocast_dtype(t)
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
     """[L, C, H] of `dtype` from what a quantised `low_latency_dispatch` returns, whichever kind of scales it has."""
     if scales.dtype == torch.int32:  # four exponents in a word: a float32's bits, but for their place
@@ -84,6 +111,9 @@ class MoE(nn.Module):
     holds them; those of the router and the shared expert are of this rank's tokens and want the reduction that the
     rest of the model gets. Parameters start the same whatever the world size, given the same random seed.
 
+    Under `torch.autocast` rows travel and experts multiply in autocast's dtype, and y has it; the router stays in
+    float32 at least.
+
     Args:
         hidden: size of a token.
         intermediate: inner size of an expert (SwiGLU: silu(x @ gate) * (x @ up) @ down).
@@ -96,7 +126,13 @@ class MoE(nn.Module):
         selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
             balancing, arXiv:2408.15664).
         shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
-        layout, capacity, alignment: as in `torch_ep.plan`.
+        layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
+            "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
+            fills it source rank by source rank: tokens of the last ranks do, for every expert here.
+
+    Raises (`forward`):
+        ValueError: x is not of [..., hidden].
+        TypeError: x is not of the experts' dtype.
     """
 
     #: Parameters with a first dimension of experts, spread over the ranks.
@@ -172,6 +208,9 @@ class MoE(nn.Module):
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """topk_idx, topk_weights [num_tokens, num_topk]; the scores [num_tokens, num_experts] behind them."""
+        if _autocasts(x.device.type):  # a logit of few bits is another choice
+            with torch.autocast(x.device.type, enabled=False):
+                return self._choose(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.router.to(wide))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
@@ -197,8 +236,24 @@ class MoE(nn.Module):
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Applies each local expert to its group of rows."""
-        inner = F.silu(grouped_mm(rows, self.gate, offsets)) * grouped_mm(rows, self.up, offsets)
-        return grouped_mm(inner, self.down, offsets)
+        gate, up, down = _autocast(self.gate), _autocast(self.up), _autocast(self.down)
+        inner = F.silu(grouped_mm(rows, gate, offsets)) * grouped_mm(rows, up, offsets)
+        return grouped_mm(inner, down, offsets)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as [num_tokens, hidden], contiguous."""
+        if x.shape[-1:] != (self.hidden,):
+            raise ValueError(f"torch_ep.nn.MoE: expected x of [..., {self.hidden}], got {list(x.shape)}")
+        tokens = x.reshape(-1, self.hidden)
+        # `is_contiguous` depends on whether there is one token: more than the compiler knows of marked ones.
+        return tokens if tokens.stride() == (self.hidden, 1) else tokens.contiguous()
+
+    def _payload(self, tokens: Tensor) -> Tensor:
+        """The tokens in the dtype in which experts multiply."""
+        payload, dtype = _autocast(tokens), _autocast_dtype(self.gate)
+        if payload.dtype != dtype:
+            raise TypeError(f"torch_ep.nn.MoE: expected x of {dtype}, the experts' dtype, got {payload.dtype}")
+        return payload
 
     def _local_capacity(self) -> int | None:
         """rank_major with a capacity: rows for every expert here that the received rows could name, so none drops."""
@@ -210,8 +265,9 @@ class MoE(nn.Module):
         return -(-rows // self.alignment) * self.alignment
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
-        tokens = x.reshape(-1, self.hidden)
+        tokens = self._tokens(x)
         topk_idx, weights, aux_loss, load = self.route(tokens)
+        tokens = self._payload(tokens)
         by_rank = self.layout == "rank_major"
         p = plan(
             topk_idx,
@@ -259,7 +315,7 @@ class MoE(nn.Module):
         `capacity` and `alignment` have no part in it, and nothing is dropped.
 
         Args:
-            x: [..., hidden], contiguous; float32, bfloat16 or float16. Ranks may hold different numbers of tokens.
+            x: [..., hidden]; float32, bfloat16 or float16. Ranks may hold different numbers of tokens.
             max_tokens_per_rank: most tokens of a rank, the same on every rank.
             active: x's shape without hidden, bool: the other tokens visit no expert but the shared one. A server's idle
                 slots; a rank that has nothing to do needs them in compiled code, since Inductor leaves out whatever has
@@ -272,10 +328,12 @@ class MoE(nn.Module):
 
         Raises:
             RuntimeError: gradients are wanted: call it under `torch.no_grad()`.
+            ValueError, TypeError: as `forward`.
             ValueError, TypeError, torch.distributed.DistError: as `torch_ep.low_latency_dispatch`.
         """
-        tokens = x.reshape(-1, self.hidden)
+        tokens = self._tokens(x)
         topk_idx, weights, _ = self._choose(tokens)
+        tokens = self._payload(tokens)
         if active is not None:
             topk_idx = torch.where(active.reshape(-1, 1), topk_idx, -1)
         received, p = low_latency_dispatch(
@@ -288,7 +346,7 @@ class MoE(nn.Module):
             quantize=quantize,
             statistics=statistics,
         )
-        rows = received if quantize is None else _dequantize(*received, dtype=x.dtype)
+        rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
         inner = F.silu(torch.bmm(rows, self.gate)) * torch.bmm(rows, self.up)
         y = low_latency_combine(torch.bmm(inner, self.down), p, statistics=statistics)
         return self._with_shared(y, tokens).view(x.shape)
@@ -324,15 +382,74 @@ class MoE(nn.Module):
         )
 
 
-def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with all experts of every `MoE` inside, on every rank. Collective.
+def _groups_of_experts(module: nn.Module) -> dict[Tensor, str]:
+    """Every `MoE`'s parameters of experts inside, and the name of the group over which they are spread."""
+    layers = [layer for layer in module.modules() if isinstance(layer, MoE)]
+    return {getattr(layer, name): layer.group_name for layer in layers for name in layer.EXPERT_PARAMETERS}
 
-    `load_state_dict` takes it at any world size.
+
+def expert_parameter_names(module: nn.Module) -> list[str]:
+    """Names, as in `module.named_parameters()`, of the parameters of every `MoE` inside that are spread over ranks.
+
+    They are different on every rank of the layer's group: what replicates parameters over these ranks, such as
+    `DistributedDataParallel`, has to leave them out. None of a layer whose group is one rank.
     """
-    state = dict(module.state_dict())
-    for prefix, layer in module.named_modules():
-        if isinstance(layer, MoE):
-            for name in layer.EXPERT_PARAMETERS:
-                key = f"{prefix}.{name}" if prefix else name
-                state[key] = gather_experts(state[key], layer.group_name)
+    groups = _groups_of_experts(module)
+    return [name for name, p in module.named_parameters(remove_duplicate=False) if groups.get(p)]
+
+
+@torch.no_grad()
+def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
+    """Scales all gradients by one factor, so that their 2-norm over all ranks is at most `max_norm`.
+
+    Squares of experts' gradients are summed over the group of their layer; every other parameter counts once.
+    Gradients that FSDP2 has sharded count whole. Collective over the groups of all layers and shards; the factor is
+    the same on every rank if gradients of replicated parameters are, so reduce them first.
+
+    Args:
+        module: the whole model; parameters without a gradient have no part in it.
+        max_norm: as in `torch.nn.utils.clip_grad_norm_`.
+
+    Returns:
+        [] the norm before, the same on every rank; float32, or float64 if a parameter is.
+    """
+    parameters, groups = list(module.parameters()), _groups_of_experts(module)
+    # torch's norm is of gradients of one mesh at a time.
+    parts: dict[tuple[str, Any], list[nn.Parameter]] = {}
+    for p in parameters:
+        if p.grad is not None:
+            mesh = p.grad.device_mesh if isinstance(p.grad, DTensor) else None
+            parts.setdefault((groups.get(p, ""), mesh), []).append(p)
+
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+    device = parameters[0].device if parameters else None
+    # A group's ranks all sum, also one that has no gradients.
+    squares = {group: torch.zeros((), dtype=dtype, device=device) for group in ("", *groups.values())}
+    for (group, _), part in parts.items():
+        norm = nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        squares[group] += norm.to(squares[group]).square()
+    for group, square in squares.items():
+        if group:
+            dist.all_reduce(square, group=process_group(group))
+    total = torch.stack(list(squares.values())).sum().sqrt()
+    for part in parts.values():
+        nn.utils.clip_grads_with_norm_(part, max_norm, total)
+    return total
+
+
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with all experts of every `MoE` inside, on every rank, whole where FSDP2 has sharded it.
+
+    Collective over the groups of all layers and shards. `load_state_dict` takes it at any world size.
+    """
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in module.state_dict().items()
+    }
+    groups = _groups_of_experts(module)
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if group := groups.get(p):
+            state[name] = gather_experts(state[name], group)
     return state
