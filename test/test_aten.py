@@ -56,14 +56,16 @@ def test_equals_the_reference(
         assert same_bits(torch_ep.combine(-rows, p, row_weights=row_weights), want_sums)  # -0 among the terms
 
 
-def test_fp8_rows_and_scales() -> None:
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_fp8_rows_and_scales(dtype: torch.dtype) -> None:
     idx = random_topk(9, 2, 4, seeded(1))
-    x = torch.randn(9, 16, generator=seeded(2)).to(torch.float8_e4m3fn)
+    x = torch.randn(9, 16, generator=seeded(2)).to(torch.float8_e4m3fn).view(dtype)
     scales = torch.rand(9, 2, generator=seeded(3))
     p = torch_ep.plan(idx, 4, alignment=4)
     rows, row_scales = torch_ep.dispatch(x, p, scales=scales)
     (want,) = reference.plan([idx], 4, layout="expert_major", alignment=4)
-    assert torch.equal(rows.float(), reference.dispatch([x], [want])[0][0].float())
+    assert rows.dtype == dtype
+    assert torch.equal(rows.view(torch.uint8), reference.dispatch([x], [want])[0][0].view(torch.uint8))
     assert torch.equal(row_scales, reference.dispatch([scales], [want])[0][0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,3 +175,21 @@ def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout) -> Non
 def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
     with pytest.raises(RuntimeError, match="Expected a value of type 'int' for argument 'num_experts'"):
         torch_ep.plan(topk_idx(), "4")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
+def test_a_plan_is_saved_and_loaded(layout: torch_ep.Layout) -> None:
+    x = torch.rand(3, 4)
+    plan = torch_ep.plan(topk_idx(), 4, layout=layout)
+    rows, low_latency_plan = torch_ep.low_latency_dispatch(x, topk_idx(), 4, 3)
+    in_flight = torch_ep.low_latency_dispatch_send(x, topk_idx(), 4, 3)
+    file = io.BytesIO()
+    torch.save((plan, low_latency_plan, in_flight), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert [type(t) for t in loaded] == [torch_ep.Plan, torch_ep.LowLatencyPlan, torch_ep.InFlightDispatch]
+    assert torch.equal(torch_ep.dispatch(x, loaded[0]), torch_ep.dispatch(x, plan))
+    assert torch.equal(
+        torch_ep.low_latency_combine(rows, loaded[1]), torch_ep.low_latency_combine(rows, low_latency_plan)
+    )
+    assert torch.equal(torch_ep.low_latency_dispatch_recv(loaded[2])[0][0], rows[0])

@@ -236,7 +236,7 @@ CASES = {
     "dispatch-tokens": dispatch("expected x of shape [3, -1] (-1: any size), got [2, 4]", x=torch.ones(2, 4)),
     "dispatch-dim": dispatch("expected x of shape [3, -1] (-1: any size), got [3, 4, 1]", x=torch.ones(3, 4, 1)),
     "dispatch-dtype": dispatch(
-        f"expected x of {FLOATS.replace(' or Half', ', Half')} or Float8_e4m3fn, got Long",
+        f"expected x of {FLOATS.replace(' or Half', ', Half')}, Float8_e4m3fn, Float8_e5m2 or Byte, got Long",
         error=TypeError,
         x=torch.ones(3, 4, dtype=torch.int64),
     ),
@@ -603,6 +603,55 @@ def test_init_limits(name: str, value: int) -> None:
         torch_ep.init(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["max_tokens_per_rank", "hidden", "num_topk", "num_experts", "low_latency_tokens"])
+def test_init_types(name: str) -> None:
+    with pytest.raises(TypeError, match=f"torch_ep.init: expected {name} to be an int or None, got float"):
+        torch_ep.init(**{name: 4.5})
+    with pytest.raises(TypeError, match=r"torch_ep.init: expected timeout to be a datetime.timedelta, got int"):
+        torch_ep.init(timeout=5)
+
+
+def test_a_plan_of_another_kind() -> None:
+    x, idx = torch.ones(2, 4), torch.tensor([[0], [1]])
+    plan = torch_ep.plan(idx, 2)
+    rows, low_latency_plan = torch_ep.low_latency_dispatch(x, idx, 2, 2)
+    calls: list[tuple[str, Callable]] = [
+        ("ep::dispatch: expected plan to be a torch_ep.Plan, got Tensor", lambda: torch_ep.dispatch(plan, x)),
+        (
+            "ep::dispatch: expected plan to be a torch_ep.Plan, got LowLatencyPlan",
+            lambda: torch_ep.dispatch(x, low_latency_plan),
+        ),
+        (
+            "ep::combine: expected plan to be a torch_ep.Plan, got LowLatencyPlan",
+            lambda: torch_ep.combine(x, low_latency_plan),
+        ),
+        (
+            "ep::combine: expected plan to be a torch_ep.Plan, got list",
+            lambda: torch_ep.combine(x, [], row_weights=torch.ones(2)),
+        ),
+        (
+            "ep::low_latency_combine: expected plan to be a torch_ep.LowLatencyPlan, got Plan",
+            lambda: torch_ep.low_latency_combine(rows, plan),
+        ),
+        (
+            "ep::low_latency_combine: expected plan to be a torch_ep.LowLatencyPlan, got Plan",
+            lambda: torch_ep.low_latency_combine_send(rows, plan),
+        ),
+        (
+            "ep::low_latency_dispatch_recv: expected in_flight to be a torch_ep.InFlightDispatch, got InFlightCombine",
+            lambda: torch_ep.low_latency_dispatch_recv(torch_ep.low_latency_combine_send(rows, low_latency_plan)),
+        ),
+        (
+            "ep::low_latency_combine_recv: expected in_flight to be a torch_ep.InFlightCombine, got tuple",
+            lambda: torch_ep.low_latency_combine_recv(()),
+        ),
+    ]
+    for message, call in calls:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == message
+
+
 def test_init_timeout() -> None:
     with pytest.raises(ValueError, match=r"torch_ep.init: expected a positive timeout, got 0:00:00"):
         torch_ep.init(timeout=timedelta())
@@ -792,6 +841,23 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
         elif which == "weights on one rank":
             p = torch_ep.plan(idx, world_size)
             torch_ep.dispatch(ones(2, 3), p, **({} if rank else {"topk_weights": ones(2, 1)}))
+        elif which == "dtype of weights differs":
+            p = torch_ep.plan(idx, world_size)
+            torch_ep.dispatch(ones(2, 3), p, topk_weights=ones(2, 1, dtype=torch.bfloat16 if rank else torch.float16))
+        elif which == "dtype of scales differs":
+            p = torch_ep.plan(idx, world_size)
+            torch_ep.dispatch(ones(2, 3), p, scales=ones(2, 1, dtype=torch.int32 if rank else torch.float32))
+        elif which == "topk_idx of another dtype":
+            torch_ep.plan(idx.double() if rank else idx, world_size)
+        elif which == "x of another shape":
+            p = torch_ep.plan(idx, world_size)
+            torch_ep.dispatch(ones(2 + rank, 3), p)
+        elif which == "y of another dtype":
+            p = torch_ep.plan(idx, world_size)
+            torch_ep.combine(ones(p.num_rows, 3, dtype=torch.int64 if rank else torch.float32), p)
+        elif which == "row_weights of another shape":
+            p = torch_ep.plan(idx, world_size)
+            torch_ep.combine(ones(p.num_rows, 3), p, row_weights=ones(p.num_rows + rank))
         elif which == "world_size":
             ops.plan(idx, 3, "expert_major", 1, 3, torch_ep.comm.resolve(None)[0])
         elif which == "init differs":
@@ -863,6 +929,24 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
                 "got 4 on rank 0 and 0 on rank 1",
                 "ep::dispatch: expected the same bytes of topk_weights a token on every rank, "
                 "got 0 on rank 1 and 4 on rank 0",
+            ),
+        ),
+        (
+            "dtype of weights differs",
+            ("DistError", "DistError"),
+            (
+                "ep::dispatch: expected the same dtype of topk_weights on every rank, "
+                "got Half on rank 0 and BFloat16 on rank 1",
+                "ep::dispatch: expected the same dtype of topk_weights on every rank, "
+                "got BFloat16 on rank 1 and Half on rank 0",
+            ),
+        ),
+        (
+            "dtype of scales differs",
+            ("DistError", "DistError"),
+            (
+                "ep::dispatch: expected the same dtype of scales on every rank, got Float on rank 0 and Int on rank 1",
+                "ep::dispatch: expected the same dtype of scales on every rank, got Int on rank 1 and Float on rank 0",
             ),
         ),
         (
@@ -938,6 +1022,34 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
         assert usable
 
 
+@pytest.mark.parametrize(
+    ("which", "error", "message"),
+    [
+        ("topk_idx of another dtype", "TypeError", "ep::plan: expected topk_idx of dtype Int or Long, got Double"),
+        ("x of another shape", "ValueError", "ep::dispatch: expected x of shape [2, -1] (-1: any size), got [3, 3]"),
+        (
+            "y of another dtype",
+            "TypeError",
+            "ep::combine: expected y of dtype Double, Float, BFloat16 or Half, got Long",
+        ),
+        (
+            "row_weights of another shape",
+            "ValueError",
+            "ep::combine: expected row_weights of shape [0] (-1: any size), got [1]",
+        ),
+    ],
+    ids=lambda value: value.replace(" ", "-") if " of " in value else "",
+)
+def test_a_bad_argument_on_one_rank_is_told_to_the_others(which: str, error: str, message: str) -> None:
+    """Over a process group, where nobody has to wait for the time-out."""
+    (other, told, others_work), (own, said, own_works) = world(2).run(caught, "cpu", which)
+    assert (own, said) == (error, message)
+    assert other == "DistError"
+    op = message.partition(": ")[0]
+    assert re.fullmatch(rf"{op}: rank 1 failed before exchange \d+: {re.escape(message)}", told), told
+    assert own_works and others_work
+
+
 def test_a_peers_bad_index_is_told_in_its_own_words(device: str) -> None:
     (_, message, _), _ = Ranks(device, 2).run(caught, device, "index on one rank")
     assert message.endswith(": ep::plan: expected topk_idx in [-1, 2), got 9 at token 0, slot 0")
@@ -960,6 +1072,10 @@ def low_latency_caught(rank: int, world_size: int, which: str) -> tuple[str, str
         "max_tokens_per_rank": lambda: dispatch(room=2 + rank),
         "hidden": lambda: dispatch(torch.ones(2, 3 + rank)),
         "dtype": lambda: dispatch(x.half() if rank else x),
+        "dtype of one": lambda: dispatch(x.int() if rank else x),
+        "row_weights of one": lambda: torch_ep.low_latency_combine(
+            rows, plan._replace(row_weights=plan.row_weights.half() if rank else plan.row_weights)
+        ),
         "quantize": lambda: dispatch(quantize="fp8" if rank else None),
         "world_size": lambda: ops.low_latency_dispatch(x, idx, None, "", 3, 2, 3, torch_ep.comm.resolve(None)[0]),
         "operator": lambda: torch_ep.low_latency_combine(rows, plan) if rank else dispatch(),
@@ -1000,6 +1116,20 @@ LOW_LATENCY_RANKS = {
     "max_tokens_per_rank": (("DistError", "DistError"), _differs("dispatch", "max_tokens_per_rank", "2", "3")),
     "hidden": (("DistError", "DistError"), _differs("dispatch", "hidden", "3", "4")),
     "dtype": (("DistError", "DistError"), _differs("dispatch", "dtype", "Float", "Half")),
+    "dtype of one": (
+        ("DistError", "TypeError"),
+        (
+            "ep::low_latency_dispatch: rank 1 failed before exchange",
+            "ep::low_latency_dispatch: expected x of dtype Float, BFloat16 or Half, got Int",
+        ),
+    ),
+    "row_weights of one": (
+        ("DistError", "TypeError"),
+        (
+            "ep::low_latency_combine: rank 1 failed before exchange",
+            "ep::low_latency_combine: expected row_weights of dtype Float, got Half",
+        ),
+    ),
     "quantize": (
         ("DistError", "DistError"),
         _differs("dispatch", "quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)", "0", "1"),

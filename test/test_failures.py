@@ -66,6 +66,28 @@ def test_the_last_rank(ranks: World, what: str) -> None:
     assert answers[culprit] is None
 
 
+def again(rank: int, world_size: int, culprit: int) -> list[str]:
+    """What an exchange, and a reset, say after the exchange that failed."""
+    attempt(rank, world_size, culprit, "stalls")
+    messages = []
+    for call in (exchange, exchange, torch_ep.reset):
+        try:
+            call()
+        except Exception as error:
+            messages.append(str(error).splitlines()[0])
+    return messages
+
+
+def test_a_closed_group_says_so(ranks: World) -> None:
+    culprit = ranks.world_size - 1
+    told = "is closed since an exchange on it failed: make the process group anew, then call torch_ep.init(group)"
+    for messages in ranks.run(again, culprit, limit_s=60)[:culprit]:
+        assert len(messages) == 3
+        assert all(told in message for message in messages), messages
+        assert messages[0].startswith("ep::plan: group '")
+        assert messages[2].startswith("torch_ep.init: group '")
+
+
 def test_the_rank_that_keeps_the_store(ranks: World) -> None:
     answers = ranks.run(attempt, 0, "exits", limit_s=60)
     for answer in answers[1:]:

@@ -146,6 +146,19 @@ def _check_init_twice(rank: int, world_size: int) -> tuple[int | None, int | Non
     return first.max_tokens_per_rank, second.max_tokens_per_rank
 
 
+def _reset_keeps(rank: int, world_size: int) -> tuple[Any, Any]:
+    name = torch_ep.comm.resolve(None)[0]
+    before = torch_ep.init(timeout=TIMEOUT)
+    torch_ep.reset()
+    check_against_reference(None, rank, world_size)
+    return before, torch_ep.comm.communicators[name]
+
+
+def test_reset_keeps_the_communicators_description() -> None:
+    for before, after in world(2).run(_reset_keeps):
+        assert after == before
+
+
 def test_init_again_replaces_the_communicator() -> None:
     assert world(2).run(_check_init_twice) == [(2, 99)] * 2
 

@@ -103,6 +103,25 @@ def test_data_that_begins_anywhere(name: str) -> None:
     no_differences(name, check_cases, cases)
 
 
+def bytes_as_other_types(rank: int, world_size: int, group: str | None, layout: torch_ep.Layout) -> list[str]:
+    compare = Comparison(layout)
+    idx = random_topk(9 + rank, 2, 4 * world_size, seeded(rank)).to(DEVICE)
+    plan = torch_ep.plan(idx, 4 * world_size, group, layout=layout)
+    x = torch.randn(len(idx), 48, generator=seeded(rank, 1)).to(FP8).to(DEVICE)
+    want = torch_ep.dispatch(x, plan).view(torch.uint8)
+    for dtype in (torch.float8_e5m2, torch.uint8):
+        rows = torch_ep.dispatch(x.view(dtype), plan)
+        assert rows.dtype == dtype
+        compare.expect(str(dtype), rows.view(torch.uint8), want)
+    return compare.differences
+
+
+@every_world
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_of_bytes(name: str, layout: torch_ep.Layout) -> None:
+    no_differences(name, bytes_as_other_types, layout)
+
+
 def wide_rows(world_size: int) -> list[Case]:
     tokens = tuple((9, 3, 0, 12, 5, 1, 7, 2)[:world_size])
     return [
@@ -561,6 +580,10 @@ def different_sizes(rank: int, world_size: int, group: str | None, what: str) ->
     x = torch.ones(2, 16 if what == "hidden" and odd else 8, device=DEVICE)
     x = x.half() if what == "dtype" and odd else x
     weights = torch.ones(2, 1, device=DEVICE) if what == "weights" and odd else None
+    payloads = {
+        "dtype of topk_weights": {"topk_weights": torch.ones(2, 1, dtype=BF16 if odd else F16, device=DEVICE)},
+        "dtype of scales": {"scales": torch.ones(2, 1, dtype=torch.int32 if odd else F32, device=DEVICE)},
+    }
     experts = 2 * world_size if what == "num_experts" and odd else world_size
 
     def wrong() -> None:
@@ -569,13 +592,15 @@ def different_sizes(rank: int, world_size: int, group: str | None, what: str) ->
         elif weights is not None:
             torch_ep.dispatch(x, plan, topk_weights=weights)
         else:
-            torch_ep.dispatch(x, plan)
+            torch_ep.dispatch(x, plan, **payloads.get(what, {}))
 
     error = attempt(wrong, lambda: plan_of(idx, world_size, group, 2 * world_size))
     return [error], works(rank, world_size, group)
 
 
-@pytest.mark.parametrize("what", ["hidden", "dtype", "weights", "num_experts"])
+@pytest.mark.parametrize(
+    "what", ["hidden", "dtype", "weights", "dtype of topk_weights", "dtype of scales", "num_experts"]
+)
 @pytest.mark.parametrize("name", ["virtual-3", "gpus-2"])
 def test_what_ranks_disagree_on_is_named(name: str, what: str) -> None:
     words = {"weights": "bytes of topk_weights a token"}.get(what, what)

@@ -199,10 +199,10 @@ def test_dispatch(world_size: int) -> None:
     over_cases(world_size, check)
 
 
-def _fp8_equals(rank: int, world_size: int, case: Case, scale_dtype: torch.dtype) -> None:
+def _fp8_equals(rank: int, world_size: int, case: Case, row_dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     compare = Comparison()
     topk_idx = case.topk_idx()
-    x = case.rows([(tokens, case.hidden) for tokens in case.tokens], torch.float8_e4m3fn)
+    x = [t.view(row_dtype) for t in case.rows([(n, case.hidden) for n in case.tokens], torch.float8_e4m3fn)]
     scales = [
         torch.randint(0, 256, (tokens, 3), generator=seeded(case.seed, r)).to(scale_dtype)
         for r, tokens in enumerate(case.tokens)
@@ -223,11 +223,15 @@ def _fp8_equals(rank: int, world_size: int, case: Case, scale_dtype: torch.dtype
     compare.raise_if_any()
 
 
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.uint8], ids=["float32 scales", "uint8 scales"])
+@pytest.mark.parametrize(
+    ("row_dtype", "scale_dtype"),
+    [(torch.float8_e4m3fn, torch.float32), (torch.float8_e5m2, torch.uint8), (torch.uint8, torch.uint8)],
+    ids=["e4m3", "e5m2", "uint8"],
+)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_dispatch_of_fp8_rows(world_size: int, scale_dtype: torch.dtype) -> None:
+def test_dispatch_of_fp8_rows(world_size: int, row_dtype: torch.dtype, scale_dtype: torch.dtype) -> None:
     for case in worst_cases(world_size):
-        on_ranks(world_size, _fp8_equals, case, scale_dtype)
+        on_ranks(world_size, _fp8_equals, case, row_dtype, scale_dtype)
 
 
 def _combine_equals(rank: int, world_size: int, case: Case) -> None:

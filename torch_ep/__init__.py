@@ -26,6 +26,11 @@ from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
 
 __version__ = "0.1.0"
 
+# Plans are tensors and plain values: `torch.load` may make them from files that it does not trust.
+torch.serialization.add_safe_globals(
+    [InFlightCombine, InFlightDispatch, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
+)
+
 # Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas: without this, an
 # artifact of another version could be taken for one of this.
 torch.compiler.config.cache_key_tag = f"{torch.compiler.config.cache_key_tag} torch_ep-{__version__}".strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from numbers import Integral
 from typing import Literal, NamedTuple, Union
 
 import torch
@@ -143,7 +144,7 @@ def init(
         What was agreed on, with the transport chosen and the bytes of symmetric memory that it took.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError, TypeError: an argument is out of its range, or of another type.
         RuntimeError: transport "nvlink" was asked for and cannot be; the message says why.
         torch.distributed.DistError: ranks passed different arguments, or one did not come.
     """
@@ -154,8 +155,12 @@ def init(
         "num_experts": num_experts,
     }
     for name, limit in {**limits, "low_latency_tokens": low_latency_tokens}.items():
+        if limit is not None and not isinstance(limit, Integral):
+            raise TypeError(f"torch_ep.init: expected {name} to be an int or None, got {type(limit).__name__}")
         if limit is not None and limit <= 0:
             raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"torch_ep.init: expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
     if timeout <= timedelta():
         raise ValueError(f"torch_ep.init: expected a positive timeout, got {timeout}")
     if transport not in _TRANSPORTS:
@@ -410,6 +415,7 @@ def reset(group: Group = None) -> None:
         torch.ops.ep._restart_nvlink(group_name, epoch + 1)
     else:
         init(group, **_arguments(communicator))
+        communicators[group_name] = communicators[group_name]._replace(reason=communicator.reason)
 
 
 def _arguments(communicator: Communicator) -> dict:

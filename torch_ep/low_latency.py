@@ -176,8 +176,10 @@ def low_latency_dispatch(
         expert, as masked grouped GEMMs take it: strides (S * C', 1, C'), C' = C rounded up to a multiple of 4.
 
     Raises:
-        ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. A bad
-            value on one rank raises `torch.distributed.DistError` on the others, which name that rank.
+        ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
+            is bad on one rank alone, that one raises when all have come to the call, and the others a
+            `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
+            else the rank raises at once, and the others after the time-out.
         RuntimeError: an argument requires a gradient; `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
     """
@@ -216,7 +218,13 @@ def low_latency_combine(
     return out
 
 
+def _check_kind(op: str, name: str, got: Any, kind: type) -> None:
+    if not isinstance(got, kind):
+        raise TypeError(f"ep::{op}: expected {name} to be a torch_ep.{kind.__name__}, got {type(got).__name__}")
+
+
 def _combine_arguments(y: Tensor, plan: LowLatencyPlan) -> tuple:
+    _check_kind("low_latency_combine", "plan", plan, LowLatencyPlan)
     world_size = plan.source_offsets.shape[1]
     return y, plan.topk_idx, plan.row_weights, plan.recv_row, plan.num_experts, world_size, plan.group_name
 
@@ -235,7 +243,8 @@ def low_latency_dispatch_send(
     """The first half of `low_latency_dispatch`: what stands between the two runs while the rows are on their way.
 
     When it returns it has read its arguments, in the order of the current stream. At most two dispatches may be in
-    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order.
+    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order. Transport nvlink raises
+    where that is not so; over a process group everything has arrived by then, and nothing is checked.
 
     Args, Raises: as `low_latency_dispatch`.
     """
@@ -263,6 +272,7 @@ def low_latency_dispatch_recv(
     in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
 ) -> tuple[Any, LowLatencyPlan]:
     """The second half of `low_latency_dispatch`. Collective; returns and raises what that does."""
+    _check_kind("low_latency_dispatch_recv", "in_flight", in_flight, InFlightDispatch)
     ticket, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
         ticket, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
@@ -296,6 +306,7 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
 
 def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
     """The second half of `low_latency_combine`. Collective; returns and raises what that does."""
+    _check_kind("low_latency_combine_recv", "in_flight", in_flight, InFlightCombine)
     out, wait_ns = torch.ops.ep.low_latency_combine_recv(*in_flight)
     if statistics is not None:
         statistics.wait_ns.add_(wait_ns)

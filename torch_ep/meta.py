@@ -14,6 +14,7 @@ from torch import SymInt, Tensor
 from .comm import communicators
 
 _SUM_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_ROW_TYPES = (*_SUM_TYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 _LOW_LATENCY_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As the kernels print them.
 _TYPE_NAMES = {
@@ -263,7 +264,7 @@ def _dispatch(
     op = "ep::dispatch"
     _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
     _check_payloads(op, "x", x, send_slot.shape[0], topk_weights, send_slot.shape, scales, send_slot)
-    _check_type(op, "x", x, (*_SUM_TYPES, torch.float8_e4m3fn))
+    _check_type(op, "x", x, _ROW_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", x.shape[1])
     rows = recv_map.shape[0]

@@ -47,10 +47,13 @@ def plan(
         after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
 
     Raises:
-        ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. A bad
-            value on one rank raises `torch.distributed.DistError` on the others, which name that rank.
+        ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
+            is bad on one rank alone, that one raises when all have come to the call, and the others a
+            `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
+            else the rank raises at once, and the others after the time-out.
         RuntimeError: `init` was not called for the group, or an argument is of another Python type than its own.
-        torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
+        torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or did not come in
+            time.
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
@@ -80,7 +83,9 @@ def plan(
     )
 
 
-def _plan_args(plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
+def _plan_args(op: str, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{op}: expected plan to be a torch_ep.Plan, got {type(plan).__name__}")
     return plan.send_slot, plan.send_counts, plan.recv_counts, _recv_map(plan), plan.layout, plan.group_name
 
 
@@ -107,7 +112,8 @@ def dispatch(
     One row crosses the link per (token, rank), whatever the layout. Rows of padding are zero.
 
     Args:
-        x: [num_tokens, hidden], contiguous; float64, float32, bfloat16, float16 or float8_e4m3fn.
+        x: [num_tokens, hidden], contiguous; float64, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, or uint8,
+            as which numbers of four bits travel, two in a byte.
         plan: of the same tokens.
         topk_weights: [num_tokens, num_topk] floating: weights that travel with the rows. Differentiable.
         scales: [num_tokens, n] of any dtype: numbers that travel with each row, such as the scales of an fp8 row.
@@ -124,7 +130,7 @@ def dispatch(
     """
     if not torch.compiler.is_compiling() and (got := _C.dispatch(x, plan, topk_weights, scales, after)) is not None:
         return got
-    rows, weights, row_scales = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args(plan), after)
+    rows, weights, row_scales = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args("ep::dispatch", plan), after)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -167,10 +173,10 @@ def combine(
             raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
         if not torch.compiler.is_compiling() and (got := _C.combine_weighted(y, plan, row_weights, after)) is not None:
             return got
-        return torch.ops.ep.combine.weighted(y, row_weights, *_plan_args(plan), after)
+        return torch.ops.ep.combine.weighted(y, row_weights, *_plan_args("ep::combine", plan), after)
     if not torch.compiler.is_compiling() and (got := _C.combine(y, plan, topk_weights, None, after)) is not None:
         return got
-    tokens, weights, _ = torch.ops.ep.combine(y, topk_weights, None, *_plan_args(plan), after)
+    tokens, weights, _ = torch.ops.ep.combine(y, topk_weights, None, *_plan_args("ep::combine", plan), after)
     return tokens if weights is None else (tokens, weights)
 
 

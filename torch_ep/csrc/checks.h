@@ -89,13 +89,15 @@ inline void check_sum_type(const char* op, const char* name, const at::Tensor& t
       t.scalar_type());
 }
 
+// What dispatch copies unseen: numbers, or bytes that hold some of four bits.
 inline void check_row_type(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(
-      is_sum_type(t.scalar_type()) || t.scalar_type() == at::kFloat8_e4m3fn,
+      is_sum_type(t.scalar_type()) || t.scalar_type() == at::kFloat8_e4m3fn || t.scalar_type() == at::kFloat8_e5m2 ||
+          t.scalar_type() == at::kByte,
       op,
       ": expected ",
       name,
-      " of dtype Double, Float, BFloat16, Half or Float8_e4m3fn, got ",
+      " of dtype Double, Float, BFloat16, Half, Float8_e4m3fn, Float8_e5m2 or Byte, got ",
       t.scalar_type());
 }
 

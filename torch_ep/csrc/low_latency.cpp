@@ -266,13 +266,13 @@ Arrived send_tokens(const Tokens& tokens, const std::string& group) {
   const char* op = name_of(kDispatch);
   const auto& sizes = tokens.sizes;
   const auto comm = find_communicator(group, sizes.world_size, kDispatch);
-  if (comm) {
-    check_limits(kDispatch, *comm, sizes, tokens.x.size(1));
-  }
   Route routed;
   std::vector<int64_t> send_rows(sizes.world_size, 0);
   std::optional<std::string> failure;
   try {
+    if (comm) {
+      check_limits(kDispatch, *comm, sizes, tokens.x.size(1));
+    }
     routed = route(op, tokens.topk_idx, sizes);
     send_rows = to_host(routed.send_counts);
   } catch (const c10::ValueError& error) {
@@ -340,14 +340,14 @@ Home send_sums(const Results& results, const std::string& group) {
   const auto& sizes = results.sizes;
   const auto comm = find_communicator(group, sizes.world_size, kCombine);
   const int64_t hidden = results.y.size(2), num_rows = sizes.num_local_experts() * sizes.room();
-  if (comm) {
-    check_limits(kCombine, *comm, sizes, hidden);
-  }
   const auto comes = results.recv_row.ge(0).any(1);  // whether the token of that row has an expert here
   Route routed;
   std::vector<int64_t> send_rows(sizes.world_size, 0), recv_rows = send_rows;
   std::optional<std::string> failure;
   try {
+    if (comm) {
+      check_limits(kCombine, *comm, sizes, hidden);
+    }
     routed = route(op, results.topk_idx, sizes);
     recv_rows = to_host(routed.send_counts);
     check_recv_row(results.recv_row, num_rows);
@@ -396,7 +396,9 @@ LowLatencyRows low_latency_dispatch(
     int64_t world_size,
     c10::string_view group_name,
     const std::optional<at::Tensor>& /*after*/) {
-  const Tokens tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  const auto tokens = or_tell(kDispatch, group_name, [&] {
+    return Tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  });
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, x, kDispatch)) {
     return transport->low_latency_dispatch(x, topk_idx, topk_weights, tokens.options());
@@ -415,7 +417,9 @@ InFlight low_latency_dispatch_send(
     c10::string_view group_name,
     int64_t in_flight_rows,
     const std::optional<at::Tensor>& /*after*/) {
-  const Tokens tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  const auto tokens = or_tell(kDispatch, group_name, [&] {
+    return Tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
+  });
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, x, kDispatch)) {
     check_in_flight_rows(kDispatch, in_flight_rows, 0, "nvlink");
@@ -463,7 +467,8 @@ std::tuple<at::Tensor, at::Tensor> low_latency_combine(
     int64_t world_size,
     c10::string_view group_name,
     const std::optional<at::Tensor>& /*after*/) {
-  const Results results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
+  const auto results = or_tell(
+      kCombine, group_name, [&] { return Results(y, topk_idx, row_weights, recv_row, num_experts, world_size); });
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, y, kCombine)) {
     return transport->low_latency_combine(y, topk_idx, row_weights, recv_row, num_experts);
@@ -482,7 +487,8 @@ InFlight low_latency_combine_send(
     c10::string_view group_name,
     int64_t in_flight_rows,
     const std::optional<at::Tensor>& /*after*/) {
-  const Results results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
+  const auto results = or_tell(
+      kCombine, group_name, [&] { return Results(y, topk_idx, row_weights, recv_row, num_experts, world_size); });
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, y, kCombine)) {
     check_in_flight_rows(kCombine, in_flight_rows, 0, "nvlink");

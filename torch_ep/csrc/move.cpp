@@ -21,6 +21,11 @@ int64_t bytes_per_row(const std::optional<at::Tensor>& t) {
   return t ? c10::multiply_integers(t->sizes().slice(1)) * static_cast<int64_t>(t->element_size()) : 0;
 }
 
+// Undefined: nothing of it is sent.
+int64_t dtype_of(const std::optional<at::Tensor>& t) {
+  return static_cast<int64_t>(bytes_per_row(t) > 0 ? t->scalar_type() : at::ScalarType::Undefined);
+}
+
 at::Tensor with_rows(const at::Tensor& like, int64_t rows) {
   auto sizes = like.sizes().vec();
   sizes[0] = rows;
@@ -74,11 +79,11 @@ class Move {
     const bool forward = op == OpKind::dispatch;
     out_rows = to_host(forward ? plan.send_counts : plan.recv_counts);
     in_rows = to_host(forward ? plan.recv_counts : plan.send_counts);
-    if (comm) {
-      check_limit(op, "hidden", comm->max_hidden, rows.size(1));
-    }
     std::optional<std::string> failure;
     try {
+      if (comm) {
+        check_limit(op, "hidden", comm->max_hidden, rows.size(1));
+      }
       check_plan_values(name_of(op), plan, forward ? out_rows : in_rows, forward ? in_rows : out_rows);
     } catch (const c10::ValueError& error) {
       failure = error.what_without_backtrace();
@@ -166,7 +171,9 @@ std::vector<Agreed> agreed_of(
       {"hidden", rows.size(1)},
       {"dtype", static_cast<int64_t>(rows.scalar_type()), true},
       {"bytes of topk_weights a token", bytes_per_row(topk_weights)},
-      {"bytes of scales a token", bytes_per_row(scales)}};
+      {"bytes of scales a token", bytes_per_row(scales)},
+      {"dtype of topk_weights", dtype_of(topk_weights), true},
+      {"dtype of scales", dtype_of(scales), true}};
 }
 
 // What combine sends of one payload of rows: a wire row each, reduced here first where there are several.
@@ -240,10 +247,13 @@ Payloads dispatch(
     c10::string_view group_name,
     const std::optional<at::Tensor>& /*after*/) {
   constexpr const char* op = "ep::dispatch";
-  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
-  check_plan(op, plan);
-  check_token_payloads(op, "x", x, send_slot.size(0), topk_weights, send_slot.sizes(), scales, send_slot);
-  check_row_type(op, "x", x);
+  const auto plan = or_tell(OpKind::dispatch, group_name, [&] {
+    const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+    check_plan(op, checked);
+    check_token_payloads(op, "x", x, send_slot.size(0), topk_weights, send_slot.sizes(), scales, send_slot);
+    check_row_type(op, "x", x);
+    return checked;
+  });
   if (const auto transport = transport_of(plan, group_name, OpKind::dispatch)) {
     return transport->dispatch(plan, x, topk_weights, scales);
   }
@@ -309,13 +319,16 @@ Payloads combine(
     c10::string_view group_name,
     const std::optional<at::Tensor>& /*after*/) {
   constexpr const char* op = "ep::combine";
-  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
-  check_plan(op, plan);
-  check_token_payloads(op, "y", y, recv_map.size(0), topk_weights, recv_map.sizes(), scales, send_slot);
-  check_sum_type(op, "y", y);
-  if (scales) {
-    check_sum_type(op, "scales", *scales);
-  }
+  const auto plan = or_tell(OpKind::combine, group_name, [&] {
+    const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+    check_plan(op, checked);
+    check_token_payloads(op, "y", y, recv_map.size(0), topk_weights, recv_map.sizes(), scales, send_slot);
+    check_sum_type(op, "y", y);
+    if (scales) {
+      check_sum_type(op, "scales", *scales);
+    }
+    return checked;
+  });
   if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
     return transport->combine(plan, y, std::nullopt, topk_weights, scales);
   }
@@ -334,12 +347,15 @@ at::Tensor combine_weighted(
     c10::string_view group_name,
     const std::optional<at::Tensor>& /*after*/) {
   constexpr const char* op = "ep::combine";
-  const PlanTensors plan{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
-  check_plan(op, plan);
-  check_tensor(op, "y", y, {recv_map.size(0), -1}, send_slot);
-  check_sum_type(op, "y", y);
-  check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot);
-  check_sum_type(op, "row_weights", row_weights);
+  const auto plan = or_tell(OpKind::combine, group_name, [&] {
+    const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
+    check_plan(op, checked);
+    check_tensor(op, "y", y, {recv_map.size(0), -1}, send_slot);
+    check_sum_type(op, "y", y);
+    check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot);
+    check_sum_type(op, "row_weights", row_weights);
+    return checked;
+  });
   if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
     return std::get<0>(transport->combine(plan, y, row_weights, std::nullopt, std::nullopt));
   }

@@ -64,8 +64,11 @@ PlanResult make_plan(
     int64_t world_size,
     c10::string_view group_name,
     std::optional<int64_t> max_tokens_per_rank) {
-  const bool expert_major = is_expert_major(kOp, layout);
-  check_arguments(topk_idx, num_experts, expert_major, alignment, capacity, world_size);
+  const bool expert_major = or_tell(OpKind::plan, group_name, [&] {
+    const bool is_major = is_expert_major(kOp, layout);
+    check_arguments(topk_idx, num_experts, is_major, alignment, capacity, world_size);
+    return is_major;
+  });
   const std::string group(group_name);
   if (const auto transport = find_transport(group, world_size, topk_idx, OpKind::plan)) {
     return transport->plan(topk_idx, {num_experts, expert_major, alignment, capacity, max_tokens_per_rank});
@@ -73,15 +76,14 @@ PlanResult make_plan(
   const auto comm = find_communicator(group, world_size, OpKind::plan);
   const auto& local = local_kernels(topk_idx);
   const int64_t num_topk = topk_idx.size(1);
-  if (comm) {
-    check_limit(OpKind::plan, "num_topk", comm->max_topk, num_topk);
-    check_limit(OpKind::plan, "num_experts", comm->max_experts, num_experts);
-  }
-
   // What can be wrong on one rank alone is told to the others, which would wait in vain otherwise.
   Route routed;
   std::optional<std::string> failure;
   try {
+    if (comm) {
+      check_limit(OpKind::plan, "num_topk", comm->max_topk, num_topk);
+      check_limit(OpKind::plan, "num_experts", comm->max_experts, num_experts);
+    }
     TORCH_CHECK_VALUE(
         !max_tokens_per_rank || topk_idx.size(0) <= *max_tokens_per_rank,
         kOp,

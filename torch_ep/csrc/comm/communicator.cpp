@@ -1,5 +1,7 @@
 #include "communicator.h"
 
+#include "transport.h"
+
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
@@ -110,6 +112,9 @@ void init_communicator(
   {
     std::lock_guard<std::mutex> lock(registry_mutex);
     comm->generation = ++generations[group_name];
+    const auto earlier = registry().find(group_name);
+    comm->has_failed =
+        earlier != registry().end() && earlier->second->group.lock() == group && earlier->second->has_failed;
   }
   Exchange exchange(
       comm,
@@ -170,6 +175,22 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
       "'), got ",
       world_size);
   return comm;
+}
+
+void tell_failure(OpKind op, const std::string& group_name, const std::string& failure) noexcept {
+  try {
+    std::shared_ptr<Communicator> comm;
+    {
+      std::lock_guard<std::mutex> lock(registry_mutex);
+      const auto found = registry().find(group_name);
+      comm = found == registry().end() ? nullptr : found->second;
+    }
+    if (comm && !has_transport(group_name) && c10d::resolve_process_group(group_name) == comm->group.lock()) {
+      Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
+    }
+  } catch (const std::exception&) {
+    // A rank that does not come. What is to be told says more.
+  }
 }
 
 Exchange::Exchange(
@@ -342,11 +363,20 @@ void Exchange::await(const c10::intrusive_ptr<c10d::Work>& work, bool on_cpu, Ph
     work->wait();  // orders the current stream after the transfer; rethrows the backend's own error
   } catch (const std::exception& error) {
     publish(kFailed);
-    C10_THROW_ERROR(DistError, blame(phase, error.what()));
+    const auto message = blame(phase, error.what());
+    comm_->has_failed = true;
+    C10_THROW_ERROR(DistError, message);
   }
 }
 
 std::string Exchange::blame(Phase phase, const std::string& cause) {
+  const auto told = ". The backend said: " + cause.substr(0, cause.find('\n'));
+  if (comm_->has_failed && steady_clock::now() < deadline_) {
+    return std::string(name_of(op_)) + ": group '" + comm_->group_name +
+           "' is closed since an exchange on it failed: make the process group anew, then call torch_ep.init(group) on "
+           "every rank" +
+           told;
+  }
   std::vector<int> late;
   bool store_lost = false;
   // A rank that is in this exchange publishes within kPublishAfter; one that comes to it later fails at once and does
@@ -386,7 +416,7 @@ std::string Exchange::blame(Phase phase, const std::string& cause) {
   } else {
     message << list_ranks(late) << ", not heard of since: dead, stalled, or running something else";
   }
-  message << ". The backend said: " << cause.substr(0, cause.find('\n'));
+  message << told;
   return message.str();
 }
 

@@ -45,7 +45,8 @@ struct Communicator {
   std::chrono::milliseconds timeout;
   // Of `init`; -1: no limit. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
   int64_t max_hidden, max_topk, max_experts;
-  int64_t sequence = 0;  // exchanges begun
+  int64_t sequence = 0;     // exchanges begun
+  bool has_failed = false;  // one of them, or of an earlier communicator on the same process group
 };
 
 // Throws if `got` is above a limit of `init`.
@@ -135,5 +136,20 @@ class Exchange {
   std::vector<int64_t> wait_ns_;
   std::vector<Transfer> transfers_;
 };
+
+// Tells the other ranks of the group, which are in `op` or will come to it, that this one failed before it. Does
+// nothing where nobody can be told so: one rank alone, no communicator, or another transport. Throws nothing.
+void tell_failure(OpKind op, const std::string& group_name, const std::string& failure) noexcept;
+
+// Returns what `check` does. What it throws is told to the other ranks first, which would wait in vain otherwise.
+template <class Check>
+auto or_tell(OpKind op, c10::string_view group_name, const Check& check) {
+  try {
+    return check();
+  } catch (const c10::Error& error) {
+    tell_failure(op, std::string(group_name), error.what_without_backtrace());
+    throw;
+  }
+}
 
 }  // namespace ep

@@ -52,6 +52,10 @@ std::shared_ptr<Transport> existing(const char* caller, const std::string& group
 
 }  // namespace
 
+bool has_transport(const std::string& group_name) {
+  return find(group_name).transport != nullptr;
+}
+
 std::shared_ptr<Transport>
 find_transport(const std::string& group_name, int64_t world_size, const at::Tensor& t, OpKind op) {
   const auto entry = find(group_name);

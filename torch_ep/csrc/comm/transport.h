@@ -89,6 +89,7 @@ class Transport {
   virtual bool is_idle() const = 0;
 };
 
+bool has_transport(const std::string& group_name);
 // The transport for `t` on that group, or nullptr. Throws as find_communicator does.
 std::shared_ptr<Transport>
 find_transport(const std::string& group_name, int64_t world_size, const at::Tensor& t, OpKind op);

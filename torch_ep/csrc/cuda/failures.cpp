@@ -74,13 +74,18 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
     static constexpr const char* kPlanNames[] = {"num_experts", "num_topk", "", ""};
     static constexpr const char* kMoveNames[] = {
         "hidden", "dtype", "bytes of topk_weights a token", "bytes of scales a token"};
-    const bool is_dtype = op != OpKind::plan && report.detail == 2;
+    static constexpr const char* kTypeNames[] = {"", "", "dtype of topk_weights", "dtype of scales"};
+    const bool of_payload = op != OpKind::plan && report.detail > 2;
+    constexpr int64_t bytes = (int64_t{1} << kDtypeShift) - 1;
+    const bool of_types = of_payload && (report.ours & bytes) == (report.theirs & bytes);
+    const bool is_dtype = of_types || (op != OpKind::plan && report.detail == 2);
     const auto show = [&](int64_t value) {
+      value = of_types ? value >> kDtypeShift : of_payload ? value & bytes : value;
       return is_dtype ? std::string(c10::toString(static_cast<at::ScalarType>(value))) : std::to_string(value);
     };
-    message << "expected the same " << (op == OpKind::plan ? kPlanNames : kMoveNames)[report.detail - 1]
-            << " on every rank, got " << show(report.ours) << " on rank " << comm.rank << " and " << show(report.theirs)
-            << " on rank " << report.peer;
+    const auto& names = op == OpKind::plan ? kPlanNames : of_types ? kTypeNames : kMoveNames;
+    message << "expected the same " << names[report.detail - 1] << " on every rank, got " << show(report.ours)
+            << " on rank " << comm.rank << " and " << show(report.theirs) << " on rank " << report.peer;
   } else {
     const bool outward = report.detail == kNumAgreed + 1;
     const int64_t from = outward ? comm.rank : report.peer, to = outward ? report.peer : comm.rank;

@@ -58,6 +58,8 @@ struct alignas(128) Header {
   int64_t chunks;         // of ep::dispatch: flags that you will get
 };
 constexpr int kNumAgreed = 4;
+// Of the bytes of what travels with the rows: where the at::ScalarType is.
+constexpr int kDtypeShift = 48;
 
 struct Layout {
   // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens

@@ -433,6 +433,10 @@ class Nvlink final : public Transport {
     return view;
   }
 
+  static int64_t with_dtype(const std::optional<at::Tensor>& t, int64_t bytes) {
+    return bytes > 0 ? bytes | static_cast<int64_t>(t->scalar_type()) << kDtypeShift : 0;
+  }
+
   static void set_agreed(
       int64_t (&agreed)[kNumAgreed],
       const at::Tensor& rows,
@@ -441,8 +445,8 @@ class Nvlink final : public Transport {
       int64_t num_topk) {
     agreed[0] = rows.size(1);
     agreed[1] = static_cast<int64_t>(rows.scalar_type());
-    agreed[2] = element_bytes(topk_weights) * num_topk;
-    agreed[3] = bytes_per_row(scales);
+    agreed[2] = with_dtype(topk_weights, element_bytes(topk_weights) * num_topk);
+    agreed[3] = with_dtype(scales, bytes_per_row(scales));
   }
 
   int64_t record_limit() const { return std::min<int64_t>(layout_.slot_bytes, max_record_bytes()); }
