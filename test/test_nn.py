@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from devices import Ranks
 from harness import seeded, world
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -698,6 +699,17 @@ def test_state_of_a_layer_with_two_names(device: str) -> None:
     for names, shapes in Ranks(device, 2).run(_shapes_of_two_names, device):
         assert shapes == expected
         assert names == [name for name in expected if "router" not in name]
+
+
+def _wrapped_state(rank: int, world_size: int) -> dict[str, tuple[int, ...]]:
+    state = full_state_dict(nn.Sequential(checkpoint_wrapper(make_layer())))
+    assert not any(t.requires_grad for t in state.values())
+    return {name: tuple(t.shape) for name, t in state.items()}
+
+
+def test_state_of_a_wrapped_layer() -> None:
+    want = {"0.router": (8, 8), "0.gate": (8, 8, 6), "0.up": (8, 8, 6), "0.down": (8, 6, 8)}
+    assert world(2).run(_wrapped_state) == [want, want]
 
 
 def _loss(model: nn.Module, rank: int) -> Tensor:

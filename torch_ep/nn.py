@@ -444,12 +444,13 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
     Collective over the groups of all layers and shards. `load_state_dict` takes it at any world size.
     """
-    state = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in module.state_dict().items()
-    }
     groups = _groups_of_experts(module)
-    for name, p in module.named_parameters(remove_duplicate=False):
-        if group := groups.get(p):
-            state[name] = gather_experts(state[name], group)
+    state = {}
+    for name, value in module.state_dict(keep_vars=True).items():  # names without those of wrappers
+        if isinstance(value, Tensor):
+            group = groups.get(value)
+            value = value.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            value = gather_experts(value, group) if group else value
+        state[name] = value
     return state
