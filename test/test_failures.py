@@ -66,9 +66,9 @@ def test_the_last_rank(ranks: World, what: str) -> None:
     assert answers[culprit] is None
 
 
-def again(rank: int, world_size: int, culprit: int) -> list[str]:
+def again(rank: int, world_size: int, culprit: int, what: str) -> list[str]:
     """What an exchange, and a reset, say after the exchange that failed."""
-    attempt(rank, world_size, culprit, "stalls")
+    attempt(rank, world_size, culprit, what)
     messages = []
     for call in (exchange, exchange, torch_ep.reset):
         try:
@@ -78,10 +78,11 @@ def again(rank: int, world_size: int, culprit: int) -> list[str]:
     return messages
 
 
-def test_a_closed_group_says_so(ranks: World) -> None:
+@pytest.mark.parametrize("what", ["exits", "stalls"])
+def test_a_closed_group_says_so(ranks: World, what: str) -> None:
     culprit = ranks.world_size - 1
     told = "is closed since an exchange on it failed: make the process group anew, then call torch_ep.init(group)"
-    for messages in ranks.run(again, culprit, limit_s=60)[:culprit]:
+    for messages in ranks.run(again, culprit, what, limit_s=60)[:culprit]:
         assert len(messages) == 3
         assert all(told in message for message in messages), messages
         assert messages[0].startswith("ep::plan: group '")

@@ -102,23 +102,16 @@ void check_in_flight(
 // One exchange of rows of bytes; with one rank they are there already.
 class Crossing {
  public:
-  // `recv_rows`: empty if only the other ranks know. `failure`: raised here, after the others were told.
+  // `recv_rows`: empty if only the other ranks know.
   Crossing(
       std::shared_ptr<Communicator> comm,
       OpKind op,
       const std::vector<int64_t>& send_rows,
       const std::vector<int64_t>& recv_rows,
-      const std::vector<Agreed>& agreed,
-      const std::optional<std::string>& failure)
+      const std::vector<Agreed>& agreed)
       : counts_(send_rows) {
     if (comm) {
-      exchange_.emplace(std::move(comm), op, send_rows, recv_rows, agreed, failure);
-    }
-    if (failure) {
-      if (exchange_) {
-        exchange_->confirm();
-      }
-      TORCH_CHECK_VALUE(false, *failure);
+      exchange_.emplace(std::move(comm), op, send_rows, recv_rows, agreed);
     }
   }
 
@@ -266,21 +259,15 @@ Arrived send_tokens(const Tokens& tokens, const std::string& group) {
   const char* op = name_of(kDispatch);
   const auto& sizes = tokens.sizes;
   const auto comm = find_communicator(group, sizes.world_size, kDispatch);
-  Route routed;
-  std::vector<int64_t> send_rows(sizes.world_size, 0);
-  std::optional<std::string> failure;
-  try {
+  const auto routed = or_tell(kDispatch, comm, [&] {
     if (comm) {
       check_limits(kDispatch, *comm, sizes, tokens.x.size(1));
     }
-    routed = route(op, tokens.topk_idx, sizes);
-    send_rows = to_host(routed.send_counts);
-  } catch (const c10::ValueError& error) {
-    failure = error.what_without_backtrace();
-  }
+    return route(op, tokens.topk_idx, sizes);
+  });
   auto agreed = agreed_of(sizes, tokens.x.size(1), tokens.x.scalar_type());
   agreed.push_back({"quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)", static_cast<int64_t>(tokens.quantize)});
-  Crossing crossing(comm, kDispatch, send_rows, {}, agreed, failure);
+  Crossing crossing(comm, kDispatch, to_host(routed.send_counts), {}, agreed);
   return crossing.move(pack(tokens, routed));
 }
 
@@ -342,9 +329,8 @@ Home send_sums(const Results& results, const std::string& group) {
   const int64_t hidden = results.y.size(2), num_rows = sizes.num_local_experts() * sizes.room();
   const auto comes = results.recv_row.ge(0).any(1);  // whether the token of that row has an expert here
   Route routed;
-  std::vector<int64_t> send_rows(sizes.world_size, 0), recv_rows = send_rows;
-  std::optional<std::string> failure;
-  try {
+  std::vector<int64_t> send_rows, recv_rows;
+  or_tell(kCombine, comm, [&] {
     if (comm) {
       check_limits(kCombine, *comm, sizes, hidden);
     }
@@ -352,10 +338,8 @@ Home send_sums(const Results& results, const std::string& group) {
     recv_rows = to_host(routed.send_counts);
     check_recv_row(results.recv_row, num_rows);
     send_rows = to_host(comes.view({sizes.world_size, sizes.max_tokens_per_rank}).sum(1));
-  } catch (const c10::ValueError& error) {
-    failure = error.what_without_backtrace();
-  }
-  Crossing crossing(comm, kCombine, send_rows, recv_rows, agreed_of(sizes, hidden, results.y.scalar_type()), failure);
+  });
+  Crossing crossing(comm, kCombine, send_rows, recv_rows, agreed_of(sizes, hidden, results.y.scalar_type()));
   TORCH_CHECK_VALUE(
       comm || send_rows == recv_rows,
       op,

@@ -79,21 +79,14 @@ class Move {
     const bool forward = op == OpKind::dispatch;
     out_rows = to_host(forward ? plan.send_counts : plan.recv_counts);
     in_rows = to_host(forward ? plan.recv_counts : plan.send_counts);
-    std::optional<std::string> failure;
-    try {
+    or_tell(op, comm, [&] {
       if (comm) {
         check_limit(op, "hidden", comm->max_hidden, rows.size(1));
       }
       check_plan_values(name_of(op), plan, forward ? out_rows : in_rows, forward ? in_rows : out_rows);
-    } catch (const c10::ValueError& error) {
-      failure = error.what_without_backtrace();
-    }
+    });
     if (comm) {
-      exchange_.emplace(comm, op, out_rows, in_rows, agreed, failure);
-    }
-    if (failure) {
-      confirm();  // tells the other ranks
-      TORCH_CHECK_VALUE(false, *failure);
+      exchange_.emplace(comm, op, out_rows, in_rows, agreed);
     }
   }
 

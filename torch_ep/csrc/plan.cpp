@@ -4,6 +4,7 @@
 //   place   (local)     where each received row goes in the result
 #include "checks.h"
 #include "comm/transport.h"
+#include "host.h"
 #include "local.h"
 #include "ops.h"
 
@@ -11,7 +12,6 @@
 #include <ATen/ops/tensor.h>
 
 #include <limits>
-#include <numeric>
 
 namespace ep {
 namespace {
@@ -76,10 +76,7 @@ PlanResult make_plan(
   const auto comm = find_communicator(group, world_size, OpKind::plan);
   const auto& local = local_kernels(topk_idx);
   const int64_t num_topk = topk_idx.size(1);
-  // What can be wrong on one rank alone is told to the others, which would wait in vain otherwise.
-  Route routed;
-  std::optional<std::string> failure;
-  try {
+  const auto routed = or_tell(OpKind::plan, comm, [&] {
     if (comm) {
       check_limit(OpKind::plan, "num_topk", comm->max_topk, num_topk);
       check_limit(OpKind::plan, "num_experts", comm->max_experts, num_experts);
@@ -91,29 +88,16 @@ PlanResult make_plan(
         max_tokens_per_rank.value_or(0),
         " tokens, got ",
         topk_idx.size(0));
-    routed = local.route(kOp, topk_idx, num_experts, world_size);
-  } catch (const c10::ValueError& error) {
-    failure = error.what_without_backtrace();
-    if (!comm) {
-      throw;
-    }
-  }
+    return local.route(kOp, topk_idx, num_experts, world_size);
+  });
 
   at::Tensor wire_topk = routed.wire_topk;
   std::vector<int64_t> recv_rows;
   if (comm) {
-    std::vector<int64_t> send_rows(world_size, 0);
-    if (!failure) {
-      const auto counts = routed.send_counts.cpu();
-      const auto* count = counts.const_data_ptr<int32_t>();
-      send_rows.assign(count, count + world_size);
-    }
-    Exchange exchange(
-        comm, OpKind::plan, send_rows, {}, {{"num_experts", num_experts}, {"num_topk", num_topk}}, failure);
+    const auto send_rows = to_host(routed.send_counts);
+    Exchange exchange(comm, OpKind::plan, send_rows, {}, {{"num_experts", num_experts}, {"num_topk", num_topk}});
     recv_rows = exchange.confirm();
-    TORCH_CHECK_VALUE(!failure, *failure);
-    const int64_t wire_rows = std::accumulate(recv_rows.begin(), recv_rows.end(), int64_t{0});
-    wire_topk = at::empty({wire_rows, num_topk}, routed.wire_topk.options());
+    wire_topk = at::empty({sum(recv_rows), num_topk}, routed.wire_topk.options());
     exchange.start(wire_topk, routed.wire_topk, recv_rows);
     exchange.finish();
   } else {

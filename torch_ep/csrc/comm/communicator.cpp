@@ -37,6 +37,13 @@ std::map<std::string, std::shared_ptr<Communicator>>& registry() {
   return *communicators;
 }
 
+// nullptr: there is none of that name.
+std::shared_ptr<Communicator> registered(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  return found == registry().end() ? nullptr : found->second;
+}
+
 std::string list_ranks(const std::vector<int>& ranks) {
   std::ostringstream out;
   out << (ranks.size() == 1 ? "rank " : "ranks ");
@@ -112,10 +119,9 @@ void init_communicator(
   {
     std::lock_guard<std::mutex> lock(registry_mutex);
     comm->generation = ++generations[group_name];
-    const auto earlier = registry().find(group_name);
-    comm->has_failed =
-        earlier != registry().end() && earlier->second->group.lock() == group && earlier->second->has_failed;
   }
+  const auto earlier = registered(group_name);
+  comm->has_failed = earlier && earlier->has_failed && earlier->group.lock() == group;
   Exchange exchange(
       comm,
       OpKind::init,
@@ -145,14 +151,7 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
   if (world_size == 1) {
     return nullptr;
   }
-  std::shared_ptr<Communicator> comm;
-  {
-    std::lock_guard<std::mutex> lock(registry_mutex);
-    auto found = registry().find(group_name);
-    if (found != registry().end()) {
-      comm = found->second;
-    }
-  }
+  auto comm = registered(group_name);
   TORCH_CHECK(
       comm,
       name_of(op),
@@ -177,19 +176,20 @@ std::shared_ptr<Communicator> find_communicator(const std::string& group_name, i
   return comm;
 }
 
-void tell_failure(OpKind op, const std::string& group_name, const std::string& failure) noexcept {
+void tell_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure) noexcept {
   try {
-    std::shared_ptr<Communicator> comm;
-    {
-      std::lock_guard<std::mutex> lock(registry_mutex);
-      const auto found = registry().find(group_name);
-      comm = found == registry().end() ? nullptr : found->second;
-    }
-    if (comm && !has_transport(group_name) && c10d::resolve_process_group(group_name) == comm->group.lock()) {
+    if (comm && c10d::resolve_process_group(comm->group_name) == comm->group.lock()) {
       Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
     }
   } catch (const std::exception&) {
     // A rank that does not come. What is to be told says more.
+  }
+}
+
+void tell_failure(OpKind op, c10::string_view group_name, const std::string& failure) noexcept {
+  const std::string name(group_name);
+  if (!has_transport(name)) {
+    tell_failure(op, registered(name), failure);
   }
 }
 

@@ -137,17 +137,20 @@ class Exchange {
   std::vector<Transfer> transfers_;
 };
 
-// Tells the other ranks of the group, which are in `op` or will come to it, that this one failed before it. Does
-// nothing where nobody can be told so: one rank alone, no communicator, or another transport. Throws nothing.
-void tell_failure(OpKind op, const std::string& group_name, const std::string& failure) noexcept;
+// Tells the other ranks, which are in `op` or will come to it, that this one failed before it. Throws nothing. nullptr:
+// there are none.
+void tell_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure) noexcept;
+// The same before it is known how the rows of that group travel: nobody is told where it has a transport of its own.
+void tell_failure(OpKind op, c10::string_view group_name, const std::string& failure) noexcept;
 
-// Returns what `check` does. What it throws is told to the other ranks first, which would wait in vain otherwise.
-template <class Check>
-auto or_tell(OpKind op, c10::string_view group_name, const Check& check) {
+// Returns what `check` does. What is wrong on one rank alone is told to the others, a communicator's or a group's,
+// which would wait in vain otherwise.
+template <class Peers, class Check>
+auto or_tell(OpKind op, const Peers& peers, const Check& check) {
   try {
     return check();
   } catch (const c10::Error& error) {
-    tell_failure(op, std::string(group_name), error.what_without_backtrace());
+    tell_failure(op, peers, error.what_without_backtrace());
     throw;
   }
 }
