@@ -413,11 +413,11 @@ class LowLatencyReceive {
           break;
         }
         if (__all_sync(kFullWarp, outcome == Outcome::there)) {
-          bulk_wait_read<0>();  // of what left from this stage
+          bulk_wait_read<0>();   // of what left from this stage
+          fence_async_shared();  // what this lane read of it
           __syncwarp();
           if (lane == 0) {
             fence_async_global();  // between the flag and the bulk copy of what it tells of
-            fence_async_shared();
             barrier_expect(barrier, record_bytes_);
             bulk_load(stage, f_.own(layout().dispatch_row(f_.half(), source, token)), record_bytes_, barrier);
           }
