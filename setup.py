@@ -6,8 +6,10 @@ CUDAHOSTCXX names nvcc's host compiler.
 """
 
 import os
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,7 +27,8 @@ except ModuleNotFoundError:
     except ModuleNotFoundError:
         sys.exit("torch_ep is built with the torch that it will run with: install torch (2.11 or newer) first")
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 CSRC = Path("torch_ep/csrc")
 CUDA = CSRC / "cuda"
@@ -38,10 +41,22 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo"]
 def has_cuda() -> bool:
     if torch.version.cuda is None:
         return False
-    if CUDA_HOME is None or shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) is None:
+    home = cpp_extension.CUDA_HOME
+    nvcc = None if home is None else shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None:
         print("torch_ep: no nvcc: building without the nvlink transport", file=sys.stderr)
         return False
+    if not has_headers(home):
+        # A link to nvcc, or a script that starts it: it knows where the rest of its toolkit is.
+        said = subprocess.run([nvcc, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+        if top is not None and has_headers(top[1]):
+            cpp_extension.CUDA_HOME = os.path.realpath(top[1])
     return True
+
+
+def has_headers(toolkit: str) -> bool:
+    return os.path.exists(os.path.join(toolkit, "include", "cuda_runtime_api.h"))
 
 
 def sources(cuda: bool) -> list[str]:

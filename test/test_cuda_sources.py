@@ -249,6 +249,18 @@ def test_build_without_cuda_takes_nothing_of_cuda(build: Build, cuda: str | None
     assert "-DTORCH_EP_CUDA" not in extension.extra_compile_args
 
 
+def test_build_finds_the_toolkit_of_an_nvcc_elsewhere(build: Build, tmp_path: Path) -> None:
+    headers = tmp_path / "real" / "include"
+    headers.mkdir(parents=True)
+    (headers / "cuda_runtime_api.h").touch()
+    (tmp_path / "real" / "bin").mkdir()
+    build.add_nvcc()
+    nvcc = build.toolkit / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ _SPACE_= ' >&2\necho '#$ TOP={tmp_path}/real/bin/..' >&2\n")
+    include_dirs = build.extension().include_dirs
+    assert str(headers) in include_dirs and str(build.toolkit / "include") not in include_dirs
+
+
 def test_build_says_when_only_nvcc_is_missing(build: Build, capsys: pytest.CaptureFixture[str]) -> None:
     build.extension()
     assert capsys.readouterr().err == "torch_ep: no nvcc: building without the nvlink transport\n"
