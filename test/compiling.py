@@ -13,7 +13,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.fx_passes import pad_mm
 from torch.fx import GraphModule, Node
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +41,19 @@ def inductor_cache(path: str) -> Iterator[None]:
     """Lets Inductor keep its artifacts in `path`; `artifacts()` of the parent process, where several share one."""
     with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=path):
         yield
+
+
+@contextlib.contextmanager
+def padded_products() -> Iterator[None]:
+    """Inductor pads matrix products as it does on GPUs where it finds that faster: always, and on a CPU too."""
+    with (
+        mock.patch.object(pad_mm, "check_device", lambda *tensors: True),
+        mock.patch.object(pad_mm, "has_triton", lambda: True),
+        mock.patch.object(pad_mm, "pad_mat1", wraps=pad_mm.pad_mat1) as padded,
+        inductor_config.patch(force_shape_pad=True, shape_padding=True),
+    ):
+        yield
+    assert padded.called
 
 
 def exchange_nodes(gm: GraphModule) -> list[Node]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from compiling import DIVIDES_BY_NO_ROWS, artifacts, inductor_cache
+from compiling import DIVIDES_BY_NO_ROWS, artifacts, inductor_cache, padded_products
 from devices import Ranks, needs_cuda, one_rank_on
 from harness import random_topk, seeded
 from torch import Tensor, nn
@@ -203,6 +203,34 @@ def test_inputs_marked_by_different_names_have_numbers_of_their_own(device: str)
             args += part
         torch.testing.assert_close(compiled(*args), both(*args))
     assert backend.frame_count == 1
+
+
+def _training(x: Tensor, topk_idx: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+    plan = torch_ep.plan(topk_idx, EXPERTS, layout="rank_major", capacity=10)
+    rows, _ = torch_ep.dispatch(x @ w, plan, topk_weights=weights)
+    return torch_ep.combine(rows @ w, plan) @ w
+
+
+def _decoding(x: Tensor, topk_idx: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+    rows, plan = torch_ep.low_latency_dispatch(x @ w, topk_idx, EXPERTS, 6, topk_weights=weights)
+    return torch_ep.low_latency_combine(torch.bmm(rows, w.expand(EXPERTS, -1, -1)), plan)
+
+
+@pytest.mark.parametrize(("step", "hidden"), [(_training, 18), (_decoding, 20)], ids=["training", "decoding"])
+def test_operators_take_products_that_inductor_has_padded(device: str, step: Any, hidden: int) -> None:
+    x, w = (torch.randn(n, hidden, generator=seeded(n)).div(hidden**0.5).to(device) for n in (5, hidden))
+    topk_idx = random_topk(5, TOPK, EXPERTS, seeded(1)).to(device)
+    weights = torch.rand(5, TOPK, generator=seeded(2)).to(device)
+    results = []
+    with one_rank_on(device), fresh_cache(), padded_products():
+        for run in (step, torch.compile(step, fullgraph=True)):
+            x_leaf = x.clone().requires_grad_(step is _training)
+            y = run(x_leaf, topk_idx, weights, w)
+            if step is _training:
+                y.square().sum().backward()
+            results.append({"y": y.detach(), **({} if x_leaf.grad is None else {"x.grad": x_leaf.grad})})
+    eager, compiled = results
+    assert_same(compiled, eager)
 
 
 @pytest.mark.gpu

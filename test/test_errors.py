@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from compiling import artifacts, inductor_cache
 from devices import LIMITS, Ranks, needs_cuda, one_rank_on
 from harness import world
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     arguments: dict[str, Any]
     error: type[Exception]
     message: str
-    fake: bool = True  # whether the fake sees it too: it knows no values
+    fake: bool = True  # whether the fake sees it too: it knows no values, and takes any strides (see meta.py)
     # On CUDA: what the next call says, # for numbers that no test can know. None: the call itself says `message`.
     later: str | None = None
 
@@ -80,10 +81,15 @@ def dispatch(
 
 
 def combine(
-    message: str, *, error: type[Exception] = ValueError, plan_layout: str = "expert_major", **changes: Any
+    message: str,
+    *,
+    error: type[Exception] = ValueError,
+    plan_layout: str = "expert_major",
+    fake: bool = True,
+    **changes: Any,
 ) -> Case:
     given = {"y": torch.ones(5, 4), "topk_weights": None, "scales": None, **move_arguments(plan_layout), **changes}
-    return Case(ops.combine.default, given, error, f"ep::combine: {message}")
+    return Case(ops.combine.default, given, error, f"ep::combine: {message}", fake)
 
 
 def weighted(message: str, *, error: type[Exception] = ValueError, **changes: Any) -> Case:
@@ -177,7 +183,9 @@ CASES = {
     "plan-layout": plan(ValueError, "expected layout 'rank_major' or 'expert_major', got 'row'", layout="row"),
     "plan-dim": plan(ValueError, "expected topk_idx of shape [-1, -1] (-1: any size), got [2]", topk_idx=topk()[0]),
     "plan-dtype": plan(TypeError, "expected topk_idx of dtype Int or Long, got Short", topk_idx=topk().to(torch.int16)),
-    "plan-strides": plan(ValueError, "expected contiguous topk_idx, got strides [1, 2]", topk_idx=topk().t()),
+    "plan-strides": plan(
+        ValueError, "expected contiguous topk_idx, got strides [1, 2]", topk_idx=topk().t(), fake=False
+    ),
     "plan-no-slot": plan(
         ValueError,
         "expected at least one expert a token, got topk_idx of shape [3, 0]",
@@ -240,7 +248,7 @@ CASES = {
         error=TypeError,
         x=torch.ones(3, 4, dtype=torch.int64),
     ),
-    "dispatch-strides": dispatch("expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t()),
+    "dispatch-strides": dispatch("expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t(), fake=False),
     "dispatch-weights": dispatch(
         "expected topk_weights of shape [3, 2] (-1: any size), got [3, 3]", topk_weights=torch.ones(3, 3)
     ),
@@ -286,7 +294,7 @@ CASES = {
     "combine-dtype": combine(
         f"expected y of {FLOATS}, got Float8_e4m3fn", error=TypeError, y=torch.ones(5, 4).to(torch.float8_e4m3fn)
     ),
-    "combine-strides": combine("expected contiguous y, got strides [0, 0]", y=torch.ones(()).expand(5, 4)),
+    "combine-strides": combine("expected contiguous y, got strides [0, 0]", y=torch.ones(()).expand(5, 4), fake=False),
     "combine-weights": combine(
         "expected topk_weights of shape [5] (-1: any size), got [5, 2]", topk_weights=torch.ones(5, 2)
     ),
@@ -313,7 +321,9 @@ CASES = {
         "expected x of dtype Float, BFloat16 or Half, got Double", error=TypeError, x=torch.ones(3, 4).double()
     ),
     "low_latency-hidden": low_latency_dispatch("expected a positive hidden, got 0", x=torch.ones(3, 0)),
-    "low_latency-strides": low_latency_dispatch("expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t()),
+    "low_latency-strides": low_latency_dispatch(
+        "expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t(), fake=False
+    ),
     "low_latency-tokens": low_latency_dispatch(
         "expected topk_idx of shape [2, -1] (-1: any size), got [3, 2]", x=torch.ones(2, 4)
     ),
@@ -429,7 +439,7 @@ CASES = {
     ),
     "low_latency-combine-hidden": low_latency_combine("expected a positive hidden, got 0", y=torch.ones(4, 3, 0)),
     "low_latency-combine-strides": low_latency_combine(
-        "expected contiguous y, got strides [0, 0, 0]", y=torch.ones(()).expand(4, 3, 4)
+        "expected contiguous y, got strides [0, 0, 0]", y=torch.ones(()).expand(4, 3, 4), fake=False
     ),
     "low_latency-combine-weights": low_latency_combine(
         "expected row_weights of shape [4, 3] (-1: any size), got [12]", row_weights=torch.ones(12)
@@ -571,6 +581,14 @@ def test_kernel(device: str, name: str) -> None:
 def test_fake_says_the_same(case: Case) -> None:
     with FakeTensorMode() as mode, pytest.raises(case.error) as raised:
         case.op(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()})
+    assert str(raised.value).splitlines()[0] == case.message
+
+
+@pytest.mark.parametrize("name", ["plan-strides", "dispatch-strides", "low_latency-combine-strides"])
+def test_strides_are_said_when_compiled_too(name: str) -> None:
+    case = CASES[name]
+    with inductor_cache(artifacts()), pytest.raises(ValueError) as raised:
+        torch.compile(lambda: case.op(**case.arguments), fullgraph=True)()
     assert str(raised.value).splitlines()[0] == case.message
 
 
