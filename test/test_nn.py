@@ -826,7 +826,9 @@ def test_norm_of_bfloat16_gradients_is_in_float32() -> None:
     layer = make_layer(dtype=torch.bfloat16)
     for p in layer.parameters():
         p.grad = torch.ones_like(p)
-    assert clip_grad_norm_(layer, 1.0).dtype == torch.float32
+    norm = clip_grad_norm_(layer, 1.0)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(sum(p.numel() for p in layer.parameters()) ** 0.5, rel=2**-7)
 
 
 def _experts_after_ddp(rank: int, world_size: int) -> list[Tensor]:

@@ -411,7 +411,8 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
         max_norm: as in `torch.nn.utils.clip_grad_norm_`.
 
     Returns:
-        [] the norm before, the same on every rank; float32, or float64 if a parameter is.
+        [] the norm before, the same on every rank; float32, or float64 if a parameter is. The norms
+        that it is the sum of are `torch.nn.utils.get_total_norm`'s, in the dtype of the gradients.
     """
     parameters, groups = list(module.parameters()), _groups_of_experts(module)
     # torch's norm is of gradients of one mesh at a time.
