@@ -513,7 +513,7 @@ int send_blocks_of(const CombineArgs& args) {
   if (args.comm.layout.world_size == 1) {
     return 0;
   }
-  return args.plan.expert_major || args.row_weights != nullptr ? (7 * blocks + 6) / 12 : blocks / 2;
+  return args.plan.expert_major || args.row_weights != nullptr ? (17 * blocks + 12) / 24 : blocks / 2;
 }
 
 constexpr int kSharedBytes = kMaxWarps * (kWarpBytes + 2 * static_cast<int>(sizeof(uint64_t)));

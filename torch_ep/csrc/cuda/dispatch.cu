@@ -380,7 +380,9 @@ class Dispatch {
       if (place >= 0 && weight_bytes != 0) {
         copy_weight(a_.out_weights + place * weight_bytes, weights + lane * weight_bytes, weight_bytes);
       }
-      place_copies(stage, place);
+      if (place >= 0) {
+        bulk_store(a_.out + place * a_.record.row_stride, stage, a_.record.row_bytes);
+      }
       if (a_.record.scale_bytes != 0) {
         for (uint32_t left = __ballot_sync(kFullWarp, place >= 0); left != 0; left &= left - 1) {
           place_scales(__shfl_sync(kFullWarp, place, __ffs(static_cast<int>(left)) - 1), scales);
@@ -404,24 +406,6 @@ class Dispatch {
     }
     if (a_.record.scale_bytes != 0) {
       place_scales(wire_row, scales);
-    }
-  }
-
-  // One copy in bulk, the others from registers meanwhile: a multiprocessor's bulk copies alone are not fast enough.
-  __device__ void place_copies(const char* stage, int64_t place) const {
-    uint32_t left = __ballot_sync(kFullWarp, place >= 0);
-    if (left != 0 && lane_id() == __ffs(static_cast<int>(left)) - 1) {
-      bulk_store(a_.out + place * a_.record.row_stride, stage, a_.record.row_bytes);
-    }
-    const int vectors = a_.record.row_bytes / 16;
-    for (left &= left - 1; left != 0; left &= left - 1) {
-      const int64_t row = __shfl_sync(kFullWarp, place, __ffs(static_cast<int>(left)) - 1);
-      const auto* from = reinterpret_cast<const uint4*>(stage);
-      auto* to = reinterpret_cast<uint4*>(a_.out + row * a_.record.row_stride);
-#pragma unroll 4
-      for (int v = lane_id(); v < vectors; v += kWarp) {
-        to[v] = from[v];
-      }
     }
   }
 
@@ -453,26 +437,29 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Tokens of a chunk, which `warps` send. Each chunk costs a fence, about two microseconds of one warp; the receiver
-// starts later by as much as a chunk takes, which is worse where it has more to do than the sender.
-int chunk_tokens_of(int tokens, int warps, bool expert_major) {
+// Tokens of a chunk, which `warps` send. Each chunk costs a fence, some microseconds of one warp; but nothing of it is
+// placed before all of it has come, and a chunk of every warp shares the links: the more there is in one, `token_bytes`
+// a token, the later the receiver starts and ends. That is worse where it has more to do than the sender.
+int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
+  constexpr int kChunkBytes = 64 * 1024;
   if (tokens <= (expert_major ? 12 * warps : warps)) {
     return 1;
   }
-  return tokens <= 16 * warps ? 2 : 4;
+  return std::clamp(kChunkBytes / token_bytes, 1, tokens <= 16 * warps ? 2 : 4);
 }
 
 // Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
-// first rows; and where each arrived row has one place only, the others can spare some.
+// first rows; and where each arrived row has one place only, the others can spare one.
 Shape shape_of(const DispatchArgs& args) {
-  const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks;
-  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (5 * blocks + 6) / 12;
+  const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
+  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
   const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
-  const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, args.plan.expert_major);
-  return {args.comm.layout.world_size > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
+  const int token_bytes = stage * std::max(ranks - 1, 1);
+  const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, token_bytes, args.plan.expert_major);
+  return {ranks > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
 }
 
 }  // namespace
