@@ -103,7 +103,8 @@ def _bars(axes: Axes, rows: list[dict[str, Any]]) -> None:
     floors = {i: row["floor_us"] for i, row in enumerate(rows) if row["floor_us"] is not None}
     starts, ends = ([i + side for i in floors] for side in (-0.45, 0.45))
     axes.hlines(list(floors.values()), starts, ends, color="black", linewidth=1.2, label="remote bytes / link rate")
-    axes.set_xticks(range(len(rows)), [row["op"] for row in rows], rotation=20, fontsize=8.5)
+    labels = [row["op"] for row in rows]
+    axes.set_xticks(range(len(rows)), labels, rotation=20, ha="right", rotation_mode="anchor", fontsize=8.5)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
     axes.grid(True, axis="y", alpha=0.3)
 
@@ -117,7 +118,7 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
     figure, grid = plt.subplots(
         2, len(worlds), figsize=(10 * len(worlds), 9.6), sharey="row", squeeze=False, layout="constrained"
     )
-    colours = dict(zip(ops, plt.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(ops, plt.get_cmap("tab20").colors, strict=False))
     for column, ranks in enumerate(worlds):
         bars, times = grid[:, column]
         of_world = [row for row in rows if row["ranks"] == ranks]

@@ -133,8 +133,8 @@ def _dispatch(case: Case, layout: torch_ep.Layout) -> Calls:
     )
 
 
-def _dispatch_cached(case: Case) -> Calls:
-    plan, routing = case.plan(), case.by_hand.route()
+def _dispatch_cached(case: Case, layout: torch_ep.Layout) -> Calls:
+    plan, routing = case.plan(layout), case.by_hand.route()
     return Calls(lambda: case.dispatch(plan), lambda: case.by_hand.dispatch(routing))
 
 
@@ -143,6 +143,11 @@ def _dispatch_fp8(case: Case) -> Calls:
         lambda: case.dispatch_fp8(case.plan()),
         lambda: case.by_hand_fp8.dispatch(case.by_hand_fp8.route()),
     )
+
+
+def _dispatch_fp8_cached(case: Case) -> Calls:
+    plan, routing = case.plan(), case.by_hand_fp8.route()
+    return Calls(lambda: case.dispatch_fp8(plan), lambda: case.by_hand_fp8.dispatch(routing))
 
 
 def _combine(case: Case, layout: torch_ep.Layout, weighted: bool) -> Calls:
@@ -195,9 +200,15 @@ def _no_bytes(hidden: int) -> int:
 
 OPS = {
     "dispatch": Op("bf16, rank_major, plan included", partial(_dispatch, layout="rank_major"), bf16_bytes),
-    "dispatch-cached": Op("bf16, rank_major, plan from before", _dispatch_cached, bf16_bytes),
+    "dispatch-cached": Op(
+        "bf16, rank_major, plan from before", partial(_dispatch_cached, layout="rank_major"), bf16_bytes
+    ),
     "dispatch-fp8": Op("fp8 and scales, rank_major, plan included", _dispatch_fp8, fp8_bytes),
+    "dispatch-fp8-cached": Op("fp8 and scales, rank_major, plan from before", _dispatch_fp8_cached, fp8_bytes),
     "dispatch-expert": Op("bf16, expert_major, plan included", partial(_dispatch, layout="expert_major"), bf16_bytes),
+    "dispatch-expert-cached": Op(
+        "bf16, expert_major, plan from before", partial(_dispatch_cached, layout="expert_major"), bf16_bytes
+    ),
     "combine": Op("bf16, rank_major", partial(_combine, layout="rank_major", weighted=False), bf16_bytes),
     "combine-expert": Op("bf16, expert_major", partial(_combine, layout="expert_major", weighted=False), bf16_bytes),
     "combine-weighted": Op(
@@ -381,11 +392,12 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
     dist.destroy_process_group()
 
 
+OP_WIDTH = max(map(len, OPS))
 HEAD = (
-    f"{'':>6} {'':>5} {'':<16} | {'torch_ep, us':^27} | {'GB/s':^13} | {'floor':^14} | {'by hand, NCCL':^15} | "
+    f"{'':>6} {'':>5} {'':<{OP_WIDTH}} | {'torch_ep, us':^27} | {'GB/s':^13} | {'floor':^14} | {'by hand, NCCL':^15} | "
     f"{'equal splits':^15}\n"
-    f"{'tokens':>6} {'ranks':>5} {'op':<16} | {'median':>9} {'(min to max)':<17} | {'logical':>7} {'wire':>5} | "
-    f"{'us':>7} {'ratio':>6} | {'us':>8} {'ratio':>6} | {'us':>8} {'ratio':>6}"
+    f"{'tokens':>6} {'ranks':>5} {'op':<{OP_WIDTH}} | {'median':>9} {'(min to max)':<17} | {'logical':>7} {'wire':>5} "
+    f"| {'us':>7} {'ratio':>6} | {'us':>8} {'ratio':>6} | {'us':>8} {'ratio':>6}"
 )
 
 
@@ -398,7 +410,7 @@ def line(row: dict[str, Any]) -> str:
     theirs = f"{row['theirs']['median_us']:8.1f} {row['ratio']:6.2f}"
     nccl = row["nccl"]["median_us"] if "nccl" in row else None
     return (
-        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<16} | {ours['median_us']:9.1f} {spread:<17} | "
+        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<{OP_WIDTH}} | {ours['median_us']:9.1f} {spread:<17} | "
         f"{number(row['logical_gbs'], 7, 0)} {number(row['wire_gbs'], 5, 0)} | "
         f"{number(row['floor_us'], 7, 1)} {number(row['floor_ratio'], 6, 2)} | "
         f"{theirs} | {number(nccl, 8, 1)} {number(row['nccl_ratio'], 6, 2)}"
