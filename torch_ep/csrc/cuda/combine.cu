@@ -506,14 +506,18 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying. See also
-// Note [Blocks that send], device/rows.cuh.
+// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying, most of all
+// where rows are many. See also Note [Blocks that send], device/rows.cuh.
 int send_blocks_of(const CombineArgs& args) {
+  constexpr int kManyTokens = 512;
   const int blocks = args.comm.layout.num_blocks;
   if (args.comm.layout.world_size == 1) {
     return 0;
   }
-  return args.plan.expert_major || args.row_weights != nullptr ? (17 * blocks + 12) / 24 : blocks / 2;
+  if (!args.plan.expert_major && args.row_weights == nullptr) {
+    return blocks / 2;
+  }
+  return args.plan.num_tokens < kManyTokens ? (7 * blocks + 6) / 12 : (17 * blocks + 12) / 24;
 }
 
 constexpr int kSharedBytes = kMaxWarps * (kWarpBytes + 2 * static_cast<int>(sizeof(uint64_t)));
