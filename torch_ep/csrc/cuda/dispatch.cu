@@ -457,7 +457,7 @@ Shape shape_of(const DispatchArgs& args) {
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
-  const int token_bytes = stage * std::max(ranks - 1, 1);
+  const int token_bytes = stage * std::max(std::min(ranks - 1, args.plan.num_topk), 1);  // to all that it can visit
   const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, token_bytes, args.plan.expert_major);
   return {ranks > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
 }
