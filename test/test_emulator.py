@@ -107,6 +107,9 @@ FAULTS = {
     "low latency: a half written again too early": Fault(
         "low_latency", "device/low_latency.cuh", "is_peer && done + 2 < number", "is_peer && done + 4 < number"
     ),
+    "low latency: two packed rows in one place": Fault(
+        "low_latency", "layout.h", "token * bytes;", "token / 2 * bytes;"
+    ),
     "low latency: what a pack holds": Fault(
         "low_latency", "device/packs.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
     ),

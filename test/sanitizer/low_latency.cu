@@ -100,7 +100,7 @@ namespace {
 // --- ranks ---
 
 constexpr int kMostTokens = 24;
-constexpr int kPackedTokens = 8;
+constexpr int kPackedTokens = 4;  // of the longest rows; up to twice as many of short ones
 constexpr int kMostLocal = 9;
 constexpr int64_t kSlotBytes = 10240;
 // Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each
@@ -205,7 +205,7 @@ std::string describe(const Case& c) {
 
 Case draw(Random& r, int world_size) {
   Case c;
-  c.max_tokens = r.pick({1, 3, 8, kMostTokens});
+  c.max_tokens = r.pick({1, 4, 8, kMostTokens});
   for (int i = 0; i < world_size; ++i) {
     c.tokens.push_back(r.below(4) == 0 ? 0 : r.below(c.max_tokens + 1));
   }

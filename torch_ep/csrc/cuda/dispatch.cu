@@ -133,9 +133,10 @@ class Dispatch {
   __device__ int send() {
     const int lane = lane_id(), me = a_.comm.rank;
     const Layout& layout = x_.layout();
-    const bool is_peer = x_.is_peer(lane);
+    const int to = rank_of_lane(me + warp_id(), x_.world_size());  // of this lane
+    const bool is_peer = x_.is_peer(to);
+    const int rows_before = __shfl_sync(kFullWarp, out_.begin, to);
     const int record_bytes = a_.record.bytes(a_.plan.num_topk);
-    const int to = is_peer ? lane : me;  // lane d sends to rank d
     char* rows = is_peer ? x_.peer(to, layout.dispatch_rows(me, to)) : nullptr;
 
     // Of the chunk at hand, and of the one before, whose flag is still to be written: rows to this lane's rank.
@@ -165,7 +166,7 @@ class Dispatch {
     }
     for (; token.index >= 0; ++n) {
       const Token next = tokens.next();
-      const int row = find_slot(x_, token.entry, out_).row_to_lane;
+      const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, to);
       if (token.index / chunk_tokens_ != chunk) {
         chunk = token.index / chunk_tokens_;
         begin = count = 0;
@@ -184,8 +185,8 @@ class Dispatch {
                Phase::rows,
                me,
                static_cast<int64_t>(PlanTensor::send_slot),
-               out_.begin + begin + count,
-               out_.begin + row,
+               rows_before + begin + count,
+               rows_before + row,
                0});
         }
         ++count;

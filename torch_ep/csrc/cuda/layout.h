@@ -169,8 +169,9 @@ EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
   return (vectors + kChunkVectors - 1) / kChunkVectors;
 }
 
-// Rows are packed as long as those of all peers take no more than this on their way.
-constexpr int64_t kMostPackedBytes = int64_t{2} << 20;
+// Rows are packed as long as those to all peers take no more than the first on their way, and those to one no more than
+// the second: beyond, the links or the warps that pack take longer for them than a fence does.
+constexpr int64_t kMostPackedBytes = int64_t{9} << 18, kMostPackedBytesToOne = int64_t{3} << 19;
 
 // Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
 // has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
@@ -187,7 +188,7 @@ struct LowLatencyLayout {
   int num_topk;
   int num_local_experts;
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packed_tokens;   // of a rank: up to so many, rows are packed
+  int packed_tokens;   // of a rank: there is room for so many packed rows of all of a slot
 
   // What follows from these, worked out once.
   int words;  // of an announcement
@@ -197,7 +198,7 @@ struct LowLatencyLayout {
       dispatch_packs_at, combine_packs_at, end;
 
   LowLatencyLayout() = default;
-  // `packed_tokens`: if not given, as many as fit into kMostPackedBytes.
+  // `packed_tokens`: if not given, as many as the limits above allow.
   LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
       : begin(begin_at),
         world_size(ranks),
@@ -209,8 +210,9 @@ struct LowLatencyLayout {
         announcement_bytes(round_up(words * int64_t{8}, 128)),
         scale_packs_at(round_up(topk * int64_t{kPackBytes}, 128)),
         row_packs_at(scale_packs_at + round_up(chunks_of(slot) * kChunkScalePacks * kPackBytes, 128)),
-        packed_bytes(row_packs_at + chunks_of(slot) * kChunkBytes) {
-    const int64_t most = kMostPackedBytes / ((ranks > 1 ? ranks - 1 : 1) * packed_bytes);
+        packed_bytes(packed_bytes_of(slot)) {
+    const int64_t share = kMostPackedBytes / (ranks > 1 ? ranks - 1 : 1);
+    const int64_t most = (share < kMostPackedBytesToOne ? share : kMostPackedBytesToOne) / packed_bytes;
     packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
     const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;
     entered_at = begin + int64_t{kKinds} * ranks * 8;
@@ -226,6 +228,12 @@ struct LowLatencyLayout {
 
   EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
   EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
+  // Of a packed row of so many bytes.
+  int64_t packed_bytes_of(int64_t row_bytes) const { return row_packs_at + chunks_of(row_bytes) * kChunkBytes; }
+  // Whether rows of so many bytes are packed, of `tokens` of each rank at most.
+  bool are_packed(int tokens, int64_t row_bytes) const {
+    return tokens * packed_bytes_of(row_bytes) <= packed_tokens * packed_bytes;
+  }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
   // Of combine: what has to be the same on both sides, with the number of the exchange in the upper half.
@@ -248,8 +256,9 @@ struct LowLatencyLayout {
     return combine_rows_at + row(half, source, token) * slot_bytes;
   }
   // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
-  EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token) const {
-    return dispatch_packs_at + packed_row(half, source, token) * packed_bytes;
+  // `bytes`: of one; there is room for more of those that are quantised.
+  EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token, int64_t bytes) const {
+    return dispatch_packs_at + packed_row(half, source, 0) * packed_bytes + token * bytes;
   }
   EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
     return combine_packs_at + packed_row(half, source, token) * packed_bytes;

@@ -30,8 +30,7 @@ enum class Way { packed, bulk, either };
 
 // Of the launch.
 struct CombineShape {
-  Divisor by_tokens;  // of the dispatch
-  Divisor by_chunks, by_local;
+  Divisor by_ranks, by_chunks, by_local;
   // Of few packed rows: half of the warps send and half of them receive, so that neither prepares after the other.
   bool has_receivers;
 };
@@ -118,7 +117,10 @@ class LowLatencyCombine {
     bool has_begun = false;
     for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
-      const int row = i < work ? row_of_lane(i) : -1;
+      // Sources in turn: Note [Peers in turn].
+      const int token = shape_.by_ranks.quotient(pair), turn = pair - token * f_.world_size() + f_.me();
+      const int source = turn < f_.world_size() ? turn : turn - f_.world_size();
+      const int row = i < work ? row_of_lane(source, token) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
@@ -134,7 +136,6 @@ class LowLatencyCombine {
         }
         ranks = is_sender ? enter() : 0;
       }
-      const int source = shape_.by_tokens.quotient(pair), token = pair - source * max_tokens_;
       if (lanes == 0 || (ranks >> source & 1) == 0) {
         continue;
       }
@@ -170,10 +171,11 @@ class LowLatencyCombine {
     return ranks;
   }
 
-  // Of the lane's slot, for a piece of work; -1: none here.
-  __device__ int row_of_lane(int work) const {
+  // Of the lane's slot of a token; -1: none here.
+  __device__ int row_of_lane(int source, int token) const {
     const int most = a_.num_experts * max_tokens_;
-    const int row = lane_id() < a_.num_topk ? a_.recv_row[int64_t{row_of(work)} * a_.num_topk + lane_id()] : -1;
+    const int64_t first = (int64_t{source} * max_tokens_ + token) * a_.num_topk;
+    const int row = lane_id() < a_.num_topk ? a_.recv_row[first + lane_id()] : -1;
     return row < most ? row : -1;
   }
 
@@ -444,7 +446,7 @@ CombineShape shape_of(const LowLatencyCombineArgs& args, Way way, int blocks) {
   const int chunks = chunks_of(args.row_bytes / 16);
   const int64_t work = int64_t{args.comm.low_latency.world_size} * args.max_tokens * chunks;
   return {
-      Divisor(std::max(args.max_tokens, 1)),
+      Divisor(args.comm.low_latency.world_size),
       Divisor(chunks),
       Divisor(args.num_experts / args.comm.low_latency.world_size),
       way == Way::packed && args.part == Part::both && work <= int64_t{blocks - 1} * (kMaxWarps / 2)};

@@ -239,6 +239,7 @@ class LowLatencyDispatch {
     const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
     const int step = leads ? senders : senders * (kMaxWarps - 1);
     Counter counter(a_, entries_, slots_);
+    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x) + warp_id(), f_.world_size());  // of this lane
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
@@ -274,7 +275,7 @@ class LowLatencyDispatch {
       if (!leads && a_.quantize != Quantize::none) {
         quantize(channels, a_.quantize, unit.vectors, scales);
       }
-      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token);
+      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token, shape_.packed_bytes);
       Packs unit_packs(unit, f_.tag());
       // One pack more: of scales, or a Place.
       uint4 more{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
@@ -290,14 +291,15 @@ class LowLatencyDispatch {
       for (uint4& pack : unit_packs.packs) {
         keep_together(pack);
       }
+      const bool visits = ((ranks_of(entry.value()) & may_write) >> to & 1) != 0;
 #pragma unroll 1
-      for (uint32_t ranks = ranks_of(entry.value()) & may_write; ranks != 0; ranks &= ranks - 1) {
-        char* to = f_.peer(__ffs(static_cast<int>(ranks)) - 1, packs);
+      for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
+        char* there = f_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packs);
         if (vectors.any()) {
-          unit_packs.send(to + layout().row_packs_at + offset_of_unit(chunk));
+          unit_packs.send(there + layout().row_packs_at + offset_of_unit(chunk));
         }
         if (has_more) {
-          store_relaxed_system_16(to + more_at, more);
+          store_relaxed_system_16(there + more_at, more);
         }
       }
     }
@@ -319,16 +321,17 @@ class LowLatencyDispatch {
   __device__ bool send_bulk() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
+    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x), f_.world_size());  // of this lane
     int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
     const auto tell = [&](int token) {
       if (token >= 0) {
         fence_async_global();
-        store_release_system(f_.peer(lane, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
+        store_release_system(f_.peer(to, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
       }
     };
     Counter counter(a_, entries_, slots_);
     int n = 0;
-    bool has_begun = false, may_write = false;  // the latter: the rank of this lane
+    bool has_begun = false, may_write = false;  // the latter: rank `to`
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
@@ -360,7 +363,7 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = (f_.writable() >> lane & 1) != 0;
+          may_write = (f_.writable() >> to & 1) != 0;
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
@@ -386,9 +389,9 @@ class LowLatencyDispatch {
         barrier_wait(&memory_.barriers[0], n % 2);
       }
       const uint32_t ranks = ranks_of(entry.value());
-      const bool visits = may_write && (ranks >> lane & 1) != 0;
+      const bool visits = may_write && (ranks >> to & 1) != 0;
       if (visits) {
-        bulk_store(f_.peer(lane, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
+        bulk_store(f_.peer(to, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
       }
       bulk_commit();
       bulk_wait<1>();  // all but this token's
@@ -475,7 +478,7 @@ __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
 }
 
 bool is_packed(const LowLatencyDispatchArgs& args) {
-  return args.max_tokens <= args.comm.low_latency.packed_tokens;
+  return args.comm.low_latency.are_packed(args.max_tokens, args.row_bytes);
 }
 
 template <bool is_packed>
@@ -484,6 +487,7 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   LowLatencyShape shape{};
   shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
   shape.parts = chunks_of(args.row_bytes / 16);
+  shape.packed_bytes = static_cast<int>(layout.packed_bytes_of(args.row_bytes));
   shape.by_parts = Divisor(shape.parts);
   shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
   shape.by_local = Divisor(args.num_experts / layout.world_size);

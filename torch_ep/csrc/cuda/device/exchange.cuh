@@ -58,11 +58,20 @@ struct Exchange {
   __device__ int world_size() const { return comm.layout.world_size; }
   __device__ char* own(int64_t offset) const { return comm.buffers[comm.rank] + offset; }
   __device__ char* peer(int rank, int64_t offset) const { return comm.buffers[rank] + offset; }
-  __device__ bool is_peer(int lane) const { return lane < world_size() && lane != comm.rank; }
+  __device__ bool is_peer(int rank) const { return rank < world_size() && rank != comm.rank; }
   // The upper half of words that also count.
   __device__ uint64_t tag() const { return epoch << 32; }
   __device__ bool is_tagged(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
 };
+
+// Note [Peers in turn]
+// What all ranks send to one of them at once shares that one's links, while those of the others are idle. So no two
+// ranks begin with the same peer, nor all warps of one. Bulk copies of a warp leave in the order of its lanes: these
+// stand for the ranks from the `turn`-th on. Lanes beyond the last rank stand for none.
+__device__ inline int rank_of_lane(int turn, int world_size) {
+  const int lane = lane_id();
+  return lane < world_size ? (lane + turn) % world_size : lane;
+}
 
 // What `record` is told, as in Mailbox.
 struct Trouble {

@@ -15,6 +15,7 @@ struct LowLatencyShape {
   int stage_bytes;    // a record, padded
   int receive_warps;  // of a block, each with a stage; none if rows are packed
   int parts;          // chunks of a packed row, a warp each
+  int packed_bytes;   // of such a row on its way
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
@@ -272,7 +273,7 @@ class LowLatencyReceive {
       const int lane = lane_id();
       const bool is_there = n < r.num_chunks();
       const LowLatencyLayout& layout = r.layout();
-      const char* from = r.f_.own(layout.dispatch_packs(r.f_.half(), source, token));
+      const char* from = r.f_.own(layout.dispatch_packs(r.f_.half(), source, token, r.shape_.packed_bytes));
       has_place = is_there && lane < r.a_.num_topk;
       place_at = from + lane * kPackBytes;
       has_unit = is_there && vectors.any();
