@@ -100,7 +100,7 @@ namespace {
 // --- ranks ---
 
 constexpr int kMostTokens = 24;
-constexpr int kPackedTokens = 4;  // of the longest rows; up to twice as many of short ones
+constexpr int kPackedTokens = 4;  // of the longest rows; of the shortest not as many as kMostTokens either
 constexpr int kMostLocal = 9;
 constexpr int64_t kSlotBytes = 10240;
 // Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each

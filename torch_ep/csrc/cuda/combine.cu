@@ -170,7 +170,7 @@ class Combine {
           return false;
         }
         chunk = ticket / peers;
-        // Not every rank to the same one at once.
+        // Note [Peers in turn].
         to = (c_.a_.comm.rank + 1 + ticket - chunk * peers) % c_.x_.world_size();
         const int rows = __shfl_sync(kFullWarp, rows_, to);
         const Cut cut = c_.cut_of(rows);

@@ -188,7 +188,7 @@ struct LowLatencyLayout {
   int num_topk;
   int num_local_experts;
   int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packed_tokens;   // of a rank: there is room for so many packed rows of all of a slot
+  int packed_tokens;   // of a rank: so many packed rows of slot_bytes have room
 
   // What follows from these, worked out once.
   int words;  // of an announcement
@@ -230,7 +230,7 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
   // Of a packed row of so many bytes.
   int64_t packed_bytes_of(int64_t row_bytes) const { return row_packs_at + chunks_of(row_bytes) * kChunkBytes; }
-  // Whether rows of so many bytes are packed, of `tokens` of each rank at most.
+  // Whether dispatch packs rows of so many bytes, of `tokens` of each rank at most. Combine goes by packed_tokens.
   bool are_packed(int tokens, int64_t row_bytes) const {
     return tokens * packed_bytes_of(row_bytes) <= packed_tokens * packed_bytes;
   }
