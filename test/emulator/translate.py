@@ -34,7 +34,7 @@ def translate(program: str, destination: Path, change: Callable[[str, str], str]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     here = Path(__file__).parent
-    for name in ("memory.cuh", "overlap.cuh"):
+    for name in ("memory.cuh", "launch.cuh"):
         shutil.copy(here / name, destination / KERNELS / "device" / name)
     shutil.copy(here / "emulator.h", destination / "emulator.h")
     return destination / PROGRAMS / f"{program}.cu"

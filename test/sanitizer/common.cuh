@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../../torch_ep/csrc/cuda/device/counter.cuh"
+#include "../../torch_ep/csrc/cuda/device/launch.cuh"
 #include "../../torch_ep/csrc/cuda/device/low_latency_receive.cuh"
-#include "../../torch_ep/csrc/cuda/device/overlap.cuh"
 #include "../../torch_ep/csrc/cuda/device/quantize.cuh"
 #include "../../torch_ep/csrc/cuda/device/rows.cuh"
 #include "../../torch_ep/csrc/cuda/device/sums.cuh"

@@ -3,6 +3,7 @@
 //   receive   the others: chunks of every peer: arrived row -> shared memory -> its places in the result; and, while
 //             there is none, this rank's own rows. The first of these warps meets the peers.
 // Blocks that have sent everything join in the own rows.
+#include "device/launch.cuh"
 #include "device/rows.cuh"
 
 #include <algorithm>
@@ -476,8 +477,8 @@ cudaError_t prepare_dispatch() {
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
   const Shape shape = shape_of(args);
   const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
-  dispatch_kernel<<<args.comm.layout.num_blocks, shape.warps * kWarp, shared, stream>>>(args, shape);
-  return cudaGetLastError();
+  const int blocks = args.comm.layout.num_blocks, threads = shape.warps * kWarp;
+  return launch_in_clusters(dispatch_kernel, blocks, threads, shared, stream, args, shape);
 }
 
 }  // namespace ep::cuda

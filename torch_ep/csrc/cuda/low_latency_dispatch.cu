@@ -8,8 +8,8 @@
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
 #include "device/counter.cuh"
+#include "device/launch.cuh"
 #include "device/low_latency_receive.cuh"
-#include "device/overlap.cuh"
 #include "device/quantize.cuh"
 
 #include <algorithm>
