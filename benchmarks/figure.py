@@ -135,7 +135,7 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
     grid[0, 0].set_ylabel("us a call, median of the slowest rank")
     grid[1, 0].set_ylabel("us a call (dashed: by hand)")
     grid[0, 0].legend(fontsize=8.5, ncols=4, loc="upper center")
-    grid[1, 0].legend(fontsize=8.5, ncols=2)
+    figure.legend(*grid[1, 0].get_legend_handles_labels(), fontsize=8.5, ncols=6, loc="outside lower center")
     figure.suptitle(
         f"Whole calls, hidden {settings['hidden']}, top-{settings['topk']} of {settings['experts']} experts, "
         f"{settings['num_sms']} blocks\n{len(hardware['gpus'])} x {hardware['gpus'][0]}, driver {hardware['driver']}, "
