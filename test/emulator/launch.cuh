@@ -3,10 +3,13 @@
 
 namespace ep::cuda {
 
+enum class Launch { plain, overlapped, in_clusters };
+
 inline void await_kernels_before() {}
 
 template <class... Parameters>
-cudaError_t launch_in_clusters(
+cudaError_t launch_kernel(
+    Launch,
     void (*kernel)(Parameters...),
     int blocks,
     int threads,
@@ -15,18 +18,6 @@ cudaError_t launch_in_clusters(
     Parameters... arguments) {
   emulator::launch([=] { kernel(arguments...); }, blocks, threads, shared_bytes);
   return cudaSuccess;
-}
-
-template <class... Parameters>
-cudaError_t launch_overlapped(
-    bool,
-    void (*kernel)(Parameters...),
-    int blocks,
-    int threads,
-    int shared_bytes,
-    cudaStream_t stream,
-    Parameters... arguments) {
-  return launch_in_clusters(kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace ep::cuda

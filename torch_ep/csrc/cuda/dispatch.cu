@@ -478,7 +478,7 @@ cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
   const Shape shape = shape_of(args);
   const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
   const int blocks = args.comm.layout.num_blocks, threads = shape.warps * kWarp;
-  return launch_in_clusters(dispatch_kernel, blocks, threads, shared, stream, args, shape);
+  return launch_kernel(Launch::in_clusters, dispatch_kernel, blocks, threads, shared, stream, args, shape);
 }
 
 }  // namespace ep::cuda

@@ -472,7 +472,8 @@ cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaS
   const int blocks = blocks_of(args, multiprocessors);
   const CombineShape shape = shape_of(args, way, blocks);
   const int shared = shared_bytes(way, shape);
-  return launch_overlapped(!args.comm.shares_device, kernel, blocks, kMaxWarps * kWarp, shared, stream, args, shape);
+  const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
+  return launch_kernel(how, kernel, blocks, kMaxWarps * kWarp, shared, stream, args, shape);
 }
 
 template <class T>

@@ -519,7 +519,8 @@ cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, c
   const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
   const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
   const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
-  return launch_overlapped(!args.comm.shares_device, kernel, blocks, kThreads, shared, stream, args, shape);
+  const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
+  return launch_kernel(how, kernel, blocks, kThreads, shared, stream, args, shape);
 }
 
 template <class T>

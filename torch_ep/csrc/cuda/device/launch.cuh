@@ -5,40 +5,31 @@
 
 namespace ep::cuda {
 
-// `attribute`: may be null.
-template <class... Parameters>
-cudaError_t launch_with(
-    cudaLaunchAttribute* attribute,
-    void (*kernel)(Parameters...),
-    int blocks,
-    int threads,
-    int shared_bytes,
-    cudaStream_t stream,
-    Parameters... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = attribute != nullptr ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
+enum class Launch {
+  plain,
+  // While the kernel before it in the stream still runs: CUDA C++ Programming Guide, "Programmatic Dependent Launch and
+  // Synchronization". Of few tokens, that takes a good part of an exchange. Not where ranks share a device: what is
+  // brought there early would take the room of another rank's kernel.
+  overlapped,
+  // Each block a thread block cluster of its own, which changes nothing but the SMs they run on. Without that, the
+  // first eight blocks of a kernel alone on an H100 come to SMs 124 to 131, which no cluster of 16 can use, and the
+  // others to 0, 2, ... 30. There a dispatch of 4096 tokens took 554 us (expert_major, 4 x H100) and 476 (rank_major);
+  // with clusters, as on any other 24 SMs tried, 530 and 472. What the reason is in the device is not known. Combine
+  // gains nothing.
+  in_clusters,
+};
 
-// In launch_overlapped, before anything else than arguments and shared memory is touched: everything before in the
-// stream has ended, and what it wrote is there. Every thread comes here, so that the end of this kernel says the same
-// to the next one.
+// In a kernel that may be overlapped, before anything else than arguments and shared memory is touched: everything
+// before in the stream has ended, and what it wrote is there. Every thread comes here, so that the end of this kernel
+// says the same to the next one.
 __device__ __forceinline__ void await_kernels_before() {
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// While the kernel before it in the stream still runs: CUDA C++ Programming Guide, "Programmatic Dependent Launch and
-// Synchronization". Of few tokens, that takes a good part of an exchange.
-// `overlaps`: not where ranks share a device: what is brought there early would take the room of another rank's kernel.
 template <class... Parameters>
-cudaError_t launch_overlapped(
-    bool overlaps,
+cudaError_t launch_kernel(
+    Launch how,
     void (*kernel)(Parameters...),
     int blocks,
     int threads,
@@ -46,28 +37,21 @@ cudaError_t launch_overlapped(
     cudaStream_t stream,
     Parameters... arguments) {
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  return launch_with(overlaps ? &attribute : nullptr, kernel, blocks, threads, shared_bytes, stream, arguments...);
-}
-
-// Each block a thread block cluster of its own, which changes nothing but the SMs they run on. Without that, the first
-// eight blocks of a kernel alone on an H100 come to SMs 124 to 131, which no cluster of 16 can use, and the others to
-// 0, 2, ... 30. There a dispatch of 4096 tokens took 554 us (expert_major, 4 x H100) and 476 (rank_major); with
-// clusters, as on any other 24 SMs tried, 530 and 472. What the reason is in the device is not known. Combine gains
-// nothing.
-template <class... Parameters>
-cudaError_t launch_in_clusters(
-    void (*kernel)(Parameters...),
-    int blocks,
-    int threads,
-    int shared_bytes,
-    cudaStream_t stream,
-    Parameters... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return launch_with(&attribute, kernel, blocks, threads, shared_bytes, stream, arguments...);
+  if (how == Launch::overlapped) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else if (how == Launch::in_clusters) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = how == Launch::plain ? 0 : 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace ep::cuda
