@@ -46,14 +46,16 @@ VIRTUAL = [f"virtual-{n}" for n in (1, 2, 3, 4, 5, 8)]
 GPUS = [f"gpus-{n}" for n in (2, 3, 4)]
 
 # Note [Kernels that wait for other kernels]
-# A virtual rank's kernel waits on the GPU for another rank's, which its thread may not have launched yet. So nothing on
-# the way to that launch may wait for the device: no kernel is loaded on its first use, and no two streams share a
-# hardware queue, of kernels or of copies. Both are set before CUDA starts, hence the process of their own. Nor is
-# device memory allocated then (CUDA C++ Programming Guide, "Implicit Synchronization"): each stream's share is in the
-# allocator's hands before. Nor does a kernel need more local memory than any before it, which the driver might get only
-# once the device is idle: each kind of kernel has run before, on one rank alone. Last, while a copy between host and
-# device waits for a kernel before it, it holds what the driver has few of, such as staging buffers for memory that is
-# not page-locked. All ranks but one may stand there: so the host waits for the kernel first, and only then copies.
+# A virtual rank's kernel waits on the GPU for another rank's, which its thread may not have launched yet. So nothing
+# on the way to that launch may wait for the device: no kernel is loaded on its first use, and no two streams share a
+# hardware queue, of kernels or of copies. Both are set before CUDA starts, hence the process of their own. Nor is any
+# operator used whose kernel torch itself compiles and loads on first use, as that of torch.exp2 (torch's
+# "jiterator"). Nor is device memory allocated then (CUDA C++ Programming Guide, "Implicit Synchronization"): each
+# stream's share is in the allocator's hands before. Nor does a kernel need more local memory than any before it,
+# which the driver might get only once the device is idle: each kind of kernel has run before, on one rank alone.
+# Last, while a copy between host and device waits for a kernel before it, it holds what the driver has few of, such
+# as staging buffers for memory that is not page-locked. All ranks but one may stand there: so the host waits for the
+# kernel first, and only then copies.
 _HOST_ENVIRONMENT = {"CUDA_MODULE_LOADING": "EAGER", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
 
 
