@@ -116,7 +116,7 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
     ops = list(dict.fromkeys(row["op"] for row in rows))
     most = max(row["tokens"] for row in rows)
     figure, grid = plt.subplots(
-        2, len(worlds), figsize=(10 * len(worlds), 9.6), sharey="row", squeeze=False, layout="constrained"
+        2, len(worlds), figsize=(12 * len(worlds), 9.6), sharey="row", squeeze=False, layout="constrained"
     )
     colours = dict(zip(ops, plt.get_cmap("tab20").colors, strict=False))
     for column, ranks in enumerate(worlds):

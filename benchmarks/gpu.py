@@ -126,9 +126,15 @@ def _plan(case: Case, capacity: bool) -> Calls:
     return Calls(partial(case.plan, capacity=case.capacity if capacity else None), case.by_hand.route)
 
 
-def _dispatch(case: Case, layout: torch_ep.Layout) -> Calls:
+def _busiest_rows(case: Case, layout: torch_ep.Layout) -> int:
+    """The rows of the rank that receives most: the least capacity of which nothing is dropped. Collective."""
+    return int(over_ranks(case.plan(layout).num_rows))
+
+
+def _dispatch(case: Case, layout: torch_ep.Layout, capacity: bool = False) -> Calls:
+    rows = _busiest_rows(case, layout) if capacity else None
     return Calls(
-        lambda: case.dispatch(case.plan(layout)),
+        lambda: case.dispatch(case.plan(layout, rows)),
         lambda: case.by_hand.dispatch(case.by_hand.route()),
     )
 
@@ -138,9 +144,10 @@ def _dispatch_cached(case: Case, layout: torch_ep.Layout) -> Calls:
     return Calls(lambda: case.dispatch(plan), lambda: case.by_hand.dispatch(routing))
 
 
-def _dispatch_fp8(case: Case) -> Calls:
+def _dispatch_fp8(case: Case, capacity: bool = False) -> Calls:
+    rows = _busiest_rows(case, "rank_major") if capacity else None
     return Calls(
-        lambda: case.dispatch_fp8(case.plan()),
+        lambda: case.dispatch_fp8(case.plan(capacity=rows)),
         lambda: case.by_hand_fp8.dispatch(case.by_hand_fp8.route()),
     )
 
@@ -200,12 +207,25 @@ def _no_bytes(hidden: int) -> int:
 
 OPS = {
     "dispatch": Op("bf16, rank_major, plan included", partial(_dispatch, layout="rank_major"), bf16_bytes),
+    "dispatch-capacity": Op(
+        "bf16, rank_major, plan with a capacity included",
+        partial(_dispatch, layout="rank_major", capacity=True),
+        bf16_bytes,
+    ),
     "dispatch-cached": Op(
         "bf16, rank_major, plan from before", partial(_dispatch_cached, layout="rank_major"), bf16_bytes
     ),
     "dispatch-fp8": Op("fp8 and scales, rank_major, plan included", _dispatch_fp8, fp8_bytes),
+    "dispatch-fp8-capacity": Op(
+        "fp8 and scales, rank_major, plan with a capacity included", partial(_dispatch_fp8, capacity=True), fp8_bytes
+    ),
     "dispatch-fp8-cached": Op("fp8 and scales, rank_major, plan from before", _dispatch_fp8_cached, fp8_bytes),
     "dispatch-expert": Op("bf16, expert_major, plan included", partial(_dispatch, layout="expert_major"), bf16_bytes),
+    "dispatch-expert-capacity": Op(
+        "bf16, expert_major, plan with a capacity included",
+        partial(_dispatch, layout="expert_major", capacity=True),
+        bf16_bytes,
+    ),
     "dispatch-expert-cached": Op(
         "bf16, expert_major, plan from before", partial(_dispatch_cached, layout="expert_major"), bf16_bytes
     ),

@@ -266,6 +266,21 @@ def test_what_is_written_by_hand_for_gpus_gives_the_same() -> None:
     world(RANKS).run(_check_gpu_case)
 
 
+def _run_with_and_without_capacity(rank: int, world_size: int, op: str) -> tuple[int, int]:
+    """(rows that this rank received, rows of its result with a capacity)"""
+    ops, case = module("gpu").OPS, _gpu_case(rank, world_size)
+    exact, fixed = (ops[name].prepare(case).ours() for name in (op, f"{op}-capacity"))
+    for got, want in zip(fixed, exact, strict=True):
+        assert torch.equal(got[: len(want)].view(torch.uint8), want.view(torch.uint8))
+    return len(exact[0]), len(fixed[0])
+
+
+@pytest.mark.parametrize("op", ["dispatch", "dispatch-fp8", "dispatch-expert"])
+def test_capacity_is_what_the_busiest_gpu_receives(op: str) -> None:
+    received, rows = zip(*world(RANKS).run(_run_with_and_without_capacity, op), strict=True)
+    assert set(rows) == {max(received)}
+
+
 def _check_wrong_gpu_case(rank: int, world_size: int, wrong: int) -> str:
     case = _gpu_case(rank, world_size)
     right = case.dispatch_fp8
