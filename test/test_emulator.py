@@ -75,6 +75,9 @@ FAULTS = {
         "bulk_wait_read<1>();\n    } else {\n      bulk_wait_read<0>();",
         "bulk_wait_read<2>();\n    } else {\n      bulk_wait_read<1>();",
     ),
+    "dispatch: a chunk that nobody takes": Fault(
+        "virtual_ranks", "dispatch.cu", "chunk = receivers_ + int64_t", "chunk = receivers_ + 1 + int64_t"
+    ),
     "combine: the first part of a row awaited alone": Fault(
         "virtual_ranks",
         "combine.cu",

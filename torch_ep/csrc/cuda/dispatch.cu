@@ -23,6 +23,7 @@ class Dispatch {
             static_cast<int>(blockIdx.x) - shape.send_blocks +
             (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),
         receivers_((static_cast<int>(gridDim.x) - shape.send_blocks) * shape.warps),
+        inverters_(receivers_ - 1),
         sends_(static_cast<int>(blockIdx.x) < shape.send_blocks),
         chunk_tokens_(shape.chunk_tokens),
         chunks_((args.plan.num_tokens + chunk_tokens_ - 1) / chunk_tokens_),
@@ -217,7 +218,7 @@ class Dispatch {
 
   // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
   __device__ void place_rest(int n) const {
-    if (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(receivers_))) {
+    if (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(inverters_))) {
       return;
     }
     Tokens tokens(x_, a_, 1, 1);
@@ -233,18 +234,20 @@ class Dispatch {
     const int lane = lane_id();
     const Layout& layout = x_.layout();
     const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
-    if (a_.plan.expert_major) {
-      invert_recv_slot(x_, a_.plan, received, receiver_, receivers_);
-    }
-    if (receiver_ == 0 && !meet_peers(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
-      return;
+    if (receiver_ == 0) {
+      if (!meet_peers(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
+        return;
+      }
+    } else if (a_.plan.expert_major) {
+      invert_recv_slot(x_, a_.plan, received, receiver_ - 1, inverters_);
     }
     zero_fill(received);
-    if (!wait_for_headers(x_) || (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(receivers_)))) {
+    if (!wait_for_headers(x_) || (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(inverters_)))) {
       return;
     }
 
-    // Lane s receives from rank s: every receivers_-th of its chunks.
+    // Lane s receives from rank s: the receiver_-th of its chunks, then, one after the other, those that no warp has
+    // taken yet. Which one is next is asked early, so that the answer comes while rows are placed.
     const bool is_peer = x_.is_peer(lane);
     const int from = is_peer ? lane : a_.comm.rank;
     const int64_t chunks =
@@ -272,7 +275,7 @@ class Dispatch {
         if (news) {
           next = static_cast<int>(word & (kMaxTokens - 1));
           end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
-          chunk += receivers_;
+          chunk = receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)};
         }
         ready = __ballot_sync(kFullWarp, next < end);
         if (ready != 0) {
@@ -425,6 +428,7 @@ class Dispatch {
   const DispatchArgs& a_;
   const Exchange x_;
   const int receiver_, receivers_;
+  const int inverters_;  // warps that build rows_of: all that receive but the one that meets the peers
   const bool sends_;
   const int chunk_tokens_, chunks_;
   const Ring ring_;

@@ -81,8 +81,9 @@ struct State {
   uint32_t elsewhere;  // 1 + a peer that left this exchange for a mismatch
   uint32_t blocks_done;
   uint32_t gate;  // warps that have built their part of rows_of
-  // The next pieces of work of this exchange that no warp has taken yet; see Tickets (device/exchange.cuh).
-  uint32_t tickets[2];
+  // The next pieces of work of this exchange that no warp has taken yet: see Tickets (device/exchange.cuh). Of dispatch
+  // also, of each rank, the next chunk after those that every warp begins with.
+  uint32_t tickets[2], chunks[kMaxRanks];
   uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
                                                // a rank
   // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.

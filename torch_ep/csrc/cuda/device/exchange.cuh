@@ -330,6 +330,10 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   state.blocks_done = 0;
   state.gate = 0;
   state.tickets[0] = state.tickets[1] = 0;
+#pragma unroll
+  for (uint32_t& chunks : state.chunks) {
+    chunks = 0;
+  }
   *last_use = x.epoch;
   state.epoch = x.epoch;
   fence_system();
