@@ -76,7 +76,7 @@ FAULTS = {
         "bulk_wait_read<2>();\n    } else {\n      bulk_wait_read<1>();",
     ),
     "dispatch: a chunk that nobody takes": Fault(
-        "virtual_ranks", "dispatch.cu", "chunk = receivers_ + int64_t", "chunk = receivers_ + 1 + int64_t"
+        "virtual_ranks", "dispatch.cu", "receivers_ + int64_t{atomicAdd", "receivers_ + 1 + int64_t{atomicAdd"
     ),
     "combine: the first part of a row awaited alone": Fault(
         "virtual_ranks",

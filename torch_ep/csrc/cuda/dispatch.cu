@@ -247,7 +247,7 @@ class Dispatch {
     }
 
     // Lane s receives from rank s: the receiver_-th of its chunks, then, one after the other, those that no warp has
-    // taken yet. Which one is next is asked early, so that the answer comes while rows are placed.
+    // taken yet. To ask for one takes most of a microsecond: not where there is none.
     const bool is_peer = x_.is_peer(lane);
     const int from = is_peer ? lane : a_.comm.rank;
     const int64_t chunks =
@@ -275,7 +275,7 @@ class Dispatch {
         if (news) {
           next = static_cast<int>(word & (kMaxTokens - 1));
           end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
-          chunk = receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)};
+          chunk = receivers_ < chunks ? receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)} : chunks;
         }
         ready = __ballot_sync(kFullWarp, next < end);
         if (ready != 0) {
