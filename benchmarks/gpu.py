@@ -206,7 +206,7 @@ def _no_bytes(hidden: int) -> int:
 
 
 OPS = {
-    "dispatch": Op("bf16, rank_major, plan included", partial(_dispatch, layout="rank_major"), bf16_bytes),
+    "dispatch": Op("bf16, rank_major, exact plan included", partial(_dispatch, layout="rank_major"), bf16_bytes),
     "dispatch-capacity": Op(
         "bf16, rank_major, plan with a capacity included",
         partial(_dispatch, layout="rank_major", capacity=True),
@@ -215,12 +215,14 @@ OPS = {
     "dispatch-cached": Op(
         "bf16, rank_major, plan from before", partial(_dispatch_cached, layout="rank_major"), bf16_bytes
     ),
-    "dispatch-fp8": Op("fp8 and scales, rank_major, plan included", _dispatch_fp8, fp8_bytes),
+    "dispatch-fp8": Op("fp8 and scales, rank_major, exact plan included", _dispatch_fp8, fp8_bytes),
     "dispatch-fp8-capacity": Op(
         "fp8 and scales, rank_major, plan with a capacity included", partial(_dispatch_fp8, capacity=True), fp8_bytes
     ),
     "dispatch-fp8-cached": Op("fp8 and scales, rank_major, plan from before", _dispatch_fp8_cached, fp8_bytes),
-    "dispatch-expert": Op("bf16, expert_major, plan included", partial(_dispatch, layout="expert_major"), bf16_bytes),
+    "dispatch-expert": Op(
+        "bf16, expert_major, exact plan included", partial(_dispatch, layout="expert_major"), bf16_bytes
+    ),
     "dispatch-expert-capacity": Op(
         "bf16, expert_major, plan with a capacity included",
         partial(_dispatch, layout="expert_major", capacity=True),

@@ -23,7 +23,6 @@ class Dispatch {
             static_cast<int>(blockIdx.x) - shape.send_blocks +
             (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),
         receivers_((static_cast<int>(gridDim.x) - shape.send_blocks) * shape.warps),
-        inverters_(receivers_ - 1),
         sends_(static_cast<int>(blockIdx.x) < shape.send_blocks),
         chunk_tokens_(shape.chunk_tokens),
         chunks_((args.plan.num_tokens + chunk_tokens_ - 1) / chunk_tokens_),
@@ -218,7 +217,7 @@ class Dispatch {
 
   // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
   __device__ void place_rest(int n) const {
-    if (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(inverters_))) {
+    if (!wait_for_places()) {
       return;
     }
     Tokens tokens(x_, a_, 1, 1);
@@ -239,10 +238,10 @@ class Dispatch {
         return;
       }
     } else if (a_.plan.expert_major) {
-      invert_recv_slot(x_, a_.plan, received, receiver_ - 1, inverters_);
+      invert_recv_slot(x_, a_.plan, received, receiver_ - 1, inverters());
     }
     zero_fill(received);
-    if (!wait_for_headers(x_) || (a_.plan.expert_major && !wait_for_gate(x_, static_cast<uint32_t>(inverters_)))) {
+    if (!wait_for_headers(x_) || !wait_for_places()) {
       return;
     }
 
@@ -363,6 +362,14 @@ class Dispatch {
 
   // --- both: the record of a received wire row to its places in the result ---
 
+  // Warps that build rows_of: all that receive but the one that meets the peers.
+  __device__ int inverters() const { return receivers_ - 1; }
+
+  // Until it is known where received rows belong.
+  __device__ bool wait_for_places() const {
+    return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
+  }
+
   // What lane k has to know of its slot: expert_major: the row, or -1; rank_major: whether the expert is here, or -1.
   __device__ int64_t place_of(int64_t wire_row) const {
     if (a_.plan.expert_major) {
@@ -428,7 +435,6 @@ class Dispatch {
   const DispatchArgs& a_;
   const Exchange x_;
   const int receiver_, receivers_;
-  const int inverters_;  // warps that build rows_of: all that receive but the one that meets the peers
   const bool sends_;
   const int chunk_tokens_, chunks_;
   const Ring ring_;
