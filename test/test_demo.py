@@ -85,7 +85,7 @@ def test_capacity_is_a_multiple_of_an_even_load(layout: str, factor: float, rows
 @pytest.mark.parametrize("flags", ["", "--capacity 4", "--layout rank_major", "--layout rank_major --capacity 4"])
 def test_no_call_passes_more_than_init_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     passed: dict[str, list[int]] = {name: [] for name in ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")}
-    make_plan, dispatch = torch_ep.nn.plan, torch_ep.nn.dispatch
+    make_plan, dispatch = torch_ep.nn.moe.plan, torch_ep.nn.moe.dispatch
 
     def spy_plan(topk_idx: torch.Tensor, num_experts: int, *args: Any, **kwargs: Any) -> torch_ep.Plan:
         sizes = (topk_idx.shape[0], topk_idx.shape[1], num_experts)
@@ -97,8 +97,8 @@ def test_no_call_passes_more_than_init_was_told(tmp_path: Path, monkeypatch: pyt
         passed["hidden"].append(x.shape[1])
         return dispatch(x, *args, **kwargs)
 
-    monkeypatch.setattr(torch_ep.nn, "plan", spy_plan)
-    monkeypatch.setattr(torch_ep.nn, "dispatch", spy_dispatch)
+    monkeypatch.setattr(torch_ep.nn.moe, "plan", spy_plan)
+    monkeypatch.setattr(torch_ep.nn.moe, "dispatch", spy_dispatch)
     args = tiny(tmp_path, "--ranks", "1", "--layers", "1", *flags.split())
     trainer = demo.Trainer(args, demo.Ranks())
     trainer.train_step()

@@ -1,0 +1,78 @@
+"""The MoE layer that tests share, and the same layer in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from harness import seeded
+from torch import Tensor
+
+from torch_ep.nn import MoE, gather_experts
+
+SHAPE = {"hidden": 8, "intermediate": 6, "num_experts": 8, "num_topk": 3}
+TOKENS = (9, 0, 5, 1)  # of each rank
+
+
+class Dense(NamedTuple):
+    out: Tensor
+    aux_loss: Tensor
+    chosen: Tensor  # [tokens, num_experts], 1 where the token visits the expert
+
+
+def dense(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    num_topk: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = True,
+    route_scale: float = 1.0,
+    keep: Tensor | None = None,
+) -> Dense:
+    """The layer in plain torch: every expert over all tokens, masked. `keep`: 0 where a (token, expert) is dropped."""
+    logits = x @ weights["router"].T
+    scores = logits.exp() / logits.exp().sum(1, keepdim=True) if score == "softmax" else 1 / (1 + (-logits).exp())
+    biased = scores + weights["selection_bias"] if "selection_bias" in weights else scores
+    chosen = torch.zeros_like(scores)
+    for token, order in enumerate(biased.argsort(dim=1, descending=True)):
+        chosen[token, order[:num_topk]] = 1
+    gates = scores * chosen
+    if normalize:
+        gates = gates / gates.sum(1, keepdim=True)
+    gates = gates * route_scale * (1 if keep is None else keep)
+    out = torch.zeros_like(x)
+    for e in range(scores.shape[1]):
+        inner = F.silu(x @ weights["gate"][e]) * (x @ weights["up"][e])
+        out = out + gates[:, e : e + 1] * (inner @ weights["down"][e])
+    if "shared.gate.weight" in weights:
+        inner = F.silu(x @ weights["shared.gate.weight"].T) * (x @ weights["shared.up.weight"].T)
+        out = out + inner @ weights["shared.down.weight"].T
+    # Switch Transformers: experts * sum over experts of (share of the choices) * (mean probability).
+    aux = torch.zeros((), dtype=x.dtype, device=x.device)
+    if len(x):
+        shares = scores / scores.sum(1, keepdim=True)
+        aux = scores.shape[1] * (chosen.mean(0) / num_topk * shares.mean(0)).sum()
+    return Dense(out, aux, chosen)
+
+
+def full_weights(layer: MoE) -> dict[str, Tensor]:
+    """Its parameters and buffers with all experts. Collective."""
+    weights = {name: t.detach() for name, t in layer.state_dict().items()}
+    return {
+        name: gather_experts(t, layer.group_name) if name in layer.EXPERT_PARAMETERS else t
+        for name, t in weights.items()
+    }
+
+
+def make_layer(device: str = "cpu", **options: Any) -> MoE:
+    torch.manual_seed(5)
+    layer = MoE(**{**SHAPE, "dtype": torch.float64, **options})
+    if layer.selection_bias is not None:
+        layer.selection_bias.copy_(torch.linspace(-0.5, 0.5, layer.num_experts))
+    return layer.to(device)
+
+
+def make_x(device: str, rank: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(rank, 4), dtype=torch.float64).to(device)

@@ -1,0 +1,16 @@
+"""The Mixture-of-Experts layer, and what states and gradients need where experts are spread over ranks."""
+
+from .grouped_mm import grouped_mm
+from .moe import MoE, RouterStats
+from .sharding import clip_grad_norm_, expert_parameter_names, full_state_dict, gather_experts, shard_experts
+
+__all__ = [
+    "MoE",
+    "RouterStats",
+    "clip_grad_norm_",
+    "expert_parameter_names",
+    "full_state_dict",
+    "gather_experts",
+    "grouped_mm",
+    "shard_experts",
+]
