@@ -110,7 +110,7 @@ class Workers:
 
 
 class World(Workers):
-    """`world_size` ranks with the default group initialised for torch_ep; `init`: further arguments of `init`."""
+    """`world_size` ranks with the default group initialized for torch_ep; `init`: further arguments of `init`."""
 
     def __init__(
         self, world_size: int, timeout: timedelta = timedelta(seconds=60), backend: str = "gloo", **init: Any

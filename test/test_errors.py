@@ -221,7 +221,7 @@ CASES = {
     ),
     "plan-group": plan(
         RuntimeError,
-        "expected an initialised group, got group 'nowhere': call torch_ep.init(group) on every rank first",
+        "expected an initialized group, got group 'nowhere': call torch_ep.init(group) on every rank first",
         world_size=2,
         group_name="nowhere",
     ),
@@ -355,7 +355,7 @@ CASES = {
         "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2
     ),
     "low_latency-group": low_latency_dispatch(
-        "expected an initialised group, got group 'nowhere': call torch_ep.init(group) on every rank first",
+        "expected an initialized group, got group 'nowhere': call torch_ep.init(group) on every rank first",
         error=RuntimeError,
         world_size=2,
         group_name="nowhere",
@@ -781,27 +781,6 @@ def test_reset_of_one_rank_has_nothing_to_do() -> None:
     torch_ep.reset()
 
 
-def test_reset_names_the_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Store:
-        def get_group_store(self) -> Store:
-            return self
-
-        def set(self, key: str, value: str) -> None:
-            self.own = key
-
-        def wait(self, keys: list[str], timeout: timedelta) -> None:
-            raise RuntimeError("too late")
-
-        def check(self, keys: list[str]) -> bool:
-            return keys == [self.own]
-
-    monkeypatch.setattr(torch_ep.comm, "process_group", lambda name: Store())
-    communicator = torch_ep.Communicator("g", 1, 3, timedelta(seconds=1))
-    with pytest.raises(dist.DistError) as raised:
-        torch_ep.comm._latest(communicator, 5)
-    assert str(raised.value) == "torch_ep.reset: group 'g': no answer from ranks [0, 2]: too late"
-
-
 def test_group_of_another_type() -> None:
     with pytest.raises(
         TypeError, match="expected group to be a ProcessGroup, a DeviceMesh, a group's name or None, got int"
@@ -1200,7 +1179,7 @@ def test_ranks_of_the_low_latency_pair(which: str) -> None:
 
 
 def low_latency_beyond_limits(rank: int, world_size: int) -> list[tuple[str, str]]:
-    before = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]]
+    _, before = torch_ep.comm._arguments_of[torch_ep.comm.resolve(None)[0]]
     rows, plan = torch_ep.low_latency_dispatch(torch.ones(1, 9), torch.tensor([[0]]), 2, 1)
     torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size)
     calls: list[Callable] = [
@@ -1218,7 +1197,7 @@ def low_latency_beyond_limits(rank: int, world_size: int) -> list[tuple[str, str
                 seen.append(("", "no error"))
             except Exception as error:
                 seen.append((type(error).__name__, str(error).splitlines()[0]))
-    torch_ep.init(**torch_ep.comm._arguments(before))
+    torch_ep.init(**before)
     return seen
 
 
@@ -1234,7 +1213,7 @@ def test_limits_of_init_bind_the_low_latency_pair() -> None:
         assert seen == [entry for entry in expected for _ in ("kernel", "fake")]
 
 
-def uninitialised(rank: int, world_size: int) -> str:
+def uninitialized(rank: int, world_size: int) -> str:
     group = dist.new_group(list(range(world_size)))
     try:
         torch_ep.reset(group)
@@ -1246,15 +1225,15 @@ def uninitialised(rank: int, world_size: int) -> str:
     return "no error"
 
 
-def test_reset_of_an_uninitialised_group() -> None:
+def test_reset_of_an_uninitialized_group() -> None:
     told = "call torch_ep.init(group) on every rank first"
-    for message in world(2).run(uninitialised):
-        assert message == f"torch_ep.reset: expected an initialised group, got group 'NAME': {told}"
+    for message in world(2).run(uninitialized):
+        assert message == f"torch_ep.reset: expected an initialized group, got group 'NAME': {told}"
 
 
 def beyond_limits(rank: int, world_size: int, device: str) -> list[tuple[str, str]]:
-    before = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]]
-    transport = before.transport
+    _, before = torch_ep.comm._arguments_of[torch_ep.comm.resolve(None)[0]]
+    transport = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]].transport
     assert transport == ("nvlink" if device == "cuda" else "c10d")
     torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size, transport=transport)
 
@@ -1284,7 +1263,7 @@ def beyond_limits(rank: int, world_size: int, device: str) -> list[tuple[str, st
             except Exception as error:
                 seen.append((type(error).__name__, str(error).splitlines()[0]))
     assert works(rank, world_size, device)
-    torch_ep.init(**torch_ep.comm._arguments(before))
+    torch_ep.init(**before)
     return seen
 
 

@@ -220,7 +220,7 @@ def destroyed(rank: int, world_size: int) -> str:
 
 def test_destroyed_then_initialised_again(ranks: Watched) -> None:
     for message in ranks.run(destroyed, limit_s=LIMIT_S):
-        assert "expected an initialised group" in message
+        assert "expected an initialized group" in message
 
 
 def exit_without_destroy(rank: int, world_size: int, port: int) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from numbers import Integral
-from typing import Literal, NamedTuple, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import symmetric
+from . import rendezvous, symmetric
 
 __all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
@@ -22,6 +26,7 @@ OnTimeout = Literal["raise", "mask"]
 _TRANSPORTS = ("auto", "c10d", "nvlink")
 _PROVIDERS = ("torch", "nvshmem")
 _ON_TIMEOUT = ("raise", "mask")
+_LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
 _NO_LIMIT = -1
 # Of the nvlink kernels (csrc/cuda/layout.h, csrc/cuda/launch.h).
 _MAX_RANKS = 8
@@ -61,6 +66,8 @@ communicators: dict[str, Communicator] = {}
 # What the kernels of a communicator write into, by group name, for as long as they may run.
 _buffers: dict[str, symmetric.Buffer] = {}
 _still_running: list[symmetric.Buffer] = []
+# What `init` was called with, by group name.
+_arguments_of: dict[str, tuple[dist.ProcessGroup | None, dict[str, Any]]] = {}
 # Names of communicators without a process group: of ranks that all live in this process, and of one rank alone.
 _virtual: set[str] = set()
 _local: set[str] = set()
@@ -74,6 +81,8 @@ def resolve(group: Group) -> tuple[str, int]:
     """The name and world size of a group; ("", 1) where there is nobody to talk to."""
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
+            if not torch.compiler.is_compiling():
+                _warn_of_separate_worlds()
             return "", 1
         group = dist.group.WORLD
     elif isinstance(group, DeviceMesh):
@@ -98,6 +107,22 @@ def resolve(group: Group) -> tuple[str, int]:
     return ("", 1) if world_size == 1 else (group.group_name, world_size)
 
 
+_warned_of_separate_worlds = False
+
+
+def _warn_of_separate_worlds() -> None:
+    global _warned_of_separate_worlds
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not _warned_of_separate_worlds and "RANK" in os.environ and world_size not in ("", "1"):
+        _warned_of_separate_worlds = True
+        warnings.warn(
+            f"torch_ep: this process was launched as one of WORLD_SIZE = {world_size}, but torch.distributed is not "
+            "initialized: it works alone, with all experts. Call torch.distributed.init_process_group(), then "
+            "torch_ep.init(); pass group='' for one rank alone",
+            stacklevel=4,
+        )
+
+
 def init(
     group: Group = None,
     *,
@@ -112,11 +137,16 @@ def init(
     provider: symmetric.Provider = "torch",
     on_timeout: OnTimeout = "raise",
 ) -> Communicator:
-    """Prepares a process group for the operators. Collective: every rank of the group calls it with the same arguments.
+    """Prepares a process group for the operators. Collective: all ranks of the group call it with the same arguments.
 
-    Calling it again replaces the communicator of that group: with larger limits, buffers grow. Without a process group,
-    or with a group of one rank, there is nobody to prepare for; the operators work without `init`, and with it, given
-    all limits, on a CUDA device without ever waiting for it.
+    Calling it again with the same arguments returns what is there after one small exchange, so every layer may call it.
+    With other arguments it replaces the communicator of that group: with larger limits, buffers grow. Without a process
+    group, or with a group of one rank, no other rank has to be prepared for; the operators work without `init`, and
+    with it, given all limits, on a CUDA device without ever waiting for it.
+
+    The ranks connect over TCP, by a gloo backend of torch_ep's own. The program's collectives on the same group and
+    torch_ep's exchanges on the CPU cannot disturb each other. On a CUDA device with transport "c10d", rows travel over
+    the group itself, which must not run other collectives from another thread meanwhile.
 
     Args:
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group.
@@ -145,15 +175,16 @@ def init(
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or of another type.
-        RuntimeError: transport "nvlink" was asked for and cannot be; the message says why.
-        torch.distributed.DistError: ranks passed different arguments, or one did not come.
+        RuntimeError: transport "nvlink" was asked for and cannot be; or the ranks cannot connect; or the group has
+            torch's fake backend. The message says why.
+        torch.distributed.DistError: ranks passed different arguments or run different versions, or one did not come.
     """
-    limits = {
-        "max_tokens_per_rank": max_tokens_per_rank,
-        "hidden": hidden,
-        "num_topk": num_topk,
-        "num_experts": num_experts,
-    }
+    arguments: dict[str, Any] = dict(
+        max_tokens_per_rank=max_tokens_per_rank, hidden=hidden, num_topk=num_topk, num_experts=num_experts,
+        low_latency_tokens=low_latency_tokens, timeout=timeout, transport=transport, num_sms=num_sms, provider=provider,
+        on_timeout=on_timeout,
+    )  # fmt: skip
+    limits = {name: arguments[name] for name in _LIMITS}
     for name, limit in {**limits, "low_latency_tokens": low_latency_tokens}.items():
         if limit is not None and not isinstance(limit, Integral):
             raise TypeError(f"torch_ep.init: expected {name} to be an int or None, got {type(limit).__name__}")
@@ -171,23 +202,19 @@ def init(
         raise ValueError(f"torch_ep.init: expected on_timeout 'raise' or 'mask', got {on_timeout!r}")
     if not _MIN_SMS <= num_sms <= _MAX_SMS:
         raise ValueError(f"torch_ep.init: expected num_sms from {_MIN_SMS} to {_MAX_SMS}, got {num_sms}")
+    _forget_orphans()
     group_name, world_size = resolve(group)
-    rank = 0
-    process = None
-    if world_size > 1:
-        process = process_group(group_name)
-        rank = process.rank()
-        torch.ops.ep._init(
-            group_name,
-            _milliseconds(timeout),
-            [_NO_LIMIT if limit is None else limit for limit in limits.values()],
-            [
-                _TRANSPORTS.index(transport),
-                _PROVIDERS.index(provider),
-                num_sms,
-                low_latency_tokens or 0,
-                _ON_TIMEOUT.index(on_timeout),
-            ],
+    process = process_group(group_name) if world_size > 1 else None
+    rank = 0 if process is None else process.rank()
+    if process is not None:
+        _refuse_fake(process)
+        has_connected = _agree(process, timeout, arguments)
+        if not has_connected and _arguments_of.get(group_name) == (process, arguments):
+            return communicators[group_name]
+    elif group is None and not (dist.is_available() and dist.is_initialized()):
+        torch.ops.ep._hint_at_init(
+            ". (torch_ep.init was called before torch.distributed.init_process_group, where there was no group yet: "
+            "call it again after that)"
         )
     communicator = Communicator(
         group_name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
@@ -207,9 +234,45 @@ def init(
             _forget(group_name)
     if world_size > 1 or communicator.transport == "nvlink":
         communicators[group_name] = communicator
+        _arguments_of[group_name] = (process, arguments)
     else:
         communicators.pop(group_name, None)
     return communicator
+
+
+def _refuse_fake(process: dist.ProcessGroup) -> None:
+    if "fake" in dist.get_backend_config(process):
+        raise RuntimeError(
+            "torch_ep.init: expected a process group that moves data, got torch's backend 'fake', which moves none: to "
+            "check shapes and memory in one process, run the model under torch._subclasses.FakeTensorMode, or with a "
+            "capacity on the meta device"
+        )
+
+
+def _agree(process: dist.ProcessGroup, timeout: timedelta, arguments: Mapping[str, Any]) -> bool:
+    """The ranks agree on the arguments: over the connections of the earlier communicator where all are still on them.
+
+    Returns whether they had to connect.
+    """
+    limits = [arguments[name] for name in _LIMITS]
+    values = (
+        _milliseconds(timeout),
+        [_NO_LIMIT if limit is None else limit for limit in limits],
+        [
+            _TRANSPORTS.index(arguments["transport"]),
+            _PROVIDERS.index(arguments["provider"]),
+            arguments["num_sms"],
+            arguments["low_latency_tokens"] or 0,
+            _ON_TIMEOUT.index(arguments["on_timeout"]),
+        ],
+    )
+    name = process.group_name
+    if torch.ops.ep._init(name, "", *values):
+        return False
+    torch.ops.ep._destroy(name)
+    with rendezvous.connect(process, timeout) as connections:
+        torch.ops.ep._init(name, connections, *values)
+    return True
 
 
 def _init_timeout(timeout: timedelta) -> timedelta:
@@ -386,15 +449,15 @@ def init_virtual(
 
 
 def reset(group: Group = None) -> None:
-    """Makes a group usable again after a time-out, or an error that ranks raised at different calls. Collective.
+    """Makes a group usable again after a timeout or another error that closed it. Collective.
 
-    On transport nvlink it waits until this rank's kernels have ended, which they do by their time-out, agrees with the
+    On transport nvlink it waits until this rank's kernels have ended, which they do by their timeout, agrees with the
     other ranks on where to go on, and forgets the failure; results of the failed exchange are undefined. On transport
-    c10d it starts the communicator anew on the same process group; where the backend itself has closed the group after
-    a time-out, as gloo does, the group has to be made anew.
+    c10d the ranks connect anew; the process group itself is not touched, unless rows of CUDA tensors were in flight on
+    it: then it has to be created anew.
 
     Raises:
-        RuntimeError: the group was never initialised.
+        RuntimeError: the group was never initialized.
         torch.distributed.DistError: a rank did not come in time.
     """
     group_name, world_size = resolve(group)
@@ -403,46 +466,30 @@ def reset(group: Group = None) -> None:
         if world_size == 1:
             return
         raise RuntimeError(
-            f"torch_ep.reset: expected an initialised group, got group '{group_name}': "
+            f"torch_ep.reset: expected an initialized group, got group '{group_name}': "
             "call torch_ep.init(group) on every rank first"
         )
     if group_name in _virtual:
         raise RuntimeError("torch_ep.reset: virtual ranks have no store to agree through: make new ones")
+    process, arguments = _arguments_of[group_name]
     if communicator.transport == "nvlink":
         epoch = torch.ops.ep._settle_nvlink(group_name)
-        if world_size > 1:
-            epoch = _latest(communicator, epoch)
+        if process is not None:
+            # Every rank's kernels end by its own timeout; one may have to wait for that from now on.
+            answers = rendezvous.all_gather(
+                process,
+                "torch_ep.reset",
+                json.dumps([epoch, torch.ops.ep._is_connected(group_name)]),
+                2 * communicator.timeout + timedelta(seconds=10),
+            )
+            epochs, connected = zip(*map(json.loads, answers), strict=True)
+            epoch = max(epochs)
+            if not all(connected):
+                torch.ops.ep._destroy(group_name)
+                _agree(process, communicator.timeout, arguments)
         torch.ops.ep._restart_nvlink(group_name, epoch + 1)
-    else:
-        init(group, **_arguments(communicator))
-        communicators[group_name] = communicators[group_name]._replace(reason=communicator.reason)
-
-
-def _arguments(communicator: Communicator) -> dict:
-    names = (
-        "max_tokens_per_rank", "hidden", "num_topk", "num_experts", "low_latency_tokens", "timeout", "transport",
-        "on_timeout",
-    )  # fmt: skip
-    return {name: getattr(communicator, name) for name in names}
-
-
-_resets: dict[str, int] = {}
-
-
-def _latest(communicator: Communicator, epoch: int) -> int:
-    """The largest `epoch` of all ranks, learnt through the group's store: collectives may be what does not work."""
-    name = communicator.group_name
-    number = _resets[name] = _resets.get(name, 0) + 1
-    store = process_group(name).get_group_store()
-    keys = [f"torch_ep/reset/{number}/{rank}" for rank in range(communicator.world_size)]
-    store.set(keys[communicator.rank], str(epoch))
-    # Every rank's kernels end by its own time-out; one may have to wait for that from now on.
-    try:
-        store.wait(keys, 2 * communicator.timeout + timedelta(seconds=10))
-    except Exception as error:
-        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise dist.DistError(f"torch_ep.reset: group '{name}': no answer from ranks {late}: {error}") from None
-    return max(int(store.get(key)) for key in keys)
+    elif process is not None:
+        _agree(process, communicator.timeout, arguments)
 
 
 def active_ranks(group: Group = None) -> list[bool]:
@@ -479,8 +526,32 @@ def mask_ranks(ranks: Sequence[int], group: Group = None) -> None:
 
 
 def destroy(group: Group = None) -> None:
-    """Forgets the communicator of a group. Local, never waits; the process group itself stays as it is."""
-    group_name, _ = resolve(group)
+    """Forgets the communicator of a group. Local, never waits; the process group itself stays as it is.
+
+    Communicators of process groups that are gone are forgotten with any call, so the order does not matter: after
+    `torch.distributed.destroy_process_group` both `destroy()` and `destroy(name)` work.
+    """
+    _forget_orphans()
+    if isinstance(group, str) and group not in communicators:
+        return
+    _destroy(resolve(group)[0])
+
+
+def _destroy(group_name: str) -> None:
     communicators.pop(group_name, None)
+    _arguments_of.pop(group_name, None)
     _forget(group_name)
     torch.ops.ep._destroy(group_name)
+
+
+def _forget_orphans() -> None:
+    for group_name in torch.ops.ep._orphaned():
+        _destroy(group_name)
+
+
+@atexit.register
+def _destroy_all() -> None:
+    """Closes connections while the threads that serve them still can."""
+    for group_name in [*communicators]:
+        if group_name not in _virtual and group_name not in _local:
+            torch.ops.ep._destroy(group_name)

@@ -84,7 +84,7 @@ def _check_group(op: str, group_name: str, world_size: int) -> None:
     communicator = communicators.get(group_name)
     if communicator is None:
         raise RuntimeError(
-            f"{op}: expected an initialised group, got group '{group_name}': "
+            f"{op}: expected an initialized group, got group '{group_name}': "
             "call torch_ep.init(group) on every rank first"
         )
     if communicator.world_size != world_size:

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import socket
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -21,6 +22,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory, _unregister_process_group
+
+from . import rendezvous
 
 __all__ = ["Buffer", "Provider", "allocate", "peer_access"]
 
@@ -120,25 +123,10 @@ def allocate(
 
 # --- what ranks tell each other ---
 
-# Exchanges so far, by group name: each has keys of its own.
-_exchanges: dict[str, int] = {}
-
 
 def _all_gather(group: dist.ProcessGroup, value: str, timeout: timedelta) -> list[str]:
-    """Every rank's value, by group rank. Nobody gets them before all have come."""
-    name = group.group_name
-    number = _exchanges[name] = _exchanges.get(name, 0) + 1
-    store = group.get_group_store()
-    keys = [f"torch_ep/symmetric/{number}/{rank}" for rank in range(group.size())]
-    store.set(keys[group.rank()], json.dumps(value))
-    try:
-        store.wait(keys, timeout)
-    except Exception as error:
-        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise dist.DistError(
-            f"torch_ep: symmetric memory: group '{name}': no answer from ranks {late} within {timeout}: {error}"
-        ) from None
-    return [json.loads(store.get(key)) for key in keys]
+    """Every rank's value, by group rank. No rank gets them before all have come."""
+    return rendezvous.all_gather(group, "torch_ep: symmetric memory", value, timeout)
 
 
 def _on_every_rank(group: dist.ProcessGroup, provider: str, timeout: timedelta, act: Callable[[], T]) -> T:
@@ -317,7 +305,7 @@ def _from_torch(group: dist.ProcessGroup, nbytes: int, device: torch.device, tim
         # Zeroed on every rank before any rank knows another's address.
         tensor = _on_every_rank(group, "torch", timeout, zeros)
         # The rendezvous of a process group that has no backend goes through its store alone.
-        name = f"torch_ep/symmetric/{group.group_name}/{_exchanges[group.group_name]}"
+        name = "torch_ep/symmetric/" + _all_gather(group, uuid.uuid4().hex, timeout)[0]
         store = _Renumbered(dist.PrefixStore(name, group.get_group_store()), timeout)
         stand_in = dist.ProcessGroup(store, group.rank(), group.size())
         _register_process_group(name, stand_in)  # type: ignore[arg-type] # a NewType of str
@@ -408,7 +396,7 @@ def _init_nvshmem(
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def begin() -> bytes | None:
-        """None: is initialised. Else the unique id on global rank 0, and nothing on the others."""
+        """None: is initialized. Else the unique id on global rank 0, and nothing on the others."""
         uid = core.get_unique_id(empty=True)  # loads the library, too
         if core.init_status() >= core.InitStatus.STATUS_IS_INITIALIZED:
             if (core.my_pe(), core.n_pes()) != (rank, world_size):
@@ -426,13 +414,13 @@ def _init_nvshmem(
         return ctypes.string_at(uid.ptr, uid._data.nbytes)
 
     own = _on_every_rank(group, "nvshmem", timeout, begin)
-    answers = _all_gather(group, "initialised" if own is None else own.hex(), timeout)
+    answers = _all_gather(group, "initialized" if own is None else own.hex(), timeout)
     if own is None and len(set(answers)) == 1:
         return
-    if "initialised" in answers:
+    if "initialized" in answers:
         raise RuntimeError(
-            "torch_ep: symmetric memory from provider 'nvshmem': expected NVSHMEM to be initialised on all ranks or on "
-            f"none, is on ranks {[i for i, answer in enumerate(answers) if answer == 'initialised']}"
+            "torch_ep: symmetric memory from provider 'nvshmem': expected NVSHMEM to be initialized on all ranks or on "
+            f"none, is on ranks {[i for i, answer in enumerate(answers) if answer == 'initialized']}"
         )
     data = bytes.fromhex(next(answer for answer in answers if answer))
 

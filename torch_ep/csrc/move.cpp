@@ -117,6 +117,12 @@ class Move {
     }
   }
 
+  // Returns what `f`, all that follows, does; an error in it is told to the other ranks.
+  template <class F>
+  auto run(const F& f) {
+    return exchange_ ? exchange_->run(f) : f();
+  }
+
   std::vector<int64_t> out_rows, in_rows;
 
  private:

@@ -10,8 +10,21 @@
 
 namespace {
 
-void init(std::string group_name, int64_t timeout_ms, at::IntArrayRef limits, at::IntArrayRef choice) {
-  ep::init_communicator(group_name, timeout_ms, limits, choice);
+bool init(
+    std::string group_name,
+    std::string connections,
+    int64_t timeout_ms,
+    at::IntArrayRef limits,
+    at::IntArrayRef choice) {
+  return ep::init_communicator(group_name, connections, timeout_ms, limits, choice);
+}
+
+bool is_connected(std::string group_name) {
+  return ep::is_connected(group_name);
+}
+
+void hint_at_init(std::string hint) {
+  ep::hint_at_init(hint);
 }
 
 void destroy(std::string group_name) {
@@ -132,7 +145,10 @@ TORCH_LIBRARY(ep, m) {
       {at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe});
 
   // Collective and local halves of torch_ep.init and torch_ep.destroy.
-  m.def("_init(str group_name, int timeout_ms, int[] limits, int[] choice) -> ()", &init);
+  m.def("_init(str group_name, str connections, int timeout_ms, int[] limits, int[] choice) -> bool", &init);
+  m.def("_is_connected(str group_name) -> bool", &is_connected);
+  m.def("_orphaned() -> str[]", &ep::orphaned_communicators);
+  m.def("_hint_at_init(str hint) -> ()", &hint_at_init);
   m.def("_destroy(str group_name) -> ()", &destroy);
   m.def("_has_nvlink() -> bool", &ep::has_nvlink);
   m.def("_nvlink_runs() -> bool", &ep::nvlink_runs);

@@ -97,7 +97,7 @@ PlanResult make_plan(
     const auto send_rows = to_host(routed.send_counts);
     Exchange exchange(comm, OpKind::plan, send_rows, {}, {{"num_experts", num_experts}, {"num_topk", num_topk}});
     recv_rows = exchange.confirm();
-    wire_topk = at::empty({sum(recv_rows), num_topk}, routed.wire_topk.options());
+    wire_topk = exchange.run([&] { return at::empty({sum(recv_rows), num_topk}, routed.wire_topk.options()); });
     exchange.start(wire_topk, routed.wire_topk, recv_rows);
     exchange.finish();
   } else {

@@ -1,10 +1,11 @@
 // Transports that are more than a process group: they run whole operators on tensors of their device, under the same
-// schemas and plans. So far one, nvlink (csrc/cuda); every other group moves its rows by comm/communicator.h.
+// schemas and plans. So far one, nvlink (csrc/cuda); every other group moves its rows by comm/exchange.h.
 #pragma once
 
 #include "../checks.h"
 #include "../ops.h"
 #include "communicator.h"
+#include "exchange.h"
 
 namespace ep {
 

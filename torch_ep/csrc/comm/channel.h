@@ -1,0 +1,168 @@
+// The connections between the ranks of one communicator: messages from rank to rank, waits that end by themselves, and
+// the failure notes by which a rank that gives up tells the others why.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace ep {
+
+using Deadline = std::chrono::steady_clock::time_point;
+
+// Runs the handlers of signals that Python has received; throws what they raise. Nothing happens off the main thread.
+void run_signal_handlers();
+
+// Note [Channel]
+// A communicator does not send over the user's process group but over connections of its own: a gloo backend that
+// torch_ep.init creates (torch_ep/comm.py). A collective of the program can never be taken for a message of torch_ep,
+// or the reverse; a failure here leaves the user's group alone; and torch_ep.init or reset can reconnect after one.
+// Rows of CUDA tensors are the exception: they travel over the CUDA backend of the user's group.
+//
+// Every message has one sender and one receiver, so a rank knows who is missing without asking anyone. Header slots are
+// posted ahead, two per peer: the header of exchange n + 1 can arrive while this rank is in exchange n. A rank that
+// gives up in exchange n therefore leaves a failure note, the header of exchange n + 1, before it closes its
+// connections.
+
+// What a rank sends to one peer at the start of an exchange.
+struct Header {
+  static constexpr size_t kMaxAgreed = 10;
+  static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
+  static constexpr int64_t kUnknown = -1;
+  static constexpr int64_t kArrived = 0x65702d6865616421;
+
+  enum State : int64_t {
+    kHealthy,
+    kFailed,  // before the exchange: nothing but the headers follows, and the channel stays open
+    kClosed,  // a failure note: the sender closed its channel in the exchange before this one
+    kLeft,    // the sender closed its channel between exchanges: destroyed, or its process ended
+  };
+
+  int64_t op;
+  int64_t sequence;
+  int64_t state;
+  int64_t entered_ns;                     // system clock, which the ranks of a host share
+  int64_t send_rows;                      // rows from the sender of this header to its receiver
+  int64_t expected_rows;                  // rows that the sender expects from the receiver, or kUnknown
+  uint64_t send_digest, expected_digest;  // see Note [One verdict] in exchange.cpp
+  // kHealthy: numbers on which all ranks must agree. kClosed: how many other ranks the sender blames, then those ranks.
+  std::array<int64_t, kMaxAgreed> agreed;
+  std::array<char, kMaxMessage> message;
+  int64_t arrived;  // kArrived once the whole header has been received: bytes arrive in order
+};
+static_assert(sizeof(Header) == 344, "bytes per peer, whatever the number of ranks: docs/algorithms.md says so");
+
+// Messages in flight.
+class Transfers {
+ public:
+  bool empty() const { return pending_.empty(); }
+
+ private:
+  friend class Channel;
+  enum class State { pending, done, lost };
+  struct Transfer {
+    int peer;
+    c10::intrusive_ptr<c10d::Work> work;  // keeps its tensor alive
+    State state;
+    Header* header = nullptr;  // that it receives, if it is one
+  };
+  std::vector<Transfer> pending_;
+};
+
+// Why an exchange cannot go on.
+struct Failure {
+  std::vector<int> lost;                 // ranks whose connection is gone and that left no note
+  std::vector<int> silent;               // ranks from which nothing came before the deadline
+  std::vector<int> leavers;              // ranks that left a note
+  std::vector<int> blamed;               // ranks that these notes blame
+  std::vector<int> origins;              // leavers that blame no one: the failure was their own
+  std::string note;                      // that of the first of them
+  std::chrono::milliseconds stalled{0};  // how long this process stood still, as when it was stopped
+};
+
+// `error.what()` without the C++ backtrace of a c10::Error.
+std::string message_of(const std::exception& error);
+
+class Channel {
+ public:
+  // An exchange in progress: one at a time per channel.
+  class Entry {
+   public:
+    explicit Entry(Channel& channel);  // waits for exchanges of other threads
+    ~Entry();
+    Entry(const Entry&) = delete;
+    Entry& operator=(const Entry&) = delete;
+
+   private:
+    Channel& channel_;
+  };
+
+  Channel(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int world_size);
+  ~Channel();
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  int64_t sequence() const { return sequence_; }
+  // Why it is closed; empty while it is open.
+  const std::string& closed() const { return closed_; }
+  // Whether this process is a fork of the one that connected.
+  bool is_forked() const;
+  // Whether a peer has left, as far as this rank has heard. Never waits.
+  bool is_deserted();
+
+  // Starts the next exchange. `fill(peer, header)`: what goes to each peer.
+  void send_headers(const std::function<void(int, Header&)>& fill, Deadline deadline);
+  // Waits for the headers of that exchange. headers[peer]; this rank's own is left as it was.
+  std::optional<Failure> wait_headers(std::vector<Header>& headers, Deadline deadline);
+
+  // Bytes [rows, width]; counts[peer] rows to or from each peer, in the order of the ranks; own rows are skipped.
+  // Post receives last: a peer may exit as soon as all that it sends has been asked for.
+  void send_rows(const at::Tensor& rows, const std::vector<int64_t>& counts, Transfers& transfers);
+  void recv_rows(const at::Tensor& rows, const std::vector<int64_t>& counts, Transfers& transfers);
+  std::optional<Failure> wait(Transfers& transfers, Deadline deadline);
+  // For a wait that is not the channel's own: runs signal handlers and looks whether a peer has left.
+  std::optional<Failure> check_peers();
+
+  // Leaves failure notes and closes all connections. Nothing happens if it is closed already.
+  void close(const std::string& why, const std::vector<int>& blamed = {}, bool in_exchange = true) noexcept;
+
+ private:
+  using Works = std::vector<c10::intrusive_ptr<c10d::Work>>;
+  enum class Waited { done, lost, deadline };
+
+  Header& inbox(int64_t sequence, int peer);
+  Header& outbox(int64_t sequence, int peer);
+  const Header* note_of(int peer);
+  bool has_failure_notes();
+  c10::intrusive_ptr<c10d::Work> post_send(const at::Tensor& t, int peer, int tag);
+  c10::intrusive_ptr<c10d::Work> post_recv(const at::Tensor& t, int peer, int tag);
+  void post_headers(int64_t sequence);
+  Waited wait_one(Transfers::Transfer& transfer, Transfers& all, Deadline& deadline);
+  bool find_lost(Transfers& all);
+  std::optional<Failure> wait_all(Transfers& transfers, Deadline deadline);
+  Failure failure_of(const Transfers& transfers);
+  void disconnect() noexcept;
+
+  c10::intrusive_ptr<c10d::Backend> gloo_;
+  const int rank_, world_size_;
+  const int64_t pid_;
+  int64_t sequence_ = 0;  // exchanges begun
+  std::string closed_;
+  std::timed_mutex mutex_;
+  std::atomic<std::thread::id> owner_{};  // thread of the exchange in progress
+  // Headers by parity of the exchange, then peer.
+  at::Tensor inboxes_, outboxes_;
+  std::array<Transfers, 2> header_recvs_, header_sends_;
+};
+
+}  // namespace ep
