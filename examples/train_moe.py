@@ -42,7 +42,7 @@ import torch_ep
 VOCABULARY = 256  # bytes
 OUT = Path("runs/moe")
 CHECKPOINT, FIGURES, CURVES, SAMPLE = "checkpoint.pt", "figures.json", "curves.png", "sample.txt"
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 PEER_TIMEOUT = timedelta(minutes=10)  # ranks do not compile equally fast
 
 # ----------------------------------------------------------------------------------------------------------------------

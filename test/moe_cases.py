@@ -44,11 +44,11 @@ def dense(
     gates = gates * route_scale * (1 if keep is None else keep)
     out = torch.zeros_like(x)
     for e in range(scores.shape[1]):
-        inner = F.silu(x @ weights["gate"][e]) * (x @ weights["up"][e])
-        out = out + gates[:, e : e + 1] * (inner @ weights["down"][e])
-    if "shared.gate.weight" in weights:
-        inner = F.silu(x @ weights["shared.gate.weight"].T) * (x @ weights["shared.up.weight"].T)
-        out = out + inner @ weights["shared.down.weight"].T
+        inner = F.silu(x @ weights["gate_proj"][e]) * (x @ weights["up_proj"][e])
+        out = out + gates[:, e : e + 1] * (inner @ weights["down_proj"][e])
+    if "shared_expert.gate_proj.weight" in weights:
+        gate, up, down = (weights[f"shared_expert.{name}_proj.weight"].T for name in ("gate", "up", "down"))
+        out = out + (F.silu(x @ gate) * (x @ up)) @ down
     # Switch Transformers: experts * sum over experts of (share of the choices) * (mean probability).
     aux = torch.zeros((), dtype=x.dtype, device=x.device)
     if len(x):

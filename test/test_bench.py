@@ -391,7 +391,7 @@ def _check_layers(rank: int, world_size: int, factor: float) -> str:
         torch.manual_seed(0)
         layers[side] = kind(32, 48, 8, 3)
     with torch.no_grad():
-        layers["theirs"].down.mul_(factor)
+        layers["theirs"].down_proj.mul_(factor)
     x = torch.randn(20, 32, generator=seeded(rank), requires_grad=True)
     try:
         layer.check_same(layers, x, torch.randn(20, 32, generator=seeded(rank, 1)))

@@ -137,7 +137,7 @@ def test_idle_tokens_visit_the_shared_expert_alone(device: str) -> None:
     active = torch.tensor([True, False, True, False, False], device=device)
     counted = torch_ep.LowLatencyStatistics.zeros(layer.num_experts, device=device)
     y = layer.decode(x[:, None], ROOM, active=active[:, None], statistics=counted)[:, 0]
-    shared = layer.shared["down"](F.silu(layer.shared["gate"](x)) * layer.shared["up"](x))
+    shared = layer.shared_expert(x)
     assert_rows_close(y, torch.where(active[:, None], layer.decode(x, ROOM), shared))
     assert counted.tokens_per_expert.sum() == 2 * layer.num_topk
 

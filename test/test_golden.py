@@ -65,12 +65,12 @@ class TestOneRank(TestCase):
             self.dynamo,
             """\
 class GraphModule(torch.nn.Module):
-    def forward(self, L_x_: "f32[5, 8]", L_self_parameters_router_: "f32[4, 8]", L_self_parameters_gate_: "f32[4, 8, 4]", L_self_parameters_up_: "f32[4, 8, 4]", L_self_parameters_down_: "f32[4, 4, 8]"):
+    def forward(self, L_x_: "f32[5, 8]", L_self_parameters_router_: "f32[4, 8]", L_self_parameters_gate_proj_: "f32[4, 8, 4]", L_self_parameters_up_proj_: "f32[4, 8, 4]", L_self_parameters_down_proj_: "f32[4, 4, 8]"):
         l_x_ = L_x_
         l_self_parameters_router_ = L_self_parameters_router_
-        l_self_parameters_gate_ = L_self_parameters_gate_
-        l_self_parameters_up_ = L_self_parameters_up_
-        l_self_parameters_down_ = L_self_parameters_down_
+        l_self_parameters_gate_proj_ = L_self_parameters_gate_proj_
+        l_self_parameters_up_proj_ = L_self_parameters_up_proj_
+        l_self_parameters_down_proj_ = L_self_parameters_down_proj_
 
         tokens: "f32[5, 8]" = l_x_.reshape(-1, 8)
 
@@ -132,15 +132,15 @@ class GraphModule(torch.nn.Module):
         rows: "f32[u0, 8]" = dispatch[0]
         weights_2: "f32[u0]" = dispatch[1]
 
-        grouped_mm: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_gate_, offsets)
+        grouped_mm: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_gate_proj_, offsets)
 
         silu: "f32[u0, 4]" = torch.nn.functional.silu(grouped_mm)
 
-        grouped_mm_1: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_up_, offsets)
+        grouped_mm_1: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_up_proj_, offsets)
 
         inner: "f32[u0, 4]" = silu * grouped_mm_1
 
-        grouped_mm_2: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_, offsets)
+        grouped_mm_2: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets)
 
         y: "f32[5, 8]" = torch.ops.ep.combine.weighted(grouped_mm_2, weights_2, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
 
@@ -338,9 +338,9 @@ plan = torch.ops.ep.plan(topk_idx, 4, 'rank_major', 1, 2, '0', None, None)
 dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_slot, send_counts, recv_counts, recv_map, 'rank_major', '0', None)
 plan_1 = torch.ops.ep.plan(recv_map, 2, 'expert_major', 1, 1, '', None, None)
 dispatch_1 = torch.ops.ep.dispatch(rows, weights_2, None, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
-grouped_mm: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_, offsets_1)
-grouped_mm_1: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_, offsets_1)
-grouped_mm_2: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_, offsets_1)
+grouped_mm: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_proj_, offsets_1)
+grouped_mm_1: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_proj_, offsets_1)
+grouped_mm_2: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets_1)
 done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(grouped_mm_2, weights_3, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
 combine = torch.ops.ep.combine(done, None, None, send_slot, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
         )

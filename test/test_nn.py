@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from devices import Ranks
-from harness import seeded
+from harness import seeded, world
 from moe_cases import SHAPE, TOKENS, dense, full_weights, make_layer, make_x
 from torch import Tensor, nn
 
 import torch_ep
-from torch_ep.nn import MoE, grouped_mm, moe
+from torch_ep.nn import MoE, full_state_dict, grouped_mm, moe
 
 LAYOUTS = ("rank_major", "expert_major")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -434,6 +435,53 @@ def test_update_needs_a_bias() -> None:
     layer = make_layer()
     with pytest.raises(RuntimeError, match="selection_bias=True"):
         layer.update_selection_bias(torch.zeros(8))
+
+
+@pytest.fixture
+def _warnings_anew() -> None:
+    moe._warn_renamed.cache_clear()
+
+
+@pytest.mark.usefixtures("_warnings_anew")
+@pytest.mark.parametrize("old, new", [("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")])
+def test_earlier_name_of_a_parameter_warns_once(old: str, new: str) -> None:
+    layer = make_layer()
+    message = rf"torch_ep\.nn\.MoE\.{old} is deprecated: use {new}"
+    with pytest.warns(DeprecationWarning, match=message) as caught:
+        assert getattr(layer, old) is getattr(layer, new)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert getattr(layer, old) is getattr(layer, new)
+    with pytest.raises(KeyError, match=f"attribute '{old}' already exists"):
+        setattr(layer, old, nn.Parameter(torch.zeros(())))
+
+
+def _with_earlier_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("_proj", "").replace("shared_expert", "shared"): t for name, t in state.items()}
+
+
+def _loads_earlier_names(rank: int, world_size: int, full: bool) -> bool:
+    layer, other = (nn.Sequential(make_layer(shared_intermediate=4, selection_bias=True)) for _ in range(2))
+    want = full_state_dict(layer) if full else layer.state_dict()
+    nn.init.zeros_(other[0].gate_proj)
+    nn.init.zeros_(other[0].shared_expert.down_proj.weight)
+    state = _with_earlier_names(want)
+    assert {"0.gate", "0.up", "0.down", "0.shared.gate.weight"} < set(state)
+    before = dict(state)
+    other.load_state_dict(state)
+    assert state == before  # the caller's dict has the same keys and tensors
+    loaded = other.state_dict()
+    return all(torch.equal(t, loaded[name]) for name, t in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["own", "full"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_state_with_earlier_names_loads(world_size: int, full: bool) -> None:
+    if world_size == 1:
+        assert _loads_earlier_names(0, 1, full)
+    else:
+        assert all(world(2).run(_loads_earlier_names, full))
 
 
 @pytest.mark.parametrize(

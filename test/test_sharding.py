@@ -48,7 +48,7 @@ def _loaded_output(rank: int, world_size: int, device: str, state: dict[str, Ten
     model = Model().to(device)
     model.load_state_dict(state)
     with torch.no_grad():
-        return model(make_x(device, 77, 6, 8)).cpu(), model.moe.gate.shape[0]
+        return model(make_x(device, 77, 6, 8)).cpu(), model.moe.gate_proj.shape[0]
 
 
 def _states(device: str, world_size: int) -> list[dict[str, Tensor]]:
@@ -121,7 +121,7 @@ def test_one_rank_needs_no_group() -> None:
 
 MESHES = {"dp 1, ep 2": (1, 2), "dp 2, ep 1": (2, 1), "dp 2, ep 2": (2, 2)}
 each_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
-EXPERTS_OF_MODEL = ["moe.gate", "moe.up", "moe.down"]
+EXPERTS_OF_MODEL = ["moe.gate_proj", "moe.up_proj", "moe.down_proj"]
 MAX_NORM = 0.1
 
 
@@ -175,6 +175,9 @@ def test_full_state_loads_into_what_fsdp_has_sharded(world_size: int) -> None:
             assert torch.equal(state[name], want[name]), name
 
 
+SHAPES = {"router": (8, 8), "gate_proj": (8, 8, 6), "up_proj": (8, 8, 6), "down_proj": (8, 6, 8)}
+
+
 def _shapes_of_two_names(rank: int, world_size: int, device: str) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     layer = make_layer(device)
     module = nn.ModuleDict({"first": layer, "again": layer})
@@ -183,11 +186,7 @@ def _shapes_of_two_names(rank: int, world_size: int, device: str) -> tuple[list[
 
 
 def test_state_of_a_layer_with_two_names(device: str) -> None:
-    expected = {
-        f"{prefix}.{name}": shape
-        for prefix in ("first", "again")
-        for name, shape in {"router": (8, 8), "gate": (8, 8, 6), "up": (8, 8, 6), "down": (8, 6, 8)}.items()
-    }
+    expected = {f"{prefix}.{name}": shape for prefix in ("first", "again") for name, shape in SHAPES.items()}
     for names, shapes in Ranks(device, 2).run(_shapes_of_two_names, device):
         assert shapes == expected
         assert names == [name for name in expected if "router" not in name]
@@ -200,7 +199,7 @@ def _wrapped_state(rank: int, world_size: int) -> dict[str, tuple[int, ...]]:
 
 
 def test_state_of_a_wrapped_layer() -> None:
-    want = {"0.router": (8, 8), "0.gate": (8, 8, 6), "0.up": (8, 8, 6), "0.down": (8, 6, 8)}
+    want = {f"0.{name}": shape for name, shape in SHAPES.items()}
     assert world(2).run(_wrapped_state) == [want, want]
 
 
@@ -296,7 +295,7 @@ class Frozen(Model):
         self.requires_grad_(False)
         self.before.weight.grad = torch.full((8, 8), 0.5, dtype=torch.float64)
         if rank == 0:
-            self.moe.gate.grad = torch.full_like(self.moe.gate, 2)
+            self.moe.gate_proj.grad = torch.full_like(self.moe.gate_proj, 2)
 
 
 def _clip_frozen(rank: int, world_size: int) -> tuple[float, float, float]:
@@ -327,7 +326,7 @@ def _experts_after_ddp(rank: int, world_size: int) -> list[Tensor]:
     model = Model()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, expert_parameter_names(model))
     DistributedDataParallel(model)
-    return [p.detach() for p in (model.moe.gate, model.moe.up, model.moe.down)]
+    return [model.get_parameter(name).detach() for name in EXPERTS_OF_MODEL]
 
 
 def test_ddp_leaves_every_ranks_experts_alone() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,6 +23,9 @@ __all__ = ["MoE", "RouterStats"]
 
 
 _GROUP_CHANNELS = 128  # that share a scale, in quantised rows
+
+# Names of earlier versions, in which `shared_expert` was `shared`.
+_RENAMED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
 class RouterStats(NamedTuple):
@@ -62,6 +67,29 @@ def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
     return (wide * scales[..., None]).flatten(-2)[..., :hidden].to(dtype)
 
 
+@functools.cache  # one warning per name
+def _warn_renamed(old: str) -> None:
+    warnings.warn(
+        f"torch_ep.nn.MoE.{old} is deprecated: use {_RENAMED[old]}, the same parameter",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token visits: `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+
+    def __init__(self, hidden: int, intermediate: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        kwargs = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(hidden, intermediate, **kwargs)
+        self.up_proj = nn.Linear(hidden, intermediate, **kwargs)
+        self.down_proj = nn.Linear(intermediate, hidden, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer whose experts are spread over a group of ranks.
 
@@ -74,7 +102,7 @@ class MoE(nn.Module):
 
     Args:
         hidden: size of a token.
-        intermediate: inner size of an expert (SwiGLU: silu(x @ gate) * (x @ up) @ down).
+        intermediate: inner size of an expert (SwiGLU: silu(x @ gate_proj) * (x @ up_proj) @ down_proj).
         num_experts: over all ranks; a multiple of the world size.
         num_topk: experts a token.
         group: ranks that share the experts, as in `torch_ep.plan`; `torch_ep.init` it first. None: the default group.
@@ -88,13 +116,20 @@ class MoE(nn.Module):
             "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
             fills it source rank by source rank: tokens of the last ranks do, for every expert here.
 
+    Parameters:
+        router: [num_experts, hidden].
+        gate_proj, up_proj: [L, hidden, intermediate], of the L = num_experts / world size experts of this rank. Hugging
+            Face and `nn.Linear` store the transpose, [out, in] per expert.
+        down_proj: [L, intermediate, hidden].
+        shared_expert.gate_proj, .up_proj, .down_proj: `nn.Linear` without bias, if there is a shared expert.
+
     Raises (`forward`):
         ValueError: x is not of [..., hidden].
         TypeError: x is not of the experts' dtype.
     """
 
     #: Parameters with a first dimension of experts, spread over the ranks.
-    EXPERT_PARAMETERS = ("gate", "up", "down")
+    EXPERT_PARAMETERS = ("gate_proj", "up_proj", "down_proj")
 
     selection_bias: Tensor | None
 
@@ -136,17 +171,31 @@ class MoE(nn.Module):
 
         kwargs = {"device": device, "dtype": dtype}
         self.router = nn.Parameter(torch.empty(num_experts, hidden, **kwargs))
-        self.gate = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
-        self.up = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
-        self.down = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
+        self.gate_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
+        self.up_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
+        self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", bias)
-        self.shared = nn.ModuleDict()
-        if shared_intermediate:
-            self.shared["gate"] = nn.Linear(hidden, shared_intermediate, bias=False, **kwargs)
-            self.shared["up"] = nn.Linear(hidden, shared_intermediate, bias=False, **kwargs)
-            self.shared["down"] = nn.Linear(shared_intermediate, hidden, bias=False, **kwargs)
+        self.shared_expert = SharedExpert(hidden, shared_intermediate, **kwargs) if shared_intermediate else None
         self.reset_parameters()
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """Deprecated: `gate_proj`."""
+        _warn_renamed("gate")
+        return self.gate_proj
+
+    @property
+    def up(self) -> nn.Parameter:
+        """Deprecated: `up_proj`."""
+        _warn_renamed("up")
+        return self.up_proj
+
+    @property
+    def down(self) -> nn.Parameter:
+        """Deprecated: `down_proj`."""
+        _warn_renamed("down")
+        return self.down_proj
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -194,7 +243,7 @@ class MoE(nn.Module):
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Applies each local expert to its group of rows."""
-        gate, up, down = _autocast(self.gate), _autocast(self.up), _autocast(self.down)
+        gate, up, down = _autocast(self.gate_proj), _autocast(self.up_proj), _autocast(self.down_proj)
         inner = F.silu(grouped_mm(rows, gate, offsets)) * grouped_mm(rows, up, offsets)
         return grouped_mm(inner, down, offsets)
 
@@ -208,7 +257,7 @@ class MoE(nn.Module):
 
     def _payload(self, tokens: Tensor) -> Tensor:
         """The tokens in the dtype in which experts multiply."""
-        payload, dtype = _autocast(tokens), _autocast_dtype(self.gate)
+        payload, dtype = _autocast(tokens), _autocast_dtype(self.gate_proj)
         if payload.dtype != dtype:
             raise TypeError(f"torch_ep.nn.MoE: expected x of {dtype}, the experts' dtype, got {payload.dtype}")
         return payload
@@ -253,9 +302,7 @@ class MoE(nn.Module):
         return self._with_shared(y, tokens).view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
 
     def _with_shared(self, y: Tensor, tokens: Tensor) -> Tensor:
-        if not self.shared:
-            return y
-        return y + self.shared["down"](F.silu(self.shared["gate"](tokens)) * self.shared["up"](tokens))
+        return y if self.shared_expert is None else y + self.shared_expert(tokens)
 
     def decode(
         self,
@@ -305,8 +352,8 @@ class MoE(nn.Module):
             statistics=statistics,
         )
         rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
-        inner = F.silu(torch.bmm(rows, self.gate)) * torch.bmm(rows, self.up)
-        y = low_latency_combine(torch.bmm(inner, self.down), p, statistics=statistics)
+        inner = F.silu(torch.bmm(rows, self.gate_proj)) * torch.bmm(rows, self.up_proj)
+        y = low_latency_combine(torch.bmm(inner, self.down_proj), p, statistics=statistics)
         return self._with_shared(y, tokens).view(x.shape)
 
     @torch.no_grad()
@@ -325,6 +372,14 @@ class MoE(nn.Module):
         self.selection_bias += rate * torch.sign(load.mean() - load)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        # In place, so that the shared expert gets its own: `load_state_dict` passes a copy of the caller's dict.
+        for old, new in _RENAMED.items():
+            for old_key, new_key in (
+                (prefix + old, prefix + new),
+                (f"{prefix}shared.{old}.weight", f"{prefix}shared_expert.{new}.weight"),
+            ):
+                if old_key in state_dict:
+                    state_dict[new_key] = state_dict.pop(old_key)
         # A full state dict (see `full_state_dict`) has all experts: take this rank's. Leaves the caller's dict alone.
         for name in self.EXPERT_PARAMETERS:
             key = prefix + name
