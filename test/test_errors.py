@@ -800,6 +800,51 @@ def test_plan_with_the_wrong_fields() -> None:
         torch_ep.dispatch(torch.ones(3, 4), p)
 
 
+LAYERS = {
+    "hidden": (ValueError, "expected hidden from 1 to 2147483647, got 0", {"hidden": 0}),
+    "intermediate": (ValueError, "expected intermediate from 1 to 2147483647, got -1", {"intermediate": -1}),
+    "num_experts": (TypeError, "expected num_experts to be an int, got float", {"num_experts": 4.0}),
+    "num_topk-none": (ValueError, "expected num_topk from 1 to 4, got 0", {"num_topk": 0}),
+    "num_topk-many": (ValueError, "expected num_topk from 1 to 4, got 5", {"num_topk": 5}),
+    "shared_intermediate": (
+        ValueError,
+        "expected shared_intermediate from 0 to 2147483647, got -1",
+        {"shared_intermediate": -1},
+    ),
+    "score": (ValueError, "expected score 'softmax' or 'sigmoid', got 'tanh'", {"score": "tanh"}),
+    "layout": (ValueError, "expected layout 'rank_major' or 'expert_major', got 'row'", {"layout": "row"}),
+    "alignment": (ValueError, "expected alignment from 1 to 2147483647, got 0", {"alignment": 0}),
+    "alignment-type": (TypeError, "expected alignment to be an int, got float", {"alignment": 8.0}),
+    "capacity": (ValueError, "expected capacity from 0 to 2147483647, got -1", {"capacity": -1}),
+    "capacity-type": (TypeError, "expected capacity to be an int, got float", {"capacity": 1.5}),
+    "capacity-unaligned": (
+        ValueError,
+        "expected a capacity that is a multiple of the alignment 8, got 12",
+        {"capacity": 12, "alignment": 8},
+    ),
+    "capacity-expanded": (
+        ValueError,
+        "expected a capacity whose rows take fewer than 2**31 rows of this rank's experts, "
+        "got 1073741824, which takes 2147483648",
+        {"capacity": 2**30, "layout": "rank_major"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name: str) -> None:
+    error, message, changes = LAYERS[name]
+    arguments = {"hidden": 4, "intermediate": 4, "num_experts": 4, "num_topk": 2, **changes}
+    with pytest.raises(error) as raised:
+        torch_ep.nn.MoE(**arguments)
+    assert str(raised.value) == f"torch_ep.nn.MoE: {message}"
+
+
+def test_layer_of_rank_major_takes_a_capacity_that_is_no_multiple_of_its_alignment() -> None:
+    layer = torch_ep.nn.MoE(4, 4, 4, 2, layout="rank_major", capacity=5, alignment=8)
+    assert layer(torch.ones(3, 4))[1].num_dropped == 0
+
+
 # On several ranks: the message of each rank, and that the group works right after.
 
 

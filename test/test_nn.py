@@ -482,17 +482,3 @@ def test_state_with_earlier_names_loads(world_size: int, full: bool) -> None:
         assert _loads_earlier_names(0, 1, full)
     else:
         assert all(world(2).run(_loads_earlier_names, full))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_topk": 0}, "num_topk from 1 to 8, got 0"),
-        ({"num_topk": 9}, "num_topk from 1 to 8, got 9"),
-        ({"score": "tanh"}, "'softmax' or 'sigmoid', got 'tanh'"),
-    ],
-    ids=["no experts", "too many experts", "unknown score"],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_layer(**arguments)

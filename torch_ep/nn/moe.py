@@ -39,6 +39,13 @@ class RouterStats(NamedTuple):
     num_dropped: Tensor
 
 
+def _check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"torch_ep.nn.MoE: expected {name} to be an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"torch_ep.nn.MoE: expected {name} from {low} to {high}, got {value}")
+
+
 def _autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
@@ -123,9 +130,10 @@ class MoE(nn.Module):
         down_proj: [L, intermediate, hidden].
         shared_expert.gate_proj, .up_proj, .down_proj: `nn.Linear` without bias, if there is a shared expert.
 
-    Raises (`forward`):
-        ValueError: x is not of [..., hidden].
-        TypeError: x is not of the experts' dtype.
+    Raises:
+        ValueError, TypeError: an argument is out of range or of another type.
+        ValueError (`forward`): x is not of [..., hidden].
+        TypeError (`forward`): x is not of the experts' dtype.
     """
 
     #: Parameters with a first dimension of experts, spread over the ranks.
@@ -154,13 +162,15 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.group_name, self.world_size = resolve(group)
+        for name, size in (("hidden", hidden), ("intermediate", intermediate), ("num_experts", num_experts)):
+            _check_int(name, size, 1)
         if num_experts % self.world_size:
             raise ValueError(
                 f"torch_ep.nn.MoE: expected num_experts to be a multiple of the world size {self.world_size}, "
                 f"got {num_experts}"
             )
-        if not 0 < num_topk <= num_experts:
-            raise ValueError(f"torch_ep.nn.MoE: expected num_topk from 1 to {num_experts}, got {num_topk}")
+        _check_int("num_topk", num_topk, 1, num_experts)
+        _check_int("shared_intermediate", shared_intermediate, 0)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"torch_ep.nn.MoE: expected score 'softmax' or 'sigmoid', got {score!r}")
         self.hidden, self.intermediate = hidden, intermediate
@@ -168,6 +178,7 @@ class MoE(nn.Module):
         self.num_local_experts = num_experts // self.world_size
         self.score, self.normalize, self.route_scale = score, normalize, route_scale
         self.layout, self.capacity, self.alignment = layout, capacity, alignment
+        self._check_exchange()
 
         kwargs = {"device": device, "dtype": dtype}
         self.router = nn.Parameter(torch.empty(num_experts, hidden, **kwargs))
@@ -178,6 +189,26 @@ class MoE(nn.Module):
         self.register_buffer("selection_bias", bias)
         self.shared_expert = SharedExpert(hidden, shared_intermediate, **kwargs) if shared_intermediate else None
         self.reset_parameters()
+
+    def _check_exchange(self) -> None:
+        """What `plan` would raise of in the first forward pass."""
+        if self.layout not in ("rank_major", "expert_major"):
+            raise ValueError(f"torch_ep.nn.MoE: expected layout 'rank_major' or 'expert_major', got {self.layout!r}")
+        _check_int("alignment", self.alignment, 1)
+        if self.capacity is None:
+            return
+        _check_int("capacity", self.capacity, 0)
+        if self.layout == "expert_major" and self.capacity % self.alignment:
+            raise ValueError(
+                f"torch_ep.nn.MoE: expected a capacity that is a multiple of the alignment {self.alignment}, "
+                f"got {self.capacity}"
+            )
+        expanded = self._local_capacity()
+        if self.layout == "rank_major" and expanded is not None and expanded >= 2**31:
+            raise ValueError(
+                f"torch_ep.nn.MoE: expected a capacity whose rows take fewer than 2**31 rows of this rank's experts, "
+                f"got {self.capacity}, which takes {expanded}"
+            )
 
     @property
     def gate(self) -> nn.Parameter:
