@@ -21,6 +21,21 @@ class Dense(NamedTuple):
     chosen: Tensor  # [tokens, num_experts], 1 where the token visits the expert
 
 
+def choose(
+    scores: list[float], num_topk: int, num_expert_groups: int, num_topk_groups: int, group_score_topk: int
+) -> list[int]:
+    """The experts of one token: the best ones of the groups whose best ones sum to the most."""
+    size = len(scores) // num_expert_groups
+    groups = [list(range(first, first + size)) for first in range(0, len(scores), size)]
+
+    def score_of(group: list[int]) -> float:
+        return sum(sorted((scores[e] for e in group), reverse=True)[:group_score_topk])
+
+    groups.sort(key=score_of, reverse=True)
+    allowed = [e for group in groups[:num_topk_groups] for e in group]
+    return sorted(allowed, key=lambda e: scores[e], reverse=True)[:num_topk]
+
+
 def dense(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -29,6 +44,9 @@ def dense(
     score: str = "softmax",
     normalize: bool = True,
     route_scale: float = 1.0,
+    num_expert_groups: int = 1,
+    num_topk_groups: int = 1,
+    group_score_topk: int = 1,
     keep: Tensor | None = None,
 ) -> Dense:
     """The layer in plain torch: every expert over all tokens, masked. `keep`: 0 where a (token, expert) is dropped."""
@@ -36,8 +54,8 @@ def dense(
     scores = logits.exp() / logits.exp().sum(1, keepdim=True) if score == "softmax" else 1 / (1 + (-logits).exp())
     biased = scores + weights["selection_bias"] if "selection_bias" in weights else scores
     chosen = torch.zeros_like(scores)
-    for token, order in enumerate(biased.argsort(dim=1, descending=True)):
-        chosen[token, order[:num_topk]] = 1
+    for token, row in enumerate(biased.tolist()):
+        chosen[token, choose(row, num_topk, num_expert_groups, num_topk_groups, group_score_topk)] = 1
     gates = scores * chosen
     if normalize:
         gates = gates / gates.sum(1, keepdim=True)

@@ -811,6 +811,27 @@ LAYERS = {
         "expected shared_intermediate from 0 to 2147483647, got -1",
         {"shared_intermediate": -1},
     ),
+    "num_expert_groups": (TypeError, "expected num_expert_groups to be an int, got float", {"num_expert_groups": 2.0}),
+    "num_expert_groups-indivisible": (
+        ValueError,
+        "expected num_expert_groups to divide num_experts = 4, got 3",
+        {"num_expert_groups": 3},
+    ),
+    "num_topk_groups": (
+        ValueError,
+        "expected num_topk_groups from 1 to 2, got 3",
+        {"num_expert_groups": 2, "num_topk_groups": 3},
+    ),
+    "num_topk_groups-few": (
+        ValueError,
+        "expected num_topk of at most 1, the experts in num_topk_groups = 1 groups, got 2",
+        {"num_expert_groups": 4},
+    ),
+    "group_score_topk": (
+        ValueError,
+        "expected group_score_topk from 1 to 2, got 3",
+        {"num_expert_groups": 2, "group_score_topk": 3},
+    ),
     "score": (ValueError, "expected score 'softmax' or 'sigmoid', got 'tanh'", {"score": "tanh"}),
     "layout": (ValueError, "expected layout 'rank_major' or 'expert_major', got 'row'", {"layout": "row"}),
     "alignment": (ValueError, "expected alignment from 1 to 2147483647, got 0", {"alignment": 0}),
@@ -838,6 +859,14 @@ def test_layer(name: str) -> None:
     with pytest.raises(error) as raised:
         torch_ep.nn.MoE(**arguments)
     assert str(raised.value) == f"torch_ep.nn.MoE: {message}"
+
+
+def test_choice_among_groups() -> None:
+    with pytest.raises(ValueError) as raised:
+        torch_ep.nn.group_limited_topk(torch.rand(3, 8), 3, 3, 1)
+    assert str(raised.value) == (
+        "torch_ep.nn.group_limited_topk: expected num_expert_groups to divide num_experts = 8, got 3"
+    )
 
 
 def test_layer_of_rank_major_takes_a_capacity_that_is_no_multiple_of_its_alignment() -> None:

@@ -2,6 +2,7 @@
 
 from .grouped_mm import grouped_mm
 from .moe import MoE, RouterStats
+from .routing import group_limited_topk
 from .sharding import clip_grad_norm_, expert_parameter_names, full_state_dict, gather_experts, shard_experts
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "expert_parameter_names",
     "full_state_dict",
     "gather_experts",
+    "group_limited_topk",
     "grouped_mm",
     "shard_experts",
 ]

@@ -16,7 +16,9 @@ from ..comm import Group, local_group, process_group, resolve
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, _recv_map
+from .checks import check_int
 from .grouped_mm import grouped_mm
+from .routing import check_expert_groups, group_limited_topk
 from .sharding import shard_experts
 
 __all__ = ["MoE", "RouterStats"]
@@ -24,6 +26,7 @@ __all__ = ["MoE", "RouterStats"]
 
 _GROUP_CHANNELS = 128  # that share a scale, in quantised rows
 
+_OP = "torch_ep.nn.MoE"  # in messages
 # Names of earlier versions, in which `shared_expert` was `shared`.
 _RENAMED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -37,13 +40,6 @@ class RouterStats(NamedTuple):
     tokens_per_expert: Tensor
     #: [] int32: rows that found no place within `capacity` on this rank.
     num_dropped: Tensor
-
-
-def _check_int(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
-    if not isinstance(value, int):
-        raise TypeError(f"torch_ep.nn.MoE: expected {name} to be an int, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"torch_ep.nn.MoE: expected {name} from {low} to {high}, got {value}")
 
 
 def _autocasts(device_type: str) -> bool:
@@ -76,11 +72,8 @@ def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 @functools.cache  # one warning per name
 def _warn_renamed(old: str) -> None:
-    warnings.warn(
-        f"torch_ep.nn.MoE.{old} is deprecated: use {_RENAMED[old]}, the same parameter",
-        DeprecationWarning,
-        stacklevel=3,
-    )
+    message = f"{_OP}.{old} is deprecated: use {_RENAMED[old]}, the same parameter"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
 
 
 class SharedExpert(nn.Module):
@@ -111,11 +104,16 @@ class MoE(nn.Module):
         hidden: size of a token.
         intermediate: inner size of an expert (SwiGLU: silu(x @ gate_proj) * (x @ up_proj) @ down_proj).
         num_experts: over all ranks; a multiple of the world size.
-        num_topk: experts a token.
+        num_topk: experts per token.
         group: ranks that share the experts, as in `torch_ep.plan`; `torch_ep.init` it first. None: the default group.
         score: "softmax" over the experts, or "sigmoid" of each.
-        normalize: whether the chosen scores of a token are scaled to the sum of 1.
+        normalize: whether the chosen scores of a token are scaled to the sum of 1. With "softmax" they are then the
+            softmax over the chosen logits, as in Mixtral and gpt-oss.
         route_scale: factor on the weights after that.
+        num_expert_groups, num_topk_groups: a token's experts come from `num_topk_groups` of `num_expert_groups` groups
+            of consecutive experts, as in DeepSeek's node-limited routing: see `group_limited_topk`. 1: no groups.
+        group_score_topk: experts whose scores sum to the score of a group. None: 2 with a selection bias, as in
+            DeepSeek-V3, and 1 without, as in DeepSeek-V2.
         selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
             balancing, arXiv:2408.15664).
         shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
@@ -152,6 +150,9 @@ class MoE(nn.Module):
         score: Literal["softmax", "sigmoid"] = "softmax",
         normalize: bool = True,
         route_scale: float = 1.0,
+        num_expert_groups: int = 1,
+        num_topk_groups: int = 1,
+        group_score_topk: int | None = None,
         selection_bias: bool = False,
         shared_intermediate: int = 0,
         layout: Layout = "expert_major",
@@ -163,20 +164,25 @@ class MoE(nn.Module):
         super().__init__()
         self.group_name, self.world_size = resolve(group)
         for name, size in (("hidden", hidden), ("intermediate", intermediate), ("num_experts", num_experts)):
-            _check_int(name, size, 1)
+            check_int(_OP, name, size, 1)
         if num_experts % self.world_size:
             raise ValueError(
-                f"torch_ep.nn.MoE: expected num_experts to be a multiple of the world size {self.world_size}, "
-                f"got {num_experts}"
+                f"{_OP}: expected num_experts to be a multiple of the world size {self.world_size}, got {num_experts}"
             )
-        _check_int("num_topk", num_topk, 1, num_experts)
-        _check_int("shared_intermediate", shared_intermediate, 0)
+        check_int(_OP, "num_topk", num_topk, 1, num_experts)
+        check_int(_OP, "num_expert_groups", num_expert_groups, 1, num_experts)
+        if group_score_topk is None:
+            group_score_topk = min(2 if selection_bias else 1, num_experts // num_expert_groups)
+        check_expert_groups(_OP, num_experts, num_topk, num_expert_groups, num_topk_groups, group_score_topk)
+        check_int(_OP, "shared_intermediate", shared_intermediate, 0)
         if score not in ("softmax", "sigmoid"):
-            raise ValueError(f"torch_ep.nn.MoE: expected score 'softmax' or 'sigmoid', got {score!r}")
+            raise ValueError(f"{_OP}: expected score 'softmax' or 'sigmoid', got {score!r}")
         self.hidden, self.intermediate = hidden, intermediate
         self.num_experts, self.num_topk = num_experts, num_topk
         self.num_local_experts = num_experts // self.world_size
         self.score, self.normalize, self.route_scale = score, normalize, route_scale
+        self.num_expert_groups, self.num_topk_groups = num_expert_groups, num_topk_groups
+        self.group_score_topk = group_score_topk
         self.layout, self.capacity, self.alignment = layout, capacity, alignment
         self._check_exchange()
 
@@ -193,20 +199,19 @@ class MoE(nn.Module):
     def _check_exchange(self) -> None:
         """What `plan` would raise of in the first forward pass."""
         if self.layout not in ("rank_major", "expert_major"):
-            raise ValueError(f"torch_ep.nn.MoE: expected layout 'rank_major' or 'expert_major', got {self.layout!r}")
-        _check_int("alignment", self.alignment, 1)
+            raise ValueError(f"{_OP}: expected layout 'rank_major' or 'expert_major', got {self.layout!r}")
+        check_int(_OP, "alignment", self.alignment, 1)
         if self.capacity is None:
             return
-        _check_int("capacity", self.capacity, 0)
+        check_int(_OP, "capacity", self.capacity, 0)
         if self.layout == "expert_major" and self.capacity % self.alignment:
             raise ValueError(
-                f"torch_ep.nn.MoE: expected a capacity that is a multiple of the alignment {self.alignment}, "
-                f"got {self.capacity}"
+                f"{_OP}: expected a capacity that is a multiple of the alignment {self.alignment}, got {self.capacity}"
             )
         expanded = self._local_capacity()
         if self.layout == "rank_major" and expanded is not None and expanded >= 2**31:
             raise ValueError(
-                f"torch_ep.nn.MoE: expected a capacity whose rows take fewer than 2**31 rows of this rank's experts, "
+                f"{_OP}: expected a capacity whose rows take fewer than 2**31 rows of this rank's experts, "
                 f"got {self.capacity}, which takes {expanded}"
             )
 
@@ -253,7 +258,13 @@ class MoE(nn.Module):
         logits = F.linear(x.to(wide), self.router.to(wide))
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         choice = scores if self.selection_bias is None else scores + self.selection_bias
-        topk_idx = choice.detach().topk(self.num_topk, dim=-1).indices
+        if self.num_expert_groups == 1:
+            topk_idx = choice.detach().topk(self.num_topk, dim=-1).indices
+        else:
+            groups = self.num_expert_groups, self.num_topk_groups
+            topk_idx = group_limited_topk(
+                choice.detach(), self.num_topk, *groups, group_score_topk=self.group_score_topk
+            )
         weights = scores.gather(1, topk_idx)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -281,7 +292,7 @@ class MoE(nn.Module):
     def _tokens(self, x: Tensor) -> Tensor:
         """x as [num_tokens, hidden], contiguous."""
         if x.shape[-1:] != (self.hidden,):
-            raise ValueError(f"torch_ep.nn.MoE: expected x of [..., {self.hidden}], got {list(x.shape)}")
+            raise ValueError(f"{_OP}: expected x of [..., {self.hidden}], got {list(x.shape)}")
         tokens = x.reshape(-1, self.hidden)
         # `is_contiguous` depends on whether there is one token: more than the compiler knows of marked ones.
         return tokens if tokens.stride() == (self.hidden, 1) else tokens.contiguous()
@@ -290,7 +301,7 @@ class MoE(nn.Module):
         """The tokens in the dtype in which experts multiply."""
         payload, dtype = _autocast(tokens), _autocast_dtype(self.gate_proj)
         if payload.dtype != dtype:
-            raise TypeError(f"torch_ep.nn.MoE: expected x of {dtype}, the experts' dtype, got {payload.dtype}")
+            raise TypeError(f"{_OP}: expected x of {dtype}, the experts' dtype, got {payload.dtype}")
         return payload
 
     def _local_capacity(self) -> int | None:

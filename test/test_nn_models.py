@@ -1,0 +1,103 @@
+"""What the layer needs for the models that people have: each option equals the dense layer in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from devices import Ranks
+from harness import seeded
+from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x
+from torch import Tensor
+
+from torch_ep.nn import MoE, group_limited_topk
+
+LAYOUTS = ("rank_major", "expert_major")
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+GROUPED = {"num_expert_groups": 4, "num_topk_groups": 2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "groups by their best expert": GROUPED,
+    "groups by their best two experts": {**GROUPED, "score": "sigmoid", "selection_bias": True},
+    "groups by a given number": {"num_expert_groups": 2, "num_topk_groups": 1, "group_score_topk": 3},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "DeepSeek-V2": {**GROUPED, "normalize": False, "route_scale": 16.0, "shared_intermediate": 4},
+    "DeepSeek-V3": {
+        **GROUPED,
+        "score": "sigmoid",
+        "selection_bias": True,
+        "route_scale": 2.5,
+        "shared_intermediate": 4,
+    },
+}
+every_option = pytest.mark.parametrize("name", [*OPTIONS, *MODELS])
+ROOM = max(TOKENS)
+
+
+def _expected(layer: MoE, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    return dense(
+        x,
+        weights,
+        layer.num_topk,
+        score=layer.score,
+        normalize=layer.normalize,
+        route_scale=layer.route_scale,
+        num_expert_groups=layer.num_expert_groups,
+        num_topk_groups=layer.num_topk_groups,
+        group_score_topk=layer.group_score_topk,
+    ).out
+
+
+def _options(name: str) -> dict[str, Any]:
+    return OPTIONS[name] if name in OPTIONS else MODELS[name]
+
+
+def _outputs(rank: int, world_size: int, device: str, name: str, layout: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """By what was called: the layer's output, and that of its dense self."""
+    layer = make_layer(device, layout=layout, **_options(name)).requires_grad_(False)
+    x = make_x(device, rank, TOKENS[rank], layer.hidden)
+    want = _expected(layer, x, full_weights(layer))
+    found = {"forward": layer(x)[0]}
+    if layout == "expert_major":  # in which decode has no part
+        found["decode"] = layer.float().decode(x.float(), ROOM).double()
+    return {call: (got.cpu(), want.cpu()) for call, got in found.items()}
+
+
+@every_layout
+@every_option
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_equals_its_dense_self(device: str, world_size: int, name: str, layout: str) -> None:
+    args = (device, name, layout)
+    for found in [_outputs(0, 1, *args)] if world_size == 1 else Ranks(device, world_size).run(_outputs, *args):
+        torch.testing.assert_close(*found["forward"], rtol=1e-9, atol=1e-12)
+        if "decode" in found:
+            torch.testing.assert_close(*found["decode"], rtol=1e-4, atol=1e-5)
+
+
+# --- groups of experts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [0.0, -5.0], ids=["positive", "negative"])
+@pytest.mark.parametrize("group_score_topk", [1, 2, 4])
+@pytest.mark.parametrize("num_expert_groups, num_topk_groups", [(1, 1), (2, 1), (4, 3), (4, 4), (3, 2)])
+def test_choice_is_among_the_best_groups(
+    device: str, num_expert_groups: int, num_topk_groups: int, group_score_topk: int, shift: float
+) -> None:
+    num_experts, num_topk = 4 * num_expert_groups, 4
+    scores = torch.rand(33, num_experts, generator=seeded(num_expert_groups, num_topk_groups)).double() + shift
+    groups = num_expert_groups, num_topk_groups
+    got = group_limited_topk(scores.to(device), num_topk, *groups, group_score_topk=group_score_topk)
+    assert got.tolist() == [choose(row, num_topk, *groups, group_score_topk) for row in scores.tolist()]
+
+
+def test_groups_of_no_tokens(device: str) -> None:
+    assert group_limited_topk(torch.rand(0, 8, device=device), 3, 4, 2).shape == (0, 3)
+
+
+def test_a_token_visits_few_groups(device: str) -> None:
+    layer = make_layer(device, **MODELS["DeepSeek-V3"])
+    topk_idx = layer.route(make_x(device, 0, 64, layer.hidden))[0]
+    groups_of_tokens = [len(set(row)) for row in (topk_idx // 2).tolist()]
+    assert max(groups_of_tokens) == layer.num_topk_groups
