@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,10 @@ def choose(
     return sorted(allowed, key=lambda e: scores[e], reverse=True)[:num_topk]
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
 def dense(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -47,6 +52,7 @@ def dense(
     num_expert_groups: int = 1,
     num_topk_groups: int = 1,
     group_score_topk: int = 1,
+    activation: Callable[[Tensor, Tensor], Tensor] = swiglu,
     keep: Tensor | None = None,
 ) -> Dense:
     """The layer in plain torch: every expert over all tokens, masked. `keep`: 0 where a (token, expert) is dropped."""
@@ -62,11 +68,11 @@ def dense(
     gates = gates * route_scale * (1 if keep is None else keep)
     out = torch.zeros_like(x)
     for e in range(scores.shape[1]):
-        inner = F.silu(x @ weights["gate_proj"][e]) * (x @ weights["up_proj"][e])
+        inner = activation(x @ weights["gate_proj"][e], x @ weights["up_proj"][e])
         out = out + gates[:, e : e + 1] * (inner @ weights["down_proj"][e])
     if "shared_expert.gate_proj.weight" in weights:
         gate, up, down = (weights[f"shared_expert.{name}_proj.weight"].T for name in ("gate", "up", "down"))
-        out = out + (F.silu(x @ gate) * (x @ up)) @ down
+        out = out + activation(x @ gate, x @ up) @ down
     # Switch Transformers: experts * sum over experts of (share of the choices) * (mean probability).
     aux = torch.zeros((), dtype=x.dtype, device=x.device)
     if len(x):

@@ -833,6 +833,11 @@ LAYERS = {
         {"num_expert_groups": 2, "group_score_topk": 3},
     ),
     "score": (ValueError, "expected score 'softmax' or 'sigmoid', got 'tanh'", {"score": "tanh"}),
+    "activation": (
+        ValueError,
+        "expected activation 'silu', 'gelu', 'swigluoai' or a function of (gate, up), got 'swish'",
+        {"activation": "swish"},
+    ),
     "layout": (ValueError, "expected layout 'rank_major' or 'expert_major', got 'row'", {"layout": "row"}),
     "alignment": (ValueError, "expected alignment from 1 to 2147483647, got 0", {"alignment": 0}),
     "alignment-type": (TypeError, "expected alignment to be an int, got float", {"alignment": 8.0}),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from devices import Ranks
 from harness import seeded
-from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x
+from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x, swiglu
 from torch import Tensor
 
-from torch_ep.nn import MoE, group_limited_topk
+from torch_ep.nn import MoE, group_limited_topk, swigluoai
 
 LAYOUTS = ("rank_major", "expert_major")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -21,6 +21,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups by their best expert": GROUPED,
     "groups by their best two experts": {**GROUPED, "score": "sigmoid", "selection_bias": True},
     "groups by a given number": {"num_expert_groups": 2, "num_topk_groups": 1, "group_score_topk": 3},
+    "gelu": {"activation": "gelu", "shared_intermediate": 4},
+    "swigluoai": {"activation": "swigluoai", "shared_intermediate": 4},
+    "another activation": {"activation": lambda gate, up: (gate + up).relu().square(), "shared_intermediate": 4},
 }
 MODELS: dict[str, dict[str, Any]] = {
     "DeepSeek-V2": {**GROUPED, "normalize": False, "route_scale": 16.0, "shared_intermediate": 4},
@@ -36,6 +39,19 @@ every_option = pytest.mark.parametrize("name", [*OPTIONS, *MODELS])
 ROOM = max(TOKENS)
 
 
+def _clamped(gate: Tensor, up: Tensor) -> Tensor:
+    gate = torch.where(gate > 7, 7.0, gate)
+    up = torch.where(up.abs() > 7, 7.0 * up.sign(), up)
+    return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
+
+
+def _gelu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up
+
+
+ACTIVATIONS = {"silu": swiglu, "gelu": _gelu, "swigluoai": _clamped}
+
+
 def _expected(layer: MoE, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return dense(
         x,
@@ -47,6 +63,7 @@ def _expected(layer: MoE, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
         num_expert_groups=layer.num_expert_groups,
         num_topk_groups=layer.num_topk_groups,
         group_score_topk=layer.group_score_topk,
+        activation=ACTIVATIONS.get(layer.activation, layer.activation),
     ).out
 
 
@@ -101,3 +118,17 @@ def test_a_token_visits_few_groups(device: str) -> None:
     topk_idx = layer.route(make_x(device, 0, 64, layer.hidden))[0]
     groups_of_tokens = [len(set(row)) for row in (topk_idx // 2).tolist()]
     assert max(groups_of_tokens) == layer.num_topk_groups
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def test_swigluoai_clamps_gate_above_and_up_on_both_sides(device: str) -> None:
+    gate = torch.tensor([-20.0, -1, 1, 7, 20], dtype=torch.float64, device=device)[:, None].expand(5, 5).contiguous()
+    up = torch.tensor([-20.0, -7, 1, 7, 20], dtype=torch.float64, device=device).expand(5, 5).contiguous()
+    gate.requires_grad_(), up.requires_grad_()
+    got = swigluoai(gate, up)
+    torch.testing.assert_close(got, _clamped(gate, up))
+    got.sum().backward()
+    assert not gate.grad[4].any() and not up.grad[:, [0, 4]].any()
+    torch.testing.assert_close(swigluoai(gate, up, alpha=1.0, limit=30.0), torch.nn.functional.silu(gate) * (up + 1))

@@ -17,6 +17,7 @@ from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, l
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, _recv_map
 from .checks import check_int
+from .feed_forward import Activation, check_activation, feed_forward
 from .grouped_mm import grouped_mm
 from .routing import check_expert_groups, group_limited_topk
 from .sharding import shard_experts
@@ -77,17 +78,26 @@ def _warn_renamed(old: str) -> None:
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token visits: `down_proj(silu(gate_proj(x)) * up_proj(x))`."""
+    """The expert that every token visits: `down_proj(activation(gate_proj(x), up_proj(x)))`."""
 
-    def __init__(self, hidden: int, intermediate: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        activation: str | Activation = "silu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         kwargs = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(hidden, intermediate, **kwargs)
         self.up_proj = nn.Linear(hidden, intermediate, **kwargs)
         self.down_proj = nn.Linear(intermediate, hidden, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return feed_forward(x, lambda t, name: getattr(self, name)(t), self.activation)
 
 
 class MoE(nn.Module):
@@ -102,7 +112,7 @@ class MoE(nn.Module):
 
     Args:
         hidden: size of a token.
-        intermediate: inner size of an expert (SwiGLU: silu(x @ gate_proj) * (x @ up_proj) @ down_proj).
+        intermediate: inner size of an expert: `activation(x @ gate_proj, x @ up_proj) @ down_proj`.
         num_experts: over all ranks; a multiple of the world size.
         num_topk: experts per token.
         group: ranks that share the experts, as in `torch_ep.plan`; `torch_ep.init` it first. None: the default group.
@@ -117,6 +127,10 @@ class MoE(nn.Module):
         selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
             balancing, arXiv:2408.15664).
         shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
+        activation: what is between the projections of every expert, the shared one included. "silu" (SwiGLU) and "gelu"
+            (GEGLU, by the error function): that function of gate, times up. "swigluoai": the clamped SwiGLU of gpt-oss,
+            as `torch_ep.nn.swigluoai`. Or any function of `(gate, up)`, both [rows, intermediate] in `forward` and
+            [L, rows, intermediate] in `decode`; rows of padding hold anything.
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
             "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
             fills it source rank by source rank: tokens of the last ranks do, for every expert here.
@@ -155,6 +169,7 @@ class MoE(nn.Module):
         group_score_topk: int | None = None,
         selection_bias: bool = False,
         shared_intermediate: int = 0,
+        activation: str | Activation = "silu",
         layout: Layout = "expert_major",
         capacity: int | None = None,
         alignment: int = 1,
@@ -177,6 +192,8 @@ class MoE(nn.Module):
         check_int(_OP, "shared_intermediate", shared_intermediate, 0)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"{_OP}: expected score 'softmax' or 'sigmoid', got {score!r}")
+        check_activation(_OP, activation)
+        self.activation = activation
         self.hidden, self.intermediate = hidden, intermediate
         self.num_experts, self.num_topk = num_experts, num_topk
         self.num_local_experts = num_experts // self.world_size
@@ -193,7 +210,9 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
         bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", bias)
-        self.shared_expert = SharedExpert(hidden, shared_intermediate, **kwargs) if shared_intermediate else None
+        self.shared_expert = None
+        if shared_intermediate:
+            self.shared_expert = SharedExpert(hidden, shared_intermediate, activation=activation, **kwargs)
         self.reset_parameters()
 
     def _check_exchange(self) -> None:
@@ -285,9 +304,11 @@ class MoE(nn.Module):
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Applies each local expert to its group of rows."""
-        gate, up, down = _autocast(self.gate_proj), _autocast(self.up_proj), _autocast(self.down_proj)
-        inner = F.silu(grouped_mm(rows, gate, offsets)) * grouped_mm(rows, up, offsets)
-        return grouped_mm(inner, down, offsets)
+
+        def project(t: Tensor, name: str) -> Tensor:
+            return grouped_mm(t, _autocast(getattr(self, name)), offsets)
+
+        return feed_forward(rows, project, self.activation)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x as [num_tokens, hidden], contiguous."""
@@ -394,8 +415,8 @@ class MoE(nn.Module):
             statistics=statistics,
         )
         rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
-        inner = F.silu(torch.bmm(rows, self.gate_proj)) * torch.bmm(rows, self.up_proj)
-        y = low_latency_combine(torch.bmm(inner, self.down_proj), p, statistics=statistics)
+        done = feed_forward(rows, lambda t, name: torch.bmm(t, getattr(self, name)), self.activation)
+        y = low_latency_combine(done, p, statistics=statistics)
         return self._with_shared(y, tokens).view(x.shape)
 
     @torch.no_grad()
