@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from harness import seeded
 from torch import Tensor
 
-from torch_ep.nn import MoE, gather_experts
+from torch_ep.nn import MoE, gather_experts, shard_experts
 
 SHAPE = {"hidden": 8, "intermediate": 6, "num_experts": 8, "num_topk": 3}
 TOKENS = (9, 0, 5, 1)  # of each rank
+PROJECTIONS = ("gate", "up", "down")
 
 
 class Dense(NamedTuple):
@@ -56,7 +57,7 @@ def dense(
     keep: Tensor | None = None,
 ) -> Dense:
     """The layer in plain torch: every expert over all tokens, masked. `keep`: 0 where a (token, expert) is dropped."""
-    logits = x @ weights["router"].T
+    logits = x @ weights["router"].T + weights.get("router_bias", 0)
     scores = logits.exp() / logits.exp().sum(1, keepdim=True) if score == "softmax" else 1 / (1 + (-logits).exp())
     biased = scores + weights["selection_bias"] if "selection_bias" in weights else scores
     chosen = torch.zeros_like(scores)
@@ -68,11 +69,16 @@ def dense(
     gates = gates * route_scale * (1 if keep is None else keep)
     out = torch.zeros_like(x)
     for e in range(scores.shape[1]):
-        inner = activation(x @ weights["gate_proj"][e], x @ weights["up_proj"][e])
-        out = out + gates[:, e : e + 1] * (inner @ weights["down_proj"][e])
+        bias = {name: weights[f"{name}_proj_bias"][e] if f"{name}_proj_bias" in weights else 0 for name in PROJECTIONS}
+        inner = activation(
+            x @ weights["gate_proj"][e] + bias["gate"],
+            x @ weights["up_proj"][e] + bias["up"],
+        )
+        out = out + gates[:, e : e + 1] * (inner @ weights["down_proj"][e] + bias["down"])
     if "shared_expert.gate_proj.weight" in weights:
-        gate, up, down = (weights[f"shared_expert.{name}_proj.weight"].T for name in ("gate", "up", "down"))
-        out = out + activation(x @ gate, x @ up) @ down
+        gate, up, down = (weights[f"shared_expert.{name}_proj.weight"].T for name in PROJECTIONS)
+        biases = [weights.get(f"shared_expert.{name}_proj.bias", 0) for name in PROJECTIONS]
+        out = out + activation(x @ gate + biases[0], x @ up + biases[1]) @ down + biases[2]
     # Switch Transformers: experts * sum over experts of (share of the choices) * (mean probability).
     aux = torch.zeros((), dtype=x.dtype, device=x.device)
     if len(x):
@@ -90,11 +96,23 @@ def full_weights(layer: MoE) -> dict[str, Tensor]:
     }
 
 
+@torch.no_grad()
+def fill_biases(layer: MoE) -> None:
+    """With numbers that are the same whatever the world size, where a new layer has zeros."""
+    for seed, (name, p) in enumerate(layer.named_parameters()):
+        if name.endswith("_bias"):
+            spread = name in layer.EXPERT_PARAMETERS
+            shape = (layer.num_experts, *p.shape[1:])
+            values = torch.randn(shape, generator=seeded(seed, 6), dtype=p.dtype)
+            p.copy_(shard_experts(values, layer.group_name) if spread else values)
+
+
 def make_layer(device: str = "cpu", **options: Any) -> MoE:
     torch.manual_seed(5)
     layer = MoE(**{**SHAPE, "dtype": torch.float64, **options})
     if layer.selection_bias is not None:
         layer.selection_bias.copy_(torch.linspace(-0.5, 0.5, layer.num_experts))
+    fill_biases(layer)
     return layer.to(device)
 
 

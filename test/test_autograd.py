@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from devices import Ranks
 from harness import random_topk, seeded
-from test_nn import dense
+from moe_cases import dense, fill_biases
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -228,6 +228,7 @@ def _layer_gradients(
     """Gradients by name: those of the layer over the ranks, and those of its dense self on all tokens."""
     torch.manual_seed(3)
     layer = MoE(**LAYER, shared_intermediate=4, dtype=torch.float64, **options).to(device)
+    fill_biases(layer)
     shapes = [(n, LAYER["hidden"]) for n in TOKENS[:world_size]]
     xs = [torch.randn(shape, generator=seeded(9, r)).to(device, torch.float64) for r, shape in enumerate(shapes)]
     constants = [torch.randn(x.shape, generator=seeded(10, r)).to(device, torch.float64) for r, x in enumerate(xs)]
@@ -264,6 +265,8 @@ def _layer_gradients(
         pytest.param({"layout": "rank_major", "score": "sigmoid", "normalize": False}, id="rank_major, sigmoid"),
         pytest.param({"layout": "expert_major", "capacity": 64, "alignment": 8}, id="expert_major, capacity"),
         pytest.param({"layout": "rank_major", "capacity": 16}, id="rank_major, capacity"),
+        pytest.param({"layout": "expert_major", "alignment": 8, "bias": True}, id="expert_major, biases"),
+        pytest.param({"layout": "rank_major", "bias": True}, id="rank_major, biases"),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -272,5 +275,5 @@ def test_layer_gradients_equal_the_dense_ones(device: str, world_size: int, opti
         assert set(grads) > {"x", "router", "gate_proj", "up_proj", "down_proj"}
         for name, (got, want) in grads.items():
             # The auxiliary loss counts in float32, and only the router and the input see it.
-            rtol, atol = (1e-6, 1e-7) if name in ("router", "x") else (1e-9, 1e-12)
+            rtol, atol = (1e-6, 1e-7) if name in ("router", "router_bias", "x") else (1e-9, 1e-12)
             torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")

@@ -398,6 +398,28 @@ def test_gradients_of_the_fallback(device: str, name: str) -> None:
         assert torch.autograd.gradgradcheck(lambda *x, fn=fn: fn(*x, offsets), args)
 
 
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_bias_of_grouped_mm(device: str, name: str, dtype: torch.dtype) -> None:
+    a, b, offsets = _case(device, name, dtype)
+    bias = torch.randn(len(offsets), 16, generator=seeded(4), dtype=torch.float64).to(device, dtype).requires_grad_()
+    got = grouped_mm(a, b, offsets, bias=bias)
+    assert (got.shape, got.dtype) == ((9, 16), dtype)
+    g = torch.randn(9, 16, generator=seeded(3), dtype=torch.float64).to(device, dtype)
+    g[offsets[-1] :] = torch.nan
+    got.backward(g)
+    for group, (begin, end) in enumerate(_begin_end(offsets)):
+        torch.testing.assert_close(got[begin:end], a[begin:end] @ b[group] + bias[group])
+        torch.testing.assert_close(bias.grad[group], g[begin:end].sum(0))
+
+
+def test_gradient_of_a_bias_is_a_sum_in_float32(device: str) -> None:
+    a, b, bias = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for shape in ((4096, 8), (1, 8, 8), (1, 8)))
+    offsets = torch.tensor([4096], dtype=torch.int32, device=device)
+    grouped_mm(a, b, offsets, bias=bias.requires_grad_()).backward(torch.ones_like(a))
+    assert (bias.grad == 4096).all()  # adding one by one in bfloat16 ends at 256
+
+
 def _moved_bias(rank: int, world_size: int, device: str) -> Tensor:
     layer = make_layer(device, selection_bias=True)
     layer.selection_bias.zero_()

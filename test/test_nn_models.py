@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from devices import Ranks
-from harness import seeded
+from harness import seeded, world
 from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x, swiglu
 from torch import Tensor
 
-from torch_ep.nn import MoE, group_limited_topk, swigluoai
+from torch_ep.nn import MoE, expert_parameter_names, full_state_dict, group_limited_topk, swigluoai
 
 LAYOUTS = ("rank_major", "expert_major")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,6 +23,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "groups by a given number": {"num_expert_groups": 2, "num_topk_groups": 1, "group_score_topk": 3},
     "gelu": {"activation": "gelu", "shared_intermediate": 4},
     "swigluoai": {"activation": "swigluoai", "shared_intermediate": 4},
+    "biases": {"bias": True},
+    "biases, not normalized": {"bias": True, "normalize": False, "shared_intermediate": 4, "alignment": 8},
+    "biases, capacity to spare": {"bias": True, "capacity": 64},
     "another activation": {"activation": lambda gate, up: (gate + up).relu().square(), "shared_intermediate": 4},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -34,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "route_scale": 2.5,
         "shared_intermediate": 4,
     },
+    "gpt-oss": {"bias": True, "activation": "swigluoai"},
 }
 every_option = pytest.mark.parametrize("name", [*OPTIONS, *MODELS])
 ROOM = max(TOKENS)
@@ -118,6 +122,55 @@ def test_a_token_visits_few_groups(device: str) -> None:
     topk_idx = layer.route(make_x(device, 0, 64, layer.hidden))[0]
     groups_of_tokens = [len(set(row)) for row in (topk_idx // 2).tolist()]
     assert max(groups_of_tokens) == layer.num_topk_groups
+
+
+# --- biases -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_are_the_softmax_over_the_chosen_logits(device: str) -> None:
+    """As gpt-oss and Mixtral define them."""
+    layer = make_layer(device, bias=True)
+    x = make_x(device, 0, 9, layer.hidden)
+    topk_idx, weights, _, _ = layer.route(x)
+    logits, chosen = (x @ layer.router.T + layer.router_bias).topk(layer.num_topk)
+    assert torch.equal(topk_idx, chosen)
+    torch.testing.assert_close(weights, logits.softmax(-1))
+
+
+def _state_of_biases(rank: int, world_size: int) -> tuple[dict[str, Tensor], list[str], Tensor]:
+    layer = make_layer(bias=True)
+    state = full_state_dict(layer)
+    other = MoE(layer.hidden, layer.intermediate, layer.num_experts, layer.num_topk, bias=True, dtype=torch.float64)
+    assert not any(p.any() for name, p in other.named_parameters() if name.endswith("_bias"))
+    other.load_state_dict(state)
+    with torch.no_grad():
+        return state, expert_parameter_names(layer), other(make_x("cpu", 0, 9, layer.hidden))[0]
+
+
+def test_biases_of_experts_are_spread_over_ranks() -> None:
+    want, _, y = _state_of_biases(0, 1)
+    assert want["down_proj_bias"].shape == (8, 8) and want["gate_proj_bias"].shape == (8, 6)
+    for state, spread, got in world(2).run(_state_of_biases):
+        assert list(state) == list(want) and all(torch.equal(state[name], want[name]) for name in want)
+        assert set(spread) == {f"{name}_proj{bias}" for name in ("gate", "up", "down") for bias in ("", "_bias")}
+        torch.testing.assert_close(got, y)
+
+
+def test_same_weights_with_and_without_biases() -> None:
+    torch.manual_seed(5)
+    layer = MoE(8, 6, 8, 3, bias=True, dtype=torch.float64)
+    for name, p in make_layer().named_parameters():
+        assert torch.equal(layer.get_parameter(name), p)
+
+
+def test_autocast_takes_biases_along(device: str) -> None:
+    layer = make_layer(device, bias=True, shared_intermediate=4, dtype=torch.float32).requires_grad_(False)
+    x = make_x(device, 0, 9, layer.hidden).float()
+    with torch.autocast(device, torch.bfloat16):
+        results = layer(x)[0], layer.decode(x, 9)
+    for y in results:
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), layer(x)[0], rtol=0.05, atol=0.1)
 
 
 # --- activations ------------------------------------------------------------------------------------------------------

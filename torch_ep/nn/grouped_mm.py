@@ -9,14 +9,24 @@ from torch import Tensor
 __all__ = ["grouped_mm"]
 
 
-def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """`a[rows of group i] @ b[i]` for every group: torch's grouped GEMM where it runs, the same result elsewhere.
+def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`a[rows of group i] @ b[i] + bias[i]` for every group: torch's grouped GEMM where it runs, the same elsewhere.
 
     Args:
         a: [rows, k].
         b: [groups, k, n].
-        offsets: [groups] int32: where each group of rows ends. Rows past the last group are undefined.
+        offsets: [groups] int32: where each group of rows ends. Rows past the last group are undefined, as are their
+            gradients, which reach neither b nor bias.
+        bias: [groups, n]. Of the dtype of a and b.
+
+    Returns:
+        [rows, n].
     """
+    if bias is not None:
+        # A product too: its gradient sums each group's rows in one order, accumulates in float32, and leaves out rows
+        # past the last group. Eight columns of ones are the 16 bytes that torch's grouped GEMM asks for.
+        ones, padded = a.new_ones(a.shape[0], 8), F.pad(bias[:, None], (0, 0, 0, 7))
+        return grouped_mm(a, b, offsets) + grouped_mm(ones, padded, offsets)
     if a.dtype == torch.bfloat16 and b.is_contiguous() and b.shape[1] % 8 == 0 and b.shape[2] % 8 == 0:
         return F.grouped_mm(a, b, offs=offsets)  # bfloat16, rows of multiples of 16 bytes
     return torch.ops.ep.grouped_mm(a, b, offsets)

@@ -85,13 +85,14 @@ class SharedExpert(nn.Module):
         hidden: int,
         intermediate: int,
         *,
+        bias: bool = False,
         activation: str | Activation = "silu",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
-        kwargs = {"bias": False, "device": device, "dtype": dtype}
+        kwargs = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(hidden, intermediate, **kwargs)
         self.up_proj = nn.Linear(hidden, intermediate, **kwargs)
         self.down_proj = nn.Linear(intermediate, hidden, **kwargs)
@@ -127,6 +128,7 @@ class MoE(nn.Module):
         selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
             balancing, arXiv:2408.15664).
         shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
+        bias: adds a bias to the router's logits and to the projections of every expert, the shared one included.
         activation: what is between the projections of every expert, the shared one included. "silu" (SwiGLU) and "gelu"
             (GEGLU, by the error function): that function of gate, times up. "swigluoai": the clamped SwiGLU of gpt-oss,
             as `torch_ep.nn.swigluoai`. Or any function of `(gate, up)`, both [rows, intermediate] in `forward` and
@@ -140,7 +142,9 @@ class MoE(nn.Module):
         gate_proj, up_proj: [L, hidden, intermediate], of the L = num_experts / world size experts of this rank. Hugging
             Face and `nn.Linear` store the transpose, [out, in] per expert.
         down_proj: [L, intermediate, hidden].
-        shared_expert.gate_proj, .up_proj, .down_proj: `nn.Linear` without bias, if there is a shared expert.
+        shared_expert.gate_proj, .up_proj, .down_proj: `nn.Linear`, if there is a shared expert.
+        router_bias: [num_experts], and gate_proj_bias, up_proj_bias: [L, intermediate], down_proj_bias: [L, hidden],
+            all zero at first; None without `bias`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of another type.
@@ -149,8 +153,9 @@ class MoE(nn.Module):
     """
 
     #: Parameters with a first dimension of experts, spread over the ranks.
-    EXPERT_PARAMETERS = ("gate_proj", "up_proj", "down_proj")
+    EXPERT_PARAMETERS: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
+    router_bias: nn.Parameter | None
     selection_bias: Tensor | None
 
     def __init__(
@@ -169,6 +174,7 @@ class MoE(nn.Module):
         group_score_topk: int | None = None,
         selection_bias: bool = False,
         shared_intermediate: int = 0,
+        bias: bool = False,
         activation: str | Activation = "silu",
         layout: Layout = "expert_major",
         capacity: int | None = None,
@@ -208,11 +214,17 @@ class MoE(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
         self.up_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
         self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
-        bias = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
-        self.register_buffer("selection_bias", bias)
+        self.register_parameter("router_bias", nn.Parameter(torch.empty(num_experts, **kwargs)) if bias else None)
+        for name in self.EXPERT_PARAMETERS:
+            shape = self.num_local_experts, getattr(self, name).shape[2]
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape, **kwargs)) if bias else None)
+        if bias:
+            self.EXPERT_PARAMETERS += tuple(f"{name}_bias" for name in self.EXPERT_PARAMETERS)
+        zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
+        self.register_buffer("selection_bias", zeros)
         self.shared_expert = None
         if shared_intermediate:
-            self.shared_expert = SharedExpert(hidden, shared_intermediate, activation=activation, **kwargs)
+            self.shared_expert = SharedExpert(hidden, shared_intermediate, bias=bias, activation=activation, **kwargs)
         self.reset_parameters()
 
     def _check_exchange(self) -> None:
@@ -254,13 +266,21 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(fan-in). Draws every rank's experts and keeps its own, so ranks stay in step."""
+        """Uniform in +-1/sqrt(fan-in). Draws every rank's experts and keeps its own, so ranks stay in step.
+
+        Biases are zero.
+        """
         nn.init.uniform_(self.router, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
         rank = 0
         if self.world_size > 1:
             rank = process_group(self.group_name).rank()
+        if self.router_bias is not None:
+            nn.init.zeros_(self.router_bias)
         for name in self.EXPERT_PARAMETERS:
             weight = getattr(self, name)
+            if name.endswith("_bias"):
+                nn.init.zeros_(weight)
+                continue
             bound = 1 / math.sqrt(weight.shape[1])
             draw = torch.empty_like(weight[0])
             for expert in range(self.num_experts):
@@ -275,6 +295,8 @@ class MoE(nn.Module):
                 return self._choose(x)
         wide = torch.promote_types(x.dtype, torch.float32)
         logits = F.linear(x.to(wide), self.router.to(wide))
+        if self.router_bias is not None:
+            logits = logits + self.router_bias.to(wide)
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         choice = scores if self.selection_bias is None else scores + self.selection_bias
         if self.num_expert_groups == 1:
@@ -306,7 +328,9 @@ class MoE(nn.Module):
         """Applies each local expert to its group of rows."""
 
         def project(t: Tensor, name: str) -> Tensor:
-            return grouped_mm(t, _autocast(getattr(self, name)), offsets)
+            bias = getattr(self, f"{name}_bias")
+            bias = None if bias is None else _autocast(bias)
+            return grouped_mm(t, _autocast(getattr(self, name)), offsets, bias=bias)
 
         return feed_forward(rows, project, self.activation)
 
@@ -415,7 +439,13 @@ class MoE(nn.Module):
             statistics=statistics,
         )
         rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
-        done = feed_forward(rows, lambda t, name: torch.bmm(t, getattr(self, name)), self.activation)
+
+        def project(t: Tensor, name: str) -> Tensor:
+            bias = getattr(self, f"{name}_bias")
+            product = torch.bmm(t, getattr(self, name))
+            return product if bias is None else product + _autocast(bias)[:, None]
+
+        done = feed_forward(rows, project, self.activation)
         y = low_latency_combine(done, p, statistics=statistics)
         return self._with_shared(y, tokens).view(x.shape)
 
