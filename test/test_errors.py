@@ -803,6 +803,12 @@ def test_plan_with_the_wrong_fields() -> None:
 LAYERS = {
     "hidden": (ValueError, "expected hidden from 1 to 2147483647, got 0", {"hidden": 0}),
     "intermediate": (ValueError, "expected intermediate from 1 to 2147483647, got -1", {"intermediate": -1}),
+    "intermediate-none": (TypeError, "expected intermediate to be an int, got NoneType", {"intermediate": None}),
+    "experts_fn": (
+        TypeError,
+        "expected experts_fn to be a function of (rows, offsets) or None, got Tensor",
+        {"experts_fn": torch.ones(2)},
+    ),
     "num_experts": (TypeError, "expected num_experts to be an int, got float", {"num_experts": 4.0}),
     "num_topk-none": (ValueError, "expected num_topk from 1 to 4, got 0", {"num_topk": 0}),
     "num_topk-many": (ValueError, "expected num_topk from 1 to 4, got 5", {"num_topk": 5}),

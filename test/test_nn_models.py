@@ -9,9 +9,9 @@ import torch
 from devices import Ranks
 from harness import seeded, world
 from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x, swiglu
-from torch import Tensor
+from torch import Tensor, nn
 
-from torch_ep.nn import MoE, expert_parameter_names, full_state_dict, group_limited_topk, swigluoai
+from torch_ep.nn import MoE, expert_parameter_names, full_state_dict, group_limited_topk, grouped_mm, swigluoai
 
 LAYOUTS = ("rank_major", "expert_major")
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -185,3 +185,93 @@ def test_swigluoai_clamps_gate_above_and_up_on_both_sides(device: str) -> None:
     got.sum().backward()
     assert not gate.grad[4].any() and not up.grad[:, [0, 4]].any()
     torch.testing.assert_close(swigluoai(gate, up, alpha=1.0, limit=30.0), torch.nn.functional.silu(gate) * (up + 1))
+
+
+# --- experts of one's own ---------------------------------------------------------------------------------------------
+
+
+class FusedExperts(nn.Module):
+    """Both first projections in one parameter, as many models have them."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.cat([layer.gate_proj, layer.up_proj], 2).detach())
+        self.down_proj = nn.Parameter(layer.down_proj.detach())
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_mm(swiglu(*grouped_mm(rows, self.gate_up_proj, offsets).chunk(2, -1)), self.down_proj, offsets)
+
+
+class Overridden(MoE):
+    def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        return FusedExperts(self)(rows, offsets)
+
+
+class OverriddenTwice(MoE):
+    def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode_experts(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        done = torch.full_like(rows, torch.nan)
+        for expert, count in enumerate(tokens_per_expert.tolist()):
+            inner = swiglu(rows[expert, :count] @ self.gate_proj[expert], rows[expert, :count] @ self.up_proj[expert])
+            done[expert, :count] = inner @ self.down_proj[expert]
+        return done
+
+
+def _with_experts(how: str, layer: MoE) -> MoE:
+    """The same layer, its experts given in another way."""
+    sizes = layer.hidden, layer.intermediate, layer.num_experts, layer.num_topk
+    options = {"layout": layer.layout, "dtype": torch.float64, "shared_intermediate": 4}
+    if how == "overridden":
+        other = Overridden(*sizes, **options)
+    elif how == "decode_experts overridden":
+        other = OverriddenTwice(*sizes, **options)
+    else:
+        experts = FusedExperts(layer)
+        experts_fn = experts if how == "module" else lambda rows, offsets: experts.to(rows.dtype)(rows, offsets)
+        other = MoE(layer.hidden, None, *sizes[2:], experts_fn=experts_fn, **options)
+    other.load_state_dict(layer.state_dict(), strict=False)
+    return other.to(layer.router.device)
+
+
+def _own_experts(rank: int, world_size: int, device: str, how: str, layout: str) -> dict[str, tuple[Tensor, Tensor]]:
+    layer = make_layer(device, layout=layout, shared_intermediate=4)
+    other, x = _with_experts(how, layer), make_x(device, rank, TOKENS[rank], layer.hidden)
+    found = {}
+    if how != "decode_experts overridden":
+        found = {f"forward, {name}": pair for name, pair in _results(layer, other, x).items()}
+    with torch.no_grad():
+        decoded = [m.float().requires_grad_(False).decode(x.float(), ROOM) for m in (other, layer)]
+    return {name: (got.cpu(), want.cpu()) for name, (got, want) in {**found, "decode": decoded}.items()}
+
+
+def _results(layer: MoE, other: MoE, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name: of the other layer and of this one."""
+    results: list[dict[str, Tensor]] = []
+    for module in (other, layer):
+        tokens = x.clone().requires_grad_()
+        y, stats = module(tokens)
+        (y.square().sum() + stats.aux_loss).backward()
+        results.append({"y": y.detach(), "x.grad": tokens.grad, "router.grad": module.router.grad})
+    return {name: (results[0][name], results[1][name]) for name in results[0]}
+
+
+@every_layout
+@pytest.mark.parametrize("how", ["module", "function", "overridden", "decode_experts overridden"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_experts_of_ones_own(device: str, world_size: int, how: str, layout: str) -> None:
+    args = (device, how, layout)
+    for found in [_own_experts(0, 1, *args)] if world_size == 1 else Ranks(device, world_size).run(_own_experts, *args):
+        for name, (got, want) in found.items():
+            tolerance = {"rtol": 1e-5, "atol": 1e-6} if name == "decode" else {}
+            torch.testing.assert_close(got, want, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_layer_of_other_experts_has_none_of_its_own(device: str) -> None:
+    experts = FusedExperts(make_layer())
+    layer = MoE(8, None, 8, 3, experts_fn=experts, bias=True)
+    assert set(layer.state_dict()) == {"router", "router_bias", "experts_fn.gate_up_proj", "experts_fn.down_proj"}
+    assert layer.EXPERT_PARAMETERS == ()
+    layer = MoE(8, None, 8, 3, experts_fn=lambda rows, offsets: rows.double(), device=device)
+    assert layer(make_x(device, 0, 9, 8))[0].dtype == torch.float64  # no dtype of experts to be checked

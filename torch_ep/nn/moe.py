@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -113,7 +114,8 @@ class MoE(nn.Module):
 
     Args:
         hidden: size of a token.
-        intermediate: inner size of an expert: `activation(x @ gate_proj, x @ up_proj) @ down_proj`.
+        intermediate: inner size of an expert: `activation(x @ gate_proj, x @ up_proj) @ down_proj`. None with
+            `experts_fn`.
         num_experts: over all ranks; a multiple of the world size.
         num_topk: experts per token.
         group: ranks that share the experts, as in `torch_ep.plan`; `torch_ep.init` it first. None: the default group.
@@ -133,6 +135,8 @@ class MoE(nn.Module):
             (GEGLU, by the error function): that function of gate, times up. "swigluoai": the clamped SwiGLU of gpt-oss,
             as `torch_ep.nn.swigluoai`. Or any function of `(gate, up)`, both [rows, intermediate] in `forward` and
             [L, rows, intermediate] in `decode`; rows of padding hold anything.
+        experts_fn: a function or module to call in place of these experts, with the arguments and the result of
+            `experts`. The layer then has no parameters of experts itself. `decode` calls it too: see `decode_experts`.
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
             "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
             fills it source rank by source rank: tokens of the last ranks do, for every expert here.
@@ -161,7 +165,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         hidden: int,
-        intermediate: int,
+        intermediate: int | None,
         num_experts: int,
         num_topk: int,
         *,
@@ -176,6 +180,7 @@ class MoE(nn.Module):
         shared_intermediate: int = 0,
         bias: bool = False,
         activation: str | Activation = "silu",
+        experts_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         layout: Layout = "expert_major",
         capacity: int | None = None,
         alignment: int = 1,
@@ -184,8 +189,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         self.group_name, self.world_size = resolve(group)
-        for name, size in (("hidden", hidden), ("intermediate", intermediate), ("num_experts", num_experts)):
-            check_int(_OP, name, size, 1)
+        check_int(_OP, "hidden", hidden, 1)
+        check_int(_OP, "num_experts", num_experts, 1)
         if num_experts % self.world_size:
             raise ValueError(
                 f"{_OP}: expected num_experts to be a multiple of the world size {self.world_size}, got {num_experts}"
@@ -198,6 +203,9 @@ class MoE(nn.Module):
         check_int(_OP, "shared_intermediate", shared_intermediate, 0)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"{_OP}: expected score 'softmax' or 'sigmoid', got {score!r}")
+        if not (experts_fn is None or callable(experts_fn)):
+            got = type(experts_fn).__name__
+            raise TypeError(f"{_OP}: expected experts_fn to be a function of (rows, offsets) or None, got {got}")
         check_activation(_OP, activation)
         self.activation = activation
         self.hidden, self.intermediate = hidden, intermediate
@@ -211,21 +219,30 @@ class MoE(nn.Module):
 
         kwargs = {"device": device, "dtype": dtype}
         self.router = nn.Parameter(torch.empty(num_experts, hidden, **kwargs))
-        self.gate_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
-        self.up_proj = nn.Parameter(torch.empty(self.num_local_experts, hidden, intermediate, **kwargs))
-        self.down_proj = nn.Parameter(torch.empty(self.num_local_experts, intermediate, hidden, **kwargs))
+        self.experts_fn = experts_fn
+        if experts_fn is None:
+            self._make_experts(intermediate, bias, **kwargs)
+        else:
+            self.EXPERT_PARAMETERS = ()
         self.register_parameter("router_bias", nn.Parameter(torch.empty(num_experts, **kwargs)) if bias else None)
-        for name in self.EXPERT_PARAMETERS:
-            shape = self.num_local_experts, getattr(self, name).shape[2]
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape, **kwargs)) if bias else None)
-        if bias:
-            self.EXPERT_PARAMETERS += tuple(f"{name}_bias" for name in self.EXPERT_PARAMETERS)
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         self.shared_expert = None
         if shared_intermediate:
             self.shared_expert = SharedExpert(hidden, shared_intermediate, bias=bias, activation=activation, **kwargs)
         self.reset_parameters()
+
+    def _make_experts(self, intermediate: int | None, bias: bool, **kwargs: Any) -> None:
+        intermediate = check_int(_OP, "intermediate", intermediate, 1)
+        num_local_experts, hidden = self.num_local_experts, self.hidden
+        self.gate_proj = nn.Parameter(torch.empty(num_local_experts, hidden, intermediate, **kwargs))
+        self.up_proj = nn.Parameter(torch.empty(num_local_experts, hidden, intermediate, **kwargs))
+        self.down_proj = nn.Parameter(torch.empty(num_local_experts, intermediate, hidden, **kwargs))
+        for name in self.EXPERT_PARAMETERS:
+            shape = num_local_experts, getattr(self, name).shape[2]
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape, **kwargs)) if bias else None)
+        if bias:
+            self.EXPERT_PARAMETERS += tuple(f"{name}_bias" for name in self.EXPERT_PARAMETERS)
 
     def _check_exchange(self) -> None:
         """What `plan` would raise of in the first forward pass."""
@@ -325,7 +342,17 @@ class MoE(nn.Module):
         return topk_idx, weights, aux_loss, load
 
     def experts(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """Applies each local expert to its group of rows."""
+        """Applies each local expert to its group of rows: what to override, or to replace by `experts_fn`.
+
+        Args:
+            rows: [R, hidden]. Rows of padding are zero in `forward`; what becomes of them is not read.
+            offsets: [L] int32, on the device: where each local expert's rows end. Rows past the last are padding.
+
+        Returns:
+            [R, hidden], contiguous: the result of every row, by its own expert.
+        """
+        if self.experts_fn is not None:
+            return self.experts_fn(rows, offsets)
 
         def project(t: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")
@@ -344,7 +371,8 @@ class MoE(nn.Module):
 
     def _payload(self, tokens: Tensor) -> Tensor:
         """The tokens in the dtype in which experts multiply."""
-        payload, dtype = _autocast(tokens), _autocast_dtype(self.gate_proj)
+        payload = _autocast(tokens)
+        dtype = payload.dtype if self.experts_fn is not None else _autocast_dtype(self.gate_proj)
         if payload.dtype != dtype:
             raise TypeError(f"{_OP}: expected x of {dtype}, the experts' dtype, got {payload.dtype}")
         return payload
@@ -439,15 +467,32 @@ class MoE(nn.Module):
             statistics=statistics,
         )
         rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
+        y = low_latency_combine(self.decode_experts(rows, p.tokens_per_expert), p, statistics=statistics)
+        return self._with_shared(y, tokens).view(x.shape)
+
+    def decode_experts(self, rows: Tensor, tokens_per_expert: Tensor) -> Tensor:
+        """`experts` for the rows of `decode`: what to override for a GEMM that leaves out the rows that hold nothing.
+
+        A layer with `experts_fn`, or with a method `experts` of its own, calls that for all rows, in groups of C.
+
+        Args:
+            rows: [L, C, hidden] for C = world size * max_tokens_per_rank.
+            tokens_per_expert: [L] int32, on the device: how many rows of each expert hold a token, the first ones. The
+                others are undefined, and what becomes of them is not read.
+
+        Returns:
+            [L, C, hidden], contiguous.
+        """
+        if self.experts_fn is not None or type(self).experts is not MoE.experts:
+            offsets = torch.arange(1, rows.shape[0] + 1, dtype=torch.int32, device=rows.device) * rows.shape[1]
+            return self.experts(rows.flatten(0, 1), offsets).unflatten(0, rows.shape[:2])
 
         def project(t: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")
             product = torch.bmm(t, getattr(self, name))
             return product if bias is None else product + _autocast(bias)[:, None]
 
-        done = feed_forward(rows, project, self.activation)
-        y = low_latency_combine(done, p, statistics=statistics)
-        return self._with_shared(y, tokens).view(x.shape)
+        return feed_forward(rows, project, self.activation)
 
     @torch.no_grad()
     def update_selection_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:
