@@ -42,6 +42,19 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate = torch.where(gate > 7, 7.0, gate)
+    up = torch.where(up.abs() > 7, 7.0 * up.sign(), up)
+    return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up
+
+
+ACTIVATIONS = {"silu": swiglu, "gelu": geglu, "swigluoai": clamped_swiglu}
+
+
 def dense(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -54,6 +67,7 @@ def dense(
     num_topk_groups: int = 1,
     group_score_topk: int = 1,
     activation: Callable[[Tensor, Tensor], Tensor] = swiglu,
+    scale_before_experts: bool = False,
     keep: Tensor | None = None,
 ) -> Dense:
     """The layer in plain torch: every expert over all tokens, masked. `keep`: 0 where a (token, expert) is dropped."""
@@ -66,15 +80,15 @@ def dense(
     gates = scores * chosen
     if normalize:
         gates = gates / gates.sum(1, keepdim=True)
-    gates = gates * route_scale * (1 if keep is None else keep)
+    kept = chosen if keep is None else chosen * keep
+    gates = gates * route_scale * kept
+    before, after = (gates, kept) if scale_before_experts else (kept, gates)
     out = torch.zeros_like(x)
     for e in range(scores.shape[1]):
         bias = {name: weights[f"{name}_proj_bias"][e] if f"{name}_proj_bias" in weights else 0 for name in PROJECTIONS}
-        inner = activation(
-            x @ weights["gate_proj"][e] + bias["gate"],
-            x @ weights["up_proj"][e] + bias["up"],
-        )
-        out = out + gates[:, e : e + 1] * (inner @ weights["down_proj"][e] + bias["down"])
+        rows = x * before[:, e : e + 1]
+        inner = activation(rows @ weights["gate_proj"][e] + bias["gate"], rows @ weights["up_proj"][e] + bias["up"])
+        out = out + after[:, e : e + 1] * (inner @ weights["down_proj"][e] + bias["down"])
     if "shared_expert.gate_proj.weight" in weights:
         gate, up, down = (weights[f"shared_expert.{name}_proj.weight"].T for name in PROJECTIONS)
         biases = [weights.get(f"shared_expert.{name}_proj.bias", 0) for name in PROJECTIONS]
@@ -85,6 +99,24 @@ def dense(
         shares = scores / scores.sum(1, keepdim=True)
         aux = scores.shape[1] * (chosen.mean(0) / num_topk * shares.mean(0)).sum()
     return Dense(out, aux, chosen)
+
+
+def dense_self(layer: MoE, x: Tensor, weights: dict[str, Tensor], *, keep: Tensor | None = None) -> Dense:
+    """What the layer says of x, given all its weights."""
+    return dense(
+        x,
+        weights,
+        layer.num_topk,
+        score=layer.score,
+        normalize=layer.normalize,
+        route_scale=layer.route_scale,
+        num_expert_groups=layer.num_expert_groups,
+        num_topk_groups=layer.num_topk_groups,
+        group_score_topk=layer.group_score_topk,
+        activation=ACTIVATIONS.get(layer.activation, layer.activation),
+        scale_before_experts=layer.scale_before_experts,
+        keep=keep,
+    )
 
 
 def full_weights(layer: MoE) -> dict[str, Tensor]:

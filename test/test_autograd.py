@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from devices import Ranks
 from harness import random_topk, seeded
-from moe_cases import dense, fill_biases
+from moe_cases import dense_self, fill_biases
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -250,7 +250,7 @@ def _layer_gradients(
     dense_xs = [x.clone().requires_grad_() for x in xs]
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for dense_x, constant in zip(dense_xs, constants, strict=True):
-        want = dense(dense_x, weights, layer.num_topk, score=layer.score, normalize=layer.normalize)
+        want = dense_self(layer, dense_x, weights)
         loss = loss + (want.out * constant).sum() + AUX_WEIGHT * want.aux_loss
     loss.backward()
     result = {name: (grad, weights[name].grad) for name, grad in grads.items()}
@@ -267,6 +267,13 @@ def _layer_gradients(
         pytest.param({"layout": "rank_major", "capacity": 16}, id="rank_major, capacity"),
         pytest.param({"layout": "expert_major", "alignment": 8, "bias": True}, id="expert_major, biases"),
         pytest.param({"layout": "rank_major", "bias": True}, id="rank_major, biases"),
+        pytest.param(
+            {"layout": "expert_major", "alignment": 8, "scale_before_experts": True}, id="expert_major, scaled before"
+        ),
+        pytest.param(
+            {"layout": "rank_major", "scale_before_experts": True, "activation": "swigluoai", "score": "sigmoid"},
+            id="rank_major, scaled before",
+        ),
     ],
 )
 @pytest.mark.parametrize("world_size", [2, 3])

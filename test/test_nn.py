@@ -11,7 +11,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from devices import Ranks
 from harness import seeded, world
-from moe_cases import SHAPE, TOKENS, dense, full_weights, make_layer, make_x
+from moe_cases import SHAPE, TOKENS, dense, dense_self, full_weights, make_layer, make_x
 from torch import Tensor, nn
 
 import torch_ep
@@ -40,14 +40,7 @@ def _against_dense(rank: int, world_size: int, device: str, options: dict[str, A
     x = make_x(device, rank, TOKENS[rank], layer.hidden)
     with torch.no_grad():
         y, stats = layer(x)
-        want = dense(
-            x,
-            full_weights(layer),
-            layer.num_topk,
-            score=layer.score,
-            normalize=layer.normalize,
-            route_scale=layer.route_scale,
-        )
+        want = dense_self(layer, x, full_weights(layer))
     # Counts and losses are in float32.
     results = torch.cat([y.flatten(), stats.aux_loss[None]]), torch.cat([want.out.flatten(), want.aux_loss[None]])
     return results[0].cpu(), results[1].cpu()

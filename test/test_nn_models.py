@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
+from compiling import artifacts, inductor_cache
 from devices import Ranks
 from harness import seeded, world
-from moe_cases import TOKENS, choose, dense, full_weights, make_layer, make_x, swiglu
+from moe_cases import TOKENS, choose, clamped_swiglu, dense_self, full_weights, make_layer, make_x, swiglu
 from torch import Tensor, nn
 
 from torch_ep.nn import MoE, expert_parameter_names, full_state_dict, group_limited_topk, grouped_mm, swigluoai
@@ -26,6 +28,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "biases": {"bias": True},
     "biases, not normalized": {"bias": True, "normalize": False, "shared_intermediate": 4, "alignment": 8},
     "biases, capacity to spare": {"bias": True, "capacity": 64},
+    "scaled before": {"scale_before_experts": True, "route_scale": 2.0},
+    "scaled before, biases": {"scale_before_experts": True, "bias": True, "alignment": 8, "capacity": 128},
     "another activation": {"activation": lambda gate, up: (gate + up).relu().square(), "shared_intermediate": 4},
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -38,37 +42,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "shared_intermediate": 4,
     },
     "gpt-oss": {"bias": True, "activation": "swigluoai"},
+    "Llama 4": {
+        "num_topk": 1,
+        "score": "sigmoid",
+        "normalize": False,
+        "scale_before_experts": True,
+        "shared_intermediate": 4,
+    },
 }
 every_option = pytest.mark.parametrize("name", [*OPTIONS, *MODELS])
 ROOM = max(TOKENS)
-
-
-def _clamped(gate: Tensor, up: Tensor) -> Tensor:
-    gate = torch.where(gate > 7, 7.0, gate)
-    up = torch.where(up.abs() > 7, 7.0 * up.sign(), up)
-    return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
-
-
-def _gelu(gate: Tensor, up: Tensor) -> Tensor:
-    return gate * (1 + torch.erf(gate / 2**0.5)) / 2 * up
-
-
-ACTIVATIONS = {"silu": swiglu, "gelu": _gelu, "swigluoai": _clamped}
-
-
-def _expected(layer: MoE, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    return dense(
-        x,
-        weights,
-        layer.num_topk,
-        score=layer.score,
-        normalize=layer.normalize,
-        route_scale=layer.route_scale,
-        num_expert_groups=layer.num_expert_groups,
-        num_topk_groups=layer.num_topk_groups,
-        group_score_topk=layer.group_score_topk,
-        activation=ACTIVATIONS.get(layer.activation, layer.activation),
-    ).out
 
 
 def _options(name: str) -> dict[str, Any]:
@@ -79,7 +62,7 @@ def _outputs(rank: int, world_size: int, device: str, name: str, layout: str) ->
     """By what was called: the layer's output, and that of its dense self."""
     layer = make_layer(device, layout=layout, **_options(name)).requires_grad_(False)
     x = make_x(device, rank, TOKENS[rank], layer.hidden)
-    want = _expected(layer, x, full_weights(layer))
+    want = dense_self(layer, x, full_weights(layer)).out
     found = {"forward": layer(x)[0]}
     if layout == "expert_major":  # in which decode has no part
         found["decode"] = layer.float().decode(x.float(), ROOM).double()
@@ -95,6 +78,56 @@ def test_equals_its_dense_self(device: str, world_size: int, name: str, layout: 
         torch.testing.assert_close(*found["forward"], rtol=1e-9, atol=1e-12)
         if "decode" in found:
             torch.testing.assert_close(*found["decode"], rtol=1e-4, atol=1e-5)
+
+
+EVERYTHING = {
+    **GROUPED,
+    "score": "sigmoid",
+    "selection_bias": True,
+    "bias": True,
+    "activation": "swigluoai",
+    "scale_before_experts": True,
+    "shared_intermediate": 4,
+}
+COMPILED = {"everything": EVERYTHING, "experts_fn": {"experts_fn": lambda rows, offsets: rows.sin()}}
+
+
+def _compiled(device: str, name: str, backend: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """By name: a result of the compiled layer, and of the layer."""
+    torch._dynamo.reset()
+    layer = make_layer(device, dtype=torch.float32, **COMPILED[name])
+    x = make_x(device, 0, TOKENS[0], layer.hidden).float()
+    results = []
+    for step in (torch.compile(layer, fullgraph=True, backend=backend), layer):
+        layer.zero_grad()
+        tokens = x.clone().requires_grad_()
+        y, stats = step(tokens)
+        (y.square().sum() + stats.aux_loss).backward()
+        grads = {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
+        results.append({"y": y.detach(), "x.grad": tokens.grad, **grads})
+    layer.requires_grad_(False)
+    if backend != "inductor":  # which takes long
+        decode = torch.compile(layer.decode, fullgraph=True, backend=backend)
+        for result, step in zip(results, (decode, layer.decode), strict=True):
+            result["decode"] = step(x, ROOM)
+    torch._dynamo.reset()
+    return {name: (results[0][name].cpu(), results[1][name].cpu()) for name in results[0]}
+
+
+def _assert_same(found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (got, want) in found.items():
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_whole(device: str, name: str) -> None:
+    _assert_same(_compiled(device, name, "aot_eager"))
+
+
+@pytest.mark.timeout(1200)  # a minute of an idle core
+def test_inductor_compiles_it_whole(device: str) -> None:
+    with inductor_cache(artifacts()):
+        _assert_same(_compiled(device, "everything", "inductor"))
 
 
 # --- groups of experts ------------------------------------------------------------------------------------------------
@@ -181,10 +214,23 @@ def test_swigluoai_clamps_gate_above_and_up_on_both_sides(device: str) -> None:
     up = torch.tensor([-20.0, -7, 1, 7, 20], dtype=torch.float64, device=device).expand(5, 5).contiguous()
     gate.requires_grad_(), up.requires_grad_()
     got = swigluoai(gate, up)
-    torch.testing.assert_close(got, _clamped(gate, up))
+    torch.testing.assert_close(got, clamped_swiglu(gate, up))
     got.sum().backward()
     assert not gate.grad[4].any() and not up.grad[:, [0, 4]].any()
     torch.testing.assert_close(swigluoai(gate, up, alpha=1.0, limit=30.0), torch.nn.functional.silu(gate) * (up + 1))
+
+
+# --- weights before the experts ---------------------------------------------------------------------------------------
+
+
+def test_rows_scaled_before_the_experts_keep_their_dtype(device: str) -> None:
+    layer = make_layer(device, scale_before_experts=True, dtype=torch.bfloat16)
+    x = make_x(device, 0, 9, layer.hidden).bfloat16()
+    y, _ = layer(x)
+    weights = {name: t.double() for name, t in full_weights(layer).items()}
+    want = dense_self(layer, x.double(), weights).out
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), want, rtol=0.05, atol=0.02 * float(want.abs().max()))
 
 
 # --- experts of one's own ---------------------------------------------------------------------------------------------

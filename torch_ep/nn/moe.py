@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..comm import Group, local_group, process_group, resolve
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
-from ..plan import Layout, _recv_map
+from ..plan import Layout, Plan, _recv_map
 from .checks import check_int
 from .feed_forward import Activation, check_activation, feed_forward
 from .grouped_mm import grouped_mm
@@ -70,6 +70,11 @@ def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
     # Whole groups: with fewer channels, Inductor's loops for CPU leave out the last, incomplete one (torch 2.13).
     wide = F.pad(rows.float(), (0, groups * _GROUP_CHANNELS - hidden)).unflatten(-1, (groups, _GROUP_CHANNELS))
     return (wide * scales[..., None]).flatten(-2)[..., :hidden].to(dtype)
+
+
+def _scale(rows: Tensor, weights: Tensor) -> Tensor:
+    """Each row times its weight, rounded once."""
+    return (rows * weights[..., None]).to(rows.dtype)
 
 
 @functools.cache  # one warning per name
@@ -137,6 +142,8 @@ class MoE(nn.Module):
             [L, rows, intermediate] in `decode`; rows of padding hold anything.
         experts_fn: a function or module to call in place of these experts, with the arguments and the result of
             `experts`. The layer then has no parameters of experts itself. `decode` calls it too: see `decode_experts`.
+        scale_before_experts: whether weights multiply the rows that go into the experts, as in Llama 4, and not those
+            that come out of them.
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
             "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
             fills it source rank by source rank: tokens of the last ranks do, for every expert here.
@@ -181,6 +188,7 @@ class MoE(nn.Module):
         bias: bool = False,
         activation: str | Activation = "silu",
         experts_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        scale_before_experts: bool = False,
         layout: Layout = "expert_major",
         capacity: int | None = None,
         alignment: int = 1,
@@ -207,7 +215,7 @@ class MoE(nn.Module):
             got = type(experts_fn).__name__
             raise TypeError(f"{_OP}: expected experts_fn to be a function of (rows, offsets) or None, got {got}")
         check_activation(_OP, activation)
-        self.activation = activation
+        self.activation, self.scale_before_experts = activation, scale_before_experts
         self.hidden, self.intermediate = hidden, intermediate
         self.num_experts, self.num_topk = num_experts, num_topk
         self.num_local_experts = num_experts // self.world_size
@@ -410,11 +418,16 @@ class MoE(nn.Module):
                 alignment=self.alignment,
             )
             expanded, expanded_weights = dispatch(rows, local, topk_weights=row_weights)
-            done = combine(self.experts(expanded, local.offsets), local, row_weights=expanded_weights)
+            done = self._experts_of_plan(expanded, expanded_weights, local)
             y = combine(done, p)
         else:
-            y = combine(self.experts(rows, p.offsets), p, row_weights=row_weights)
+            y = self._experts_of_plan(rows, row_weights, p)
         return self._with_shared(y, tokens).view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
+
+    def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan) -> Tensor:
+        if self.scale_before_experts:
+            return combine(self.experts(_scale(rows, weights), p.offsets), p)
+        return combine(self.experts(rows, p.offsets), p, row_weights=weights)
 
     def _with_shared(self, y: Tensor, tokens: Tensor) -> Tensor:
         return y if self.shared_expert is None else y + self.shared_expert(tokens)
@@ -467,6 +480,9 @@ class MoE(nn.Module):
             statistics=statistics,
         )
         rows = received if quantize is None else _dequantize(*received, dtype=tokens.dtype)
+        if self.scale_before_experts:
+            rows = _scale(rows, p.row_weights)
+            p = p._replace(row_weights=torch.ones_like(p.row_weights))
         y = low_latency_combine(self.decode_experts(rows, p.tokens_per_expert), p, statistics=statistics)
         return self._with_shared(y, tokens).view(x.shape)
 
