@@ -23,6 +23,7 @@ from .low_latency import (
 from .ops import combine, dispatch, plan
 from .plan import Layout, Plan
 from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
+from .routing import from_sentinel, to_sentinel
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "combine",
     "destroy",
     "dispatch",
+    "from_sentinel",
     "init",
     "low_latency_combine",
     "low_latency_combine_recv",
@@ -71,4 +73,5 @@ __all__ = [
     "reference",
     "reset",
     "save_exchanges",
+    "to_sentinel",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Layout", "Plan"]
@@ -43,6 +44,32 @@ class Plan(NamedTuple):
     def num_rows(self) -> int:
         """R: rows that `dispatch` returns and `combine` takes."""
         return _recv_map(self).shape[0]
+
+    def local_expert_of_rows(self) -> Tensor:
+        """The local expert, 0 to L - 1, of each received row; -1 for none. On the device; nothing waits for it.
+
+        `to_sentinel` replaces the -1 where a kernel or framework wants another number.
+
+        Returns:
+            expert_major: [R] int32, -1 for rows of padding, within a group and past the last. rank_major: [R, K], the
+            field `recv_topk_idx`.
+        """
+        recv_map = _recv_map(self)
+        if self.layout == "rank_major":
+            return recv_map
+        rows = torch.arange(recv_map.shape[0], dtype=torch.int32, device=recv_map.device)
+        expert = torch.searchsorted(self.offsets, rows, right=True, out_int32=True)
+        return expert.masked_fill(recv_map < 0, -1)
+
+    @property
+    def padded_tokens_per_expert(self) -> Tensor:
+        """[L] int32: rows of each local expert, padding included. On the device; nothing waits for it.
+
+        expert_major: the sizes of the groups that `offsets` ends. rank_major has no padding: `tokens_per_expert`.
+        """
+        if self.layout == "rank_major":
+            return self.tokens_per_expert
+        return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
 
 def _recv_map(plan: Plan) -> Tensor:
