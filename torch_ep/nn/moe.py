@@ -135,13 +135,15 @@ class MoE(nn.Module):
         selection_bias: adds a bias to the scores for the choice alone, moved by `update_selection_bias` (loss-free
             balancing, arXiv:2408.15664).
         shared_intermediate: inner size of an expert that every token visits, here on its own rank; 0 for none.
-        bias: adds a bias to the router's logits and to the projections of every expert, the shared one included.
+        bias: adds a bias to the router's logits and to the projections of every expert, the shared one included, but
+            not in `experts_fn`.
         activation: what is between the projections of every expert, the shared one included. "silu" (SwiGLU) and "gelu"
             (GEGLU, by the error function): that function of gate, times up. "swigluoai": the clamped SwiGLU of gpt-oss,
             as `torch_ep.nn.swigluoai`. Or any function of `(gate, up)`, both [rows, intermediate] in `forward` and
             [L, rows, intermediate] in `decode`; rows of padding hold anything.
         experts_fn: a function or module to call in place of these experts, with the arguments and the result of
             `experts`. The layer then has no parameters of experts itself. `decode` calls it too: see `decode_experts`.
+            `full_state_dict` and the other helpers take the parameters of such a module for replicated ones.
         scale_before_experts: whether weights multiply the rows that go into the experts, as in Llama 4, and not those
             that come out of them.
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
@@ -150,8 +152,8 @@ class MoE(nn.Module):
 
     Parameters:
         router: [num_experts, hidden].
-        gate_proj, up_proj: [L, hidden, intermediate], of the L = num_experts / world size experts of this rank. Hugging
-            Face and `nn.Linear` store the transpose, [out, in] per expert.
+        gate_proj, up_proj: [L, hidden, intermediate], of the L = num_experts / world size experts of this rank. Most
+            Hugging Face models and `nn.Linear` store the transpose, [out, in] per expert: see docs/coming_from.md.
         down_proj: [L, intermediate, hidden].
         shared_expert.gate_proj, .up_proj, .down_proj: `nn.Linear`, if there is a shared expert.
         router_bias: [num_experts], and gate_proj_bias, up_proj_bias: [L, intermediate], down_proj_bias: [L, hidden],
@@ -253,7 +255,7 @@ class MoE(nn.Module):
             self.EXPERT_PARAMETERS += tuple(f"{name}_bias" for name in self.EXPERT_PARAMETERS)
 
     def _check_exchange(self) -> None:
-        """What `plan` would raise of in the first forward pass."""
+        """Raises what `plan` would raise in the first forward pass."""
         if self.layout not in ("rank_major", "expert_major"):
             raise ValueError(f"{_OP}: expected layout 'rank_major' or 'expert_major', got {self.layout!r}")
         check_int(_OP, "alignment", self.alignment, 1)

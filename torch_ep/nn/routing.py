@@ -37,6 +37,8 @@ def group_limited_topk(
     highest scores. The token's experts are the best ones in the `num_topk_groups` groups with the highest scores; no
     expert of another group is chosen, whatever the scores.
 
+    Hugging Face's `DeepseekV3MoE` scores the experts of other groups as zero, which is better than a negative score.
+
     `group_score_topk` is 1 in DeepSeek-V2 (`group_limited_greedy`, arXiv:2405.04434), 2 in DeepSeek-V3 (`noaux_tc`,
     on scores with the selection bias, arXiv:2412.19437), and `num_topk // num_topk_groups` in Megatron-LM.
 
