@@ -422,6 +422,20 @@ def test_destroy_after_the_process_group(launcher: Launcher) -> None:
     assert launcher.run(_destroy_after_the_group, 2) == [[0, 0]] * 2
 
 
+def _fake_backend(r: Rank) -> tuple[str, str]:
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401 - registers it
+
+    group = dist.new_group(backend="fake")
+    return attempt(lambda: torch_ep.init(group, timeout=TIMEOUT))
+
+
+def test_a_backend_that_moves_no_data_is_refused(launcher: Launcher) -> None:
+    for kind, message in launcher.run(_fake_backend, 2):
+        assert kind == "RuntimeError"
+        assert message.startswith("torch_ep.init: expected a process group that moves data, got torch's backend 'fake'")
+        assert "FakeTensorMode" in message
+
+
 # --- two hosts ----------------------------------------------------------------------------------------------------
 
 CLONE_NEWNET = 0x40000000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -274,3 +275,39 @@ def test_two_hosts_on_loopback() -> None:
     for node, (agent, output) in enumerate(zip(agents, outputs, strict=True)):
         assert agent.returncode == 0, output
         assert f"rank {node} of 2: equal to the reference" in output
+
+
+def test_processes_of_a_launcher_without_a_group_are_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ep.comm, "_warned_of_separate_worlds", False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.warns(UserWarning, match=r"launched as one of WORLD_SIZE = 4, but torch.distributed is not initialized"):
+        torch_ep.plan(torch.tensor([[0]]), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch_ep.plan(torch.tensor([[0]]), 2)
+        torch_ep.plan(torch.tensor([[0]]), 2, "")
+
+
+def _init_too_early(rank: int, world_size: int, port: int) -> list[str]:
+    dist.destroy_process_group()
+    torch_ep.init()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    messages = []
+    for _ in range(2):
+        try:
+            torch_ep.plan(torch.tensor([[0]]), 2)
+        except RuntimeError as error:
+            messages.append(str(error).splitlines()[0])
+        torch_ep.init()
+    return messages
+
+
+def test_init_before_the_process_group_is_told_later() -> None:
+    own = World(2)
+    try:
+        for messages in own.run(_init_too_early, free_port()):
+            assert len(messages) == 1
+            assert "call torch_ep.init(group) on every rank first. (torch_ep.init was called before" in messages[0]
+    finally:
+        own.close()
