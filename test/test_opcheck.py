@@ -312,15 +312,15 @@ def _rows_at_the_bound(rank: int, world_size: int, device: str, layout: str) -> 
         plan = torch_ep.plan(topk_idx, num_local_experts * world_size, layout=layout, alignment=alignment)
         return torch_ep.dispatch(x, plan)
 
-    before = torch_ep.comm.communicators.get(torch_ep.comm.resolve(None)[0])
+    _, before = torch_ep.comm._arguments_of.get(torch_ep.comm.resolve(None)[0], (None, None))
     torch._dynamo.reset()
     try:
         if before is not None:  # with one rank the tokens that are given bound the rows
-            torch_ep.init(**{**torch_ep.comm._arguments(before), "max_tokens_per_rank": tokens})
+            torch_ep.init(**{**before, "max_tokens_per_rank": tokens})
         rows = torch.compile(layer, backend="aot_eager", fullgraph=True)(topk_idx, x).shape[0]
     finally:
         if before is not None:
-            torch_ep.init(**torch_ep.comm._arguments(before))
+            torch_ep.init(**before)
     bound = world_size * tokens
     if layout == "expert_major":
         bound = bound * num_topk + num_local_experts * (alignment - 1)
