@@ -1,19 +1,121 @@
-"""What a wheel and a source distribution hold, and what importing the package does to torch's caches."""
+"""Builds find torch and say what they do; what a wheel and a source distribution hold; torch's caches."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from test_cuda_sources import Build, build  # noqa: F401
 
 import torch_ep
 
 ROOT = Path(__file__).parent.parent
+
+# --- which torch a build takes ---
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    """A folder to import setuptools from, which hides every installed package, as pip does in an isolated build."""
+    folder = tmp_path / "overlay"
+    folder.mkdir()
+    installed = Path(setuptools.__file__).parents[1]
+    for path in (*installed.glob("setuptools*"), installed / "_distutils_hack"):
+        (folder / path.name).symlink_to(path)
+    hide = 'import sys\nsys.path[:] = [p for p in sys.path if not p.endswith(("site-packages", "dist-packages"))]\n'
+    (folder / "sitecustomize.py").write_text(hide)
+    return folder
+
+
+def run_setup(python: str, requirements: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(requirements), "PYTHONNOUSERSITE": "1"}
+    command = [python, "setup.py", "--version"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_an_isolated_build_by_pip_finds_torch(requirements: Path) -> None:
+    done = run_setup(sys.executable, requirements)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == torch_ep.__version__
+
+
+def test_a_build_in_an_environment_without_torch_says_what_to_do(requirements: Path, tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare")
+    done = run_setup(str(tmp_path / "bare" / "bin" / "python"), requirements)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"torch_ep: expected torch 2.11 or newer to build with, got none in {tmp_path / 'bare'}\n"
+    )
+    assert "--no-build-isolation (pip, uv) or --no-isolation (python -m build)" in done.stderr
+
+
+def test_an_old_torch_is_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(SystemExit, match=r"^torch_ep: expected torch 2.11 or newer to build with, got 2.9.1\+cpu$"):
+        build.extension()
+
+
+def test_an_old_setuptools_is_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    message = 'torch_ep: expected setuptools 77 or newer to build with, got 65.5.0: install "setuptools>=77"'
+    with pytest.raises(SystemExit, match=f"^{message}$"):
+        build.extension()
+
+
+def test_uv_builds_with_the_torch_that_it_installs_beside(tmp_path: Path) -> None:
+    """Without a network, so without fetching anything for the build."""
+    uv = pytest.importorskip("uv").find_uv_bin()
+    project, target = tmp_path / "project", tmp_path / "target"
+    csrc = project / "torch_ep" / "csrc"
+    csrc.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, project)
+    (project / "torch_ep" / "__init__.py").touch()
+    (csrc / "instead.cpp").write_text("// what takes minutes to compile is left out\n")
+    command = [uv, "pip", "install", "--offline", "--no-deps", "--python", sys.executable, "--target", str(target)]
+    done = subprocess.run([*command, "."], capture_output=True, text=True, cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert list((target / "torch_ep").glob("_C.*"))
+
+
+# --- what a build says ---
+
+
+@pytest.mark.parametrize(
+    ("cuda", "ninja", "max_jobs", "news"),
+    [
+        (None, True, "", "without NVLink kernels (this torch has no CUDA): about 3 minutes on 4 cores"),
+        (None, True, "1", "without NVLink kernels (this torch has no CUDA): about 10 minutes on 1 core"),
+        ("13.0", False, "", "with CUDA 13.0: about 10 minutes on 1 core of 4, since ninja is not installed"),
+    ],
+    ids=["four-cores", "one-job", "cuda-without-ninja"],
+)
+def test_a_build_says_what_it_does_and_how_long(
+    build: Build,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    ninja: bool,
+    max_jobs: str,
+    news: str,
+) -> None:
+    build.add_nvcc()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setenv("MAX_JOBS", max_jobs)
+    build.extension(cuda=cuda)
+    described = build.namespace["describe"](["x.cpp"] * 20, ninja)
+    assert described == f"20 files with torch {torch.__version__}, {news}, less where built before"
+
+
+# --- what is distributed ---
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +140,7 @@ def test_wheel_contains_nothing_else(wheel: list[str]) -> None:
     assert {name.split("/")[0] for name in wheel} == {"torch_ep", f"torch_ep-{torch_ep.__version__}.dist-info"}
 
 
-def test_source_distribution_contains_every_source(tmp_path: Path) -> None:
+def test_source_distribution_contains_what_a_wheel_is_built_from(tmp_path: Path) -> None:
     # An egg_info elsewhere: that of an earlier build lists files that are then taken whatever MANIFEST.in says.
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT)
@@ -46,7 +148,7 @@ def test_source_distribution_contains_every_source(tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "torch_ep" / "csrc").rglob("*") if p.is_file()}
-    assert sources | {"setup.py", "pyproject.toml"} <= names
+    assert names >= sources | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_compiled_artifacts_are_those_of_this_version() -> None:
