@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import setuptools
 import torch
-from test_cuda_sources import Build, build  # noqa: F401
+from test_cuda_sources import Build, build, setup_env  # noqa: F401
 
 import torch_ep
 
@@ -113,6 +115,40 @@ def test_a_build_says_what_it_does_and_how_long(
     build.extension(cuda=cuda)
     described = build.namespace["describe"](["x.cpp"] * 20, ninja)
     assert described == f"20 files with torch {torch.__version__}, {news}, less where built before"
+
+
+# The log of a build without CUDA, cut in the middle of a line and with commands shortened.
+LOG = """\
+torch_ep: building 11 files with torch 2.13.0+cpu, without NVLink kernels (this torch has no CUDA): about 2 minutes
+building 'torch_ep._C' extension
+[1/11] c++ -MMD -MF torch_ep/csrc/aten/local.o.d -c -c torch_ep/csrc/aten/local.cpp
+torch_ep/csrc/aten/local.cpp:1:1: note: as [9/9] declared here
+[2/11] c++ -MMD -MF torch_ep/csrc/comm/transport.o.d -c"""
+
+
+def test_the_progress_of_a_build_is_read_from_its_log(setup_env: ModuleType) -> None:  # noqa: F811
+    lines = LOG.splitlines()
+    progress = [setup_env.compiled_files("\n".join(lines[:n])) for n in range(len(lines) + 1)]
+    assert progress == ["", "", "", *["1 of 11 files compiled"] * 2, "2 of 11 files compiled"]
+
+
+def test_a_long_command_shows_that_it_goes_on(
+    setup_env: ModuleType,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(setup_env, "SECONDS_BETWEEN_NEWS", 1)
+    (tmp_path / "recorded").write_text(f"{LOG}\n")
+    shown = tmp_path / "shown"  # the command ends when the test has seen its news, however slow the machine is
+    monkeypatch.setattr(
+        setup_env, "say", lambda line: (print(line, file=sys.stderr), "compiled" in line and shown.touch())
+    )
+    command = ["sh", "-c", "cat recorded; until [ -e shown ]; do sleep 0.1; done; exit 3"]
+    assert setup_env.run(command, "building", tmp_path / "log", cwd=tmp_path) == 3
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == LOG.splitlines()[0]
+    assert re.fullmatch(r"building: \d+:\d\d, 2 of 11 files compiled", second)
 
 
 # --- what is distributed ---

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -26,7 +30,8 @@ OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = "2.11"
 # Where torch has to be installed: a build without CUDA if pip can find one and there is no GPU, for it is far smaller.
 TORCH = "2.13.0"
-BUILD_TOOLS = ["setuptools>=77", "wheel", "ninja"]
+BUILD_TOOLS = ["setuptools>=77", "ninja"]
+SECONDS_BETWEEN_NEWS = 10  # where stderr is no terminal, on which one line counts the seconds
 
 # Runs in the chosen Python, which may be another version than this one.
 PROBE = """
@@ -87,12 +92,51 @@ def probe(python: str, requirements: list[str]) -> tuple[dict[str, str | None], 
     return versions, suffix, purelib
 
 
+def compiled_files(output: str) -> str:
+    """How far the build with this output is, by ninja's counts of finished commands; "" before the first."""
+    counts = re.findall(r"^\[(\d+)/(\d+)\] ", output, re.MULTILINE)
+    return "{} of {} files compiled".format(*counts[-1]) if counts else ""
+
+
+def run(command: list[str], what: str, log: Path, **kwargs: Any) -> int:
+    """The command's exit status. Its output goes to `log`; its lines for the user, and that it goes on, to stderr."""
+    on_terminal = sys.stderr.isatty()
+    begun = time.monotonic()
+    said, news_s = 0, SECONDS_BETWEEN_NEWS
+    with open(log, "w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, **kwargs) as process:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
+                output = log.read_text(errors="replace")
+                if on_terminal:
+                    print("\r\033[K", end="", file=sys.stderr, flush=True)  # back, and clear the line
+                lines = [line for line in output.splitlines() if line.startswith("torch_ep: ")]  # see setup.py
+                for line in lines[said:]:
+                    say(line)
+                said = len(lines)
+                if process.returncode is not None:
+                    return process.returncode
+                seconds = int(time.monotonic() - begun)
+                news = ", ".join(filter(None, [f"{what}: {seconds // 60}:{seconds % 60:02}", compiled_files(output)]))
+                if on_terminal:
+                    print(f"set-up: {news}", end="", file=sys.stderr, flush=True)
+                elif seconds >= news_s:
+                    say(news)
+                    news_s = seconds + SECONDS_BETWEEN_NEWS
+        except BaseException:
+            process.kill()
+            raise
+
+
 def pip_install(python: str, requirements: list[str]) -> str | None:
     """None, or why it failed."""
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
     command = [python, "-m", "pip", "install", "--quiet", "--no-input", *requirements]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    return None if done.returncode == 0 else (done.stderr.strip() or f"pip exited with {done.returncode}")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        status = run(command, "pip install", log, env=environment, cwd=ROOT)
+        return None if status == 0 else (log.read_text(errors="replace").strip() or f"pip exited with {status}")
 
 
 def choose_python() -> str:
@@ -167,18 +211,13 @@ def build_extension(python: str, torch_version: str, suffix: str) -> None:
     compiler = os.environ.get("CXX", "g++").split()[0]
     if shutil.which(compiler) is None:
         fail(f"no C++ compiler: {compiler} is not on PATH (set CXX, or install g++)")
-    say("building the extension (about a minute the first time)")
+    say("building the extension, minutes the first time")
     stamp.parent.mkdir(exist_ok=True)
     stamp.unlink(missing_ok=True)
     log = ROOT / "build" / "extension.log"
-    with open(log, "w") as out:
-        command = [python, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
+    status = run([python, "setup.py", "build_ext", "--inplace"], "building", log, cwd=ROOT)
     output = log.read_text(errors="replace")
-    for line in output.splitlines():
-        if line.startswith("torch_ep: "):
-            say(line)  # what kind of build this is, see setup.py
-    if done.returncode:
+    if status:
         errors = [line for line in output.splitlines() if "error" in line.lower()] or output.splitlines()[-20:]
         hint = "\nPython's headers are missing (some systems: python3-dev)" if "Python.h" in output else ""
         if "cuda_runtime_api.h: No such file" in output:
