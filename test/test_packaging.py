@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -149,6 +150,29 @@ def test_a_long_command_shows_that_it_goes_on(
     first, second = capsys.readouterr().err.splitlines()
     assert first == LOG.splitlines()[0]
     assert re.fullmatch(r"building: \d+:\d\d, 2 of 11 files compiled", second)
+
+
+# --- what an import says ---
+
+
+@pytest.mark.parametrize(
+    ("extension", "message"),
+    [
+        (None, "expected the compiled extension in {folder}, got the sources alone: run Python in another folder"),
+        (b"", "expected the torch that the extension was compiled with, got {torch}, with which it does not load"),
+    ],
+    ids=["missing", "does-not-load"],
+)
+def test_an_import_without_a_working_extension_says_what_to_do(
+    tmp_path: Path, extension: bytes | None, message: str
+) -> None:
+    folder = tmp_path / "torch_ep"
+    shutil.copytree(ROOT / "torch_ep", folder, ignore=shutil.ignore_patterns("_C.*", "csrc"))
+    if extension is not None:
+        (folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(extension)
+    done = subprocess.run([sys.executable, "-c", "import torch_ep"], capture_output=True, text=True, cwd=tmp_path)
+    expected = message.format(folder=folder, torch=torch.__version__)
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: torch_ep: {expected}")
 
 
 # --- what is distributed ---

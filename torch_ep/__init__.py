@@ -1,11 +1,26 @@
 """Mixture-of-Experts dispatch and combine as PyTorch operators."""
 
+import importlib.util
+import os
+
 import torch
 import torch._inductor.config
 import torch.compiler.config
 
 # Importing them is what registers the operators.
-from . import _C, meta, nn, ops, reference  # type: ignore[attr-defined] # noqa: F401
+try:
+    from . import _C  # type: ignore[attr-defined] # noqa: F401
+except ImportError as error:
+    if importlib.util.find_spec("torch_ep._C") is None:
+        raise ImportError(
+            f"torch_ep: expected the compiled extension in {os.path.dirname(__file__)}, got the sources alone: run "
+            "Python in another folder if torch_ep is installed, else compile it: python setup.py build_ext --inplace"
+        ) from None
+    raise ImportError(
+        f"torch_ep: expected the torch that the extension was compiled with, got {torch.__version__}, with which it "
+        "does not load: install torch_ep again"
+    ) from error
+from . import meta, nn, ops, reference  # noqa: F401
 from .comm import Communicator, active_ranks, destroy, init, mask_ranks, reset
 from .dynamic import mark_tokens
 from .low_latency import (
