@@ -1,7 +1,9 @@
-"""The code in the README and the tutorial runs as it stands there: that for GPUs where there are any."""
+"""The code in the README and the tutorial runs as it stands there, that for GPUs where there are any; help()."""
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import pytest
 import torch
 from harness import World, world
 from virtual import NCCL
+
+import torch_ep
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python(?: (ranks|gpus)=(\d+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -78,3 +82,24 @@ PAGES = sorted(
 def test_links_lead_somewhere(page: str) -> None:
     for target in LINK.findall((ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+@pytest.mark.parametrize("record", [torch_ep.Plan])
+def test_help_describes_every_field(record: type) -> None:
+    attributes = pydoc.plain(pydoc.render_doc(record)).split("Attributes:")[1].split("-----")[0]
+    assert re.findall(r"^ \|      (\w+): ", attributes, re.MULTILINE) == list(record._fields)
+
+
+@pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
+def test_described_shapes_and_dtypes_of_a_plan_are_those_of_one(layout: torch_ep.Layout) -> None:
+    topk_idx = torch.tensor([[0, 1, 4], [-1, 2, 3]])
+    plan = torch_ep.plan(topk_idx, 5, layout=layout, alignment=1)
+    sizes = {"T": 2, "K": 3, "W": 1, "L": 5, "R": plan.num_rows}
+    field = r"^    (\w+): \[([\w, ]*)\],? (?:dtype of `)?(\w+)"
+    described = re.findall(field, str(inspect.getdoc(torch_ep.Plan)), re.MULTILINE)
+    assert len(described) == 7  # all tensors but `offsets`, whose shape depends on the layout
+    for name, shape, dtype in described:
+        tensor = getattr(plan, name)
+        if tensor is not None:
+            assert list(tensor.shape) == [sizes[letter] for letter in re.findall(r"\w", shape)], name
+            assert tensor.dtype == (topk_idx.dtype if dtype == "topk_idx" else getattr(torch, dtype)), name

@@ -15,27 +15,34 @@ Layout = Literal["rank_major", "expert_major"]
 class Plan(NamedTuple):
     """Where every token of every rank goes, from this rank's point of view.
 
-    `T` is this rank's number of tokens, `K` experts a token, `W` ranks, `L` local experts, `R` received rows. All
-    tensors are int32 but for `recv_topk_idx`, which has the dtype of `topk_idx`. Save it, pass it through a graph,
-    use it as often as you like; for a fixed plan `dispatch` and `combine` are linear and each other's transpose.
+    Save it, pass it through a graph, use it as often as you like; for a fixed plan `dispatch` and `combine` are linear
+    and each other's transpose. In the shapes, `T` is this rank's number of tokens, `K` experts per token, `W` ranks,
+    `L` local experts, `R` rows that `dispatch` returns. A slot is a position in a token's row of `topk_idx`.
+
+    Attributes:
+        send_slot: [T, K] int32. The row, among all that this rank sends, that carries the token for this slot; -1 for
+            no expert.
+        send_counts: [W] int32. Rows sent to each rank.
+        recv_counts: [W] int32. Rows that come from each rank, dropped ones included.
+        recv_topk_idx: [R, K], dtype of `topk_idx`. Local expert of each slot of a received row, or -1. None for layout
+            expert_major.
+        recv_slot: [R] int32. Which received (row, slot) pair, row * K + slot, or -1 for padding. None for layout
+            rank_major.
+        offsets: int32. expert_major: [L], where each expert's group of rows ends, as `grouped_mm` takes it.
+            rank_major: [W], where the group of rows of each source rank ends.
+        tokens_per_expert: [L] int32. Rows of each local expert, without padding and without dropped ones.
+        num_dropped: [] int32. Rows that found no place within `capacity`.
+        layout: "rank_major" or "expert_major".
+        group_name: name of the ranks' group, "" for one rank.
     """
 
-    #: [T, K] the row, among all that this rank sends, that carries the token for this slot; -1 for no expert.
     send_slot: Tensor
-    #: [W] rows sent to each rank.
     send_counts: Tensor
-    #: [W] rows that come from each rank, dropped ones included.
     recv_counts: Tensor
-    #: rank_major only: [R, K] local expert of each slot of a received row, or -1.
     recv_topk_idx: Tensor | None
-    #: expert_major only: [R] which received (row, slot) pair, row * K + slot, or -1 for padding.
     recv_slot: Tensor | None
-    #: expert_major: [L] where each expert's group of rows ends, as `grouped_mm` takes it. rank_major: [W] likewise for
-    #: the groups of rows of each source rank.
     offsets: Tensor
-    #: [L] rows of each local expert, without padding and without dropped ones.
     tokens_per_expert: Tensor
-    #: [] rows that found no place within `capacity`.
     num_dropped: Tensor
     layout: Layout
     group_name: str
