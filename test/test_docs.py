@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pydoc
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,22 @@ def test_code_runs(path: str) -> None:
             exec(compile(code, path, "exec"), namespace)  # blocks of one rank continue each other
         else:
             world(ranks).run(execute, code, path)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_example_runs_as_a_program(tmp_path: Path, ranks: int) -> None:
+    """On one rank by python, on several by torchrun."""
+    (tmp_path / "train.py").write_text(blocks("README.md", "ranks")[0][1])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(tmp_path / "train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**environment, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    # Lines of several ranks may run into one another.
+    printed = re.findall(rf"rank (\d) of {ranks}, step (\d+): loss (\d\.\d+)", done.stdout)
+    losses = {(int(rank), int(step)): float(loss) for rank, step, loss in printed}
+    assert sorted(losses) == [(rank, step) for rank in range(ranks) for step in (0, 20, 40)]
+    assert all(losses[rank, 0] > losses[rank, 40] > 0 for rank in range(ranks))
 
 
 def execute_in_turn(rank: int, world_size: int, codes: list[str], path: str) -> None:
