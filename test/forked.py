@@ -18,13 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import free_port
+from harness import LIMIT_S, PATIENCE, free_port
 
 # What a rank waits for another, by its own clock: short, since that is what the tests are about.
 TIMEOUT = timedelta(seconds=5)
-# Of the process group, and of a test: these only stop hangs.
-GROUP_TIMEOUT = timedelta(seconds=300)
-LIMIT_S = 400.0
 
 
 class Rank:
@@ -72,7 +69,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, port: int, fol
             init_method=f"tcp://127.0.0.1:{port}",
             rank=rank,
             world_size=world_size,
-            timeout=GROUP_TIMEOUT,
+            timeout=PATIENCE,
         )
         torch_ep.init(timeout=TIMEOUT)
         this = Rank(rank, world_size, folder)

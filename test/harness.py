@@ -15,6 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# These only stop a hang, so they are far above what a test takes on a busy machine. Whoever knows most gives up first:
+# an exchange, then what runs the ranks, then pytest (pyproject.toml).
+PATIENCE = timedelta(minutes=10)
+LIMIT_S = 1200.0
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -50,7 +55,7 @@ def _serve(
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=120),
+        timeout=PATIENCE,
     )
     torch_ep.init(timeout=timeout, **init)
     answer_jobs(rank, world_size, pipe)
@@ -73,7 +78,7 @@ class Workers:
             self._pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, fn: Callable, *args: Any, limit_s: float = 240, **kwargs: Any) -> list[Any]:
+    def run(self, fn: Callable, *args: Any, limit_s: float = LIMIT_S, **kwargs: Any) -> list[Any]:
         """`fn(rank, world_size, *args, **kwargs)` on every rank; its results. `fn` must be a module's function.
 
         A rank that exits answers None. Raises if a rank raised, or if one does not answer within `limit_s`.
@@ -112,9 +117,7 @@ class Workers:
 class World(Workers):
     """`world_size` ranks with the default group initialized for torch_ep; `init`: further arguments of `init`."""
 
-    def __init__(
-        self, world_size: int, timeout: timedelta = timedelta(seconds=60), backend: str = "gloo", **init: Any
-    ) -> None:
+    def __init__(self, world_size: int, timeout: timedelta = PATIENCE, backend: str = "gloo", **init: Any) -> None:
         super().__init__(world_size, _serve, world_size, free_port(), timeout, backend, init)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import random_topk, seeded, world
+from harness import LIMIT_S, random_topk, seeded, world
 
 from torch_ep import reference
 
@@ -39,7 +39,7 @@ def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(BENCHMARKS / name), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT_S,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[World]:
     count = torch.cuda.device_count()
     if count < 2:
         pytest.skip("one GPU: several ranks over NCCL need several")
-    own = World(count, timeout=timedelta(seconds=20), backend=request.param, transport="c10d")
+    own = World(count, backend=request.param, transport="c10d")
     yield own
     own.close()
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from compiling import InductorGraphs, artifacts, inductor_cache
 from devices import CUDA, Ranks, needs_cuda, one_rank_on
-from harness import seeded, world
+from harness import LIMIT_S, seeded, world
 from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -302,7 +302,7 @@ def test_the_program_compiles_and_writes_texts_and_figures(tmp_path: Path, check
     command += [f"--steps={STEPS}", "--temperature=0.5", f"--seed={SEED}", "--statistics"]
     paths = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")]))
     environment = {**os.environ, "PYTHONPATH": paths, "TORCHINDUCTOR_CACHE_DIR": artifacts()}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
     assert done.returncode == 0, done.stderr
 
     figures = json.loads((tmp_path / decode_moe.FIGURES).read_text())

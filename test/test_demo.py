@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # also in the ranks, which import this file
 
 import train_moe as demo  # noqa: E402
-from harness import world  # noqa: E402
+from harness import LIMIT_S, world  # noqa: E402
 
 import torch_ep  # noqa: E402
 
@@ -35,7 +35,7 @@ def tiny(out: Path, *flags: str) -> argparse.Namespace:
 
 def run_demo(out: Path, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(EXAMPLES / "train_moe.py"), *TINY, "--out", str(out), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -317,10 +317,10 @@ def test_an_interrupt_ends_every_rank(tmp_path: Path) -> None:
             if line.startswith("step"):
                 break
         os.kill(run.pid, signal.SIGINT)  # the first process alone
-        _, errors = run.communicate(timeout=60)
+        _, errors = run.communicate(timeout=LIMIT_S)
         assert run.returncode == 130
         assert "interrupted; --resume goes on from" in errors
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + LIMIT_S
         with pytest.raises(ProcessLookupError):
             while time.monotonic() < give_up:
                 os.killpg(run.pid, 0)

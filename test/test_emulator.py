@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from emulator.translate import translate
+from harness import LIMIT_S
 from test_cuda_sources import cuda_include_folders, needs_nvcc
 
 # CUDA's headers come with nvcc, which itself is not needed here.
@@ -42,7 +43,7 @@ def build(
 
 def run(program: Path, cases: int, *options: str) -> tuple[int, str]:
     command = [program, "--cases", str(cases), *options]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S)
     return done.returncode, (done.stdout + done.stderr)[-4000:]
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import TIMEOUT, Launcher, Rank, attempt
+from harness import LIMIT_S
 from torch import Tensor
 
 import torch_ep
@@ -493,7 +494,7 @@ def _on_host(rank: int, namespace: str, folder: str) -> None:
     os._exit(0)
 
 
-def _await(condition: Callable[[], bool], limit_s: float = 400.0) -> None:
+def _await(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
@@ -510,7 +511,7 @@ def test_hosts_whose_link_is_cut(hosts: list[str], tmp_path: Any) -> None:
         _await(lambda: all((tmp_path / f"ready {k}").exists() for k in range(2)))
         _ip("-n", hosts[1], "link", "set", "ep1", "down")
         for process in ranks:
-            process.join(400)
+            process.join(LIMIT_S)
             assert process.exitcode == 0
     finally:
         for process in ranks:

@@ -7,21 +7,20 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from harness import World, free_port, random_topk, seeded, world
+from harness import LIMIT_S, PATIENCE, World, free_port, random_topk, seeded, world
 from torch.distributed.device_mesh import init_device_mesh
 from torchrun_case import HIDDEN, NUM_EXPERTS, NUM_TOPK, check_against_reference
 
 import torch_ep
 from torch_ep.comm import local_group
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = PATIENCE
 
 
 def _plan(group: Any) -> torch_ep.Plan:
@@ -267,7 +266,7 @@ def test_two_hosts_on_loopback() -> None:
         for node in range(2)
     ]
     try:
-        outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+        outputs = [agent.communicate(timeout=LIMIT_S)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import LIMIT_S
 from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "sanitizer"
@@ -37,9 +38,9 @@ pytestmark = [
 needs_sanitizer = pytest.mark.skipif(SANITIZER is None, reason="no compute-sanitizer on PATH or in CUDA_HOME")
 
 
-def last_lines(command: list[str], limit_s: float) -> tuple[int, str]:
-    """(exit status, the end of what it printed); fails if it takes longer."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s)
+def last_lines(command: list[str]) -> tuple[int, str]:
+    """(exit status, the end of what it printed)"""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S)
     return done.returncode, "\n".join(done.stdout.splitlines()[-60:])
 
 
@@ -50,7 +51,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
     # The host's sums without contraction, as the kernels'.
     flags = [*target, *host_compiler, "-Xcompiler", "-ffp-contract=off"]
-    status, output = last_lines([str(NVCC), *flags, str(SOURCES / f"{request.param}.cu"), "-o", str(path)], limit_s=200)
+    status, output = last_lines([str(NVCC), *flags, str(SOURCES / f"{request.param}.cu"), "-o", str(path)])
     assert status == 0, output
     return str(path)
 
@@ -63,7 +64,7 @@ def sanitizer_version() -> tuple[int, int]:
 
 
 def test_virtual_ranks_in_one_launch(program: str) -> None:
-    status, output = last_lines([program, "--cases", "240"], limit_s=200)
+    status, output = last_lines([program, "--cases", "240"])
     assert status == 0, output
     assert output.endswith("ok")
 
@@ -75,6 +76,6 @@ def test_compute_sanitizer_finds_nothing(program: str, tool: str) -> None:
     fill = ["--fill"] if tool == "initcheck" and sanitizer_version() < (2025, 4) else []
     barriers = ["--num-cuda-barriers", str(NUM_BARRIERS)] if tool == "synccheck" else []
     command = [str(SANITIZER), "--tool", tool, *barriers, "--error-exitcode", "1", program, "--cases", "24", *fill]
-    status, output = last_lines(command, limit_s=270)
+    status, output = last_lines(command)
     assert status == 0, output
     assert "\nok\n" in output, output

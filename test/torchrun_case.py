@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from harness import random_topk, seeded
+from harness import PATIENCE, random_topk, seeded
 from torch import Tensor
 
 import torch_ep
@@ -43,8 +42,8 @@ def check_against_reference(group: torch_ep.comm.Group, rank: int, world_size: i
 
 
 def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch_ep.init(timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    torch_ep.init(timeout=PATIENCE)
     check_against_reference(None, dist.get_rank(), dist.get_world_size())
     print(f"rank {dist.get_rank()} of {dist.get_world_size()}: equal to the reference", flush=True)
     dist.destroy_process_group()
