@@ -280,7 +280,9 @@ def test_processes_of_a_launcher_without_a_group_are_warned_once(monkeypatch: py
     monkeypatch.setattr(torch_ep.comm, "_warned_of_separate_worlds", False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.warns(UserWarning, match=r"launched as one of WORLD_SIZE = 4, but torch.distributed is not initialized"):
+    with pytest.warns(
+        UserWarning, match=r"launched as one of WORLD_SIZE = 4, but torch.distributed is not initialized"
+    ):
         torch_ep.plan(torch.tensor([[0]]), 2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
