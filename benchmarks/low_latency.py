@@ -79,17 +79,21 @@ class Case:
         return len(self.x)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        return {"num_experts": self.experts, "max_tokens_per_rank": self.max_tokens}
+
+    @property
     def hidden(self) -> int:
         return self.x.shape[1]
 
     def dispatch(self, i: int, quantize: Quantize | None = None) -> Any:
         return torch_ep.low_latency_dispatch(
-            self.x, self.topk_idx[i], self.experts, self.max_tokens, topk_weights=self.weights, quantize=quantize
+            self.x, self.topk_idx[i], topk_weights=self.weights, quantize=quantize, **self.sizes
         )
 
     def dispatch_send(self, i: int, quantize: Quantize | None = None) -> torch_ep.InFlightDispatch:
         return torch_ep.low_latency_dispatch_send(
-            self.x, self.topk_idx[i], self.experts, self.max_tokens, topk_weights=self.weights, quantize=quantize
+            self.x, self.topk_idx[i], topk_weights=self.weights, quantize=quantize, **self.sizes
         )
 
     def combine(self, i: int) -> Tensor:

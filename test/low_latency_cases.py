@@ -318,8 +318,11 @@ class Checked:
         weights = self.problem.weights
         x, topk_idx = own(self.problem.x[rank]), own(self.problem.topk_idx[rank])
         self._read = [x] if weights is None else [x, own(weights[rank])]  # by the time that a dispatch has been sent
-        self._given = (x, topk_idx, case.num_experts, case.max_tokens, group)
+        self._given = (x, topk_idx)
         self._options: dict[str, Any] = {
+            "num_experts": case.num_experts,
+            "max_tokens_per_rank": case.max_tokens,
+            "group": group,
             "topk_weights": None if weights is None else self._read[1],
             "quantize": case.quantize,
         }
@@ -446,8 +449,10 @@ def check_without(rank: int, world_size: int, group: str | None, lost: int, step
         routing = route(pad(taken, max_tokens, -1), experts, world_size)
         x = [numbers((max_tokens, hidden), BF16, step, r, 1) for r in range(world_size)]
         y = [numbers((num_local, max_tokens * world_size, hidden), BF16, step, r, 2) for r in range(world_size)]
-        arguments = (x[rank].to(DEVICE), given[rank].to(DEVICE), experts, max_tokens, group)
-        rows, got = torch_ep.low_latency_dispatch(*arguments)
+        arguments = (x[rank].to(DEVICE), given[rank].to(DEVICE))
+        rows, got = torch_ep.low_latency_dispatch(
+            *arguments, num_experts=experts, max_tokens_per_rank=max_tokens, group=group
+        )
         sums = torch_ep.low_latency_combine(y[rank].to(DEVICE), got)
         compare = Comparison(f"step {step} without rank {lost}")
         want = plan(routing, rank, None)

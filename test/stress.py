@@ -336,8 +336,8 @@ class LowLatencyChecked:
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         weights = None if self.weights is None else self.weights[self.own].contiguous()
-        given = (self.x, self.topk_idx, self.a.num_experts, self.a.max_tokens, self.group)
-        return given, {"topk_weights": weights, "quantize": self.a.quantize}
+        sizes = {"num_experts": self.a.num_experts, "max_tokens_per_rank": self.a.max_tokens, "group": self.group}
+        return (self.x, self.topk_idx), {"topk_weights": weights, "quantize": self.a.quantize, **sizes}
 
     def send(self) -> None:
         given, options = self.arguments()

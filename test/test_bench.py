@@ -547,7 +547,9 @@ def test_low_latency_replays_may_differ_only_in_what_is_undefined(part: str) -> 
     import torch_ep
 
     x, idx = torch.randn(3, 128, generator=seeded(0)), random_topk(3, 2, 4, seeded(1))
-    (rows, scales), plan = torch_ep.low_latency_dispatch(x, idx, 4, 5, topk_weights=torch.rand(3, 2), quantize="fp8")
+    (rows, scales), plan = torch_ep.low_latency_dispatch(
+        x, idx, num_experts=4, max_tokens_per_rank=5, topk_weights=torch.rand(3, 2), quantize="fp8"
+    )
     bits = rows.view(torch.uint8)
     touched = {"rows": bits[idx[0, 0], 0], "undefined": bits[:, 4], "scales": scales[idx[0, 0], 0], "sums": x[2:]}
     touched |= {"weights": plan.row_weights[idx[0, 0], :1], "counts": plan.tokens_per_expert}

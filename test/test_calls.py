@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +92,22 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert short == []
 
 
+def test_forward_mode_and_transforms_are_noticed() -> None:
+    x = torch.randn(3, 8)
+    with forward_ad.dual_level():
+        assert short_of("dispatch", x=x) is not None
+        assert short_of("dispatch", x=forward_ad.make_dual(x, x)) is None
+        assert short_of("dispatch", topk_weights=forward_ad.make_dual(torch.rand(3, 2), torch.rand(3, 2))) is None
+    plan, seen = torch_ep.plan(topk_idx(), 4), []
+
+    def look(t: Tensor) -> Tensor:
+        seen.append(_C.dispatch(x, torch_ep.Plan, plan, None, None, None))
+        return t
+
+    torch.vmap(look)(x)
+    assert seen == [None]
+
+
 def test_fake_tensors_stay_fake() -> None:
     plan = torch_ep.plan(topk_idx(), 4, layout="rank_major")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -112,12 +129,14 @@ def short_of(name: str, **changes: Any) -> Any:
     """What the short way of an operator returns for arguments of which some are others; None: the long way is taken."""
     plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")
     x = torch.randn(plan.num_rows if name.startswith("combine") else 3, 8)
+    rows = {"x": x, "type": torch_ep.Plan, "plan": plan}
     arguments = {
         "plan": {"type": torch_ep.Plan, "topk_idx": topk_idx(), "num_experts": 4, "layout": "rank_major"}
-        | {"alignment": 1, "world_size": 1, "group_name": "", "max_tokens_per_rank": None, "after": None},
-        "dispatch": {"x": x, "plan": plan, "topk_weights": None, "scales": None, "after": None},
-        "combine": {"x": x, "plan": plan, "topk_weights": None, "scales": None, "after": None},
-        "combine_weighted": {"x": x, "plan": plan, "row_weights": torch.rand(plan.num_rows), "after": None},
+        | {"alignment": 1, "capacity": None, "world_size": 1, "group_name": "", "max_tokens_per_rank": None}
+        | {"after": None},
+        "dispatch": {**rows, "topk_weights": None, "scales": None, "after": None},
+        "combine": {**rows, "topk_weights": None, "scales": None, "after": None},
+        "combine_weighted": {**rows, "row_weights": torch.rand(plan.num_rows), "after": None},
     }[name]
     return getattr(_C, name)(*(arguments | changes).values())
 
@@ -134,12 +153,15 @@ def test_the_short_way_takes_what_it_knows(name: str) -> None:
         ("plan", {"topk_idx": [[0, 3]]}),
         ("plan", {"num_experts": "4"}),
         ("plan", {"num_experts": 2**70}),
+        ("plan", {"num_experts": True}),
         ("plan", {"layout": None}),
+        ("plan", {"capacity": 4.0}),
         ("plan", {"group_name": "\ud800"}),
         ("plan", {"max_tokens_per_rank": 4.0}),
         ("dispatch", {"x": 1}),
         ("dispatch", {"plan": None}),
         ("dispatch", {"plan": (1, 2)}),
+        ("dispatch", {"plan": tuple(torch_ep.plan(topk_idx(), 4))}),
         ("dispatch", {"topk_weights": torch.rand(3, 2).requires_grad_()}),
         ("combine", {"scales": 0.5}),
         ("combine", {"after": torch.zeros(1).requires_grad_()}),
@@ -159,10 +181,11 @@ def test_plans_that_are_not_whole_too(field: str, value: Any) -> None:
     assert short_of("dispatch", plan=plan._replace(**{field: value})) is None
 
 
+@pytest.mark.parametrize("capacity", [None, 8])
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
-def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout) -> None:
+def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout, capacity: int | None) -> None:
     def plan() -> torch_ep.Plan:
-        return torch_ep.plan(topk_idx(), 4, layout=layout)
+        return torch_ep.plan(topk_idx(), 4, layout=layout, capacity=capacity)
 
     short = plan()
     with FunctionLog() as log:
@@ -173,7 +196,7 @@ def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout) -> Non
 
 
 def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
-    with pytest.raises(RuntimeError, match="Expected a value of type 'int' for argument 'num_experts'"):
+    with pytest.raises(TypeError, match="ep::plan: expected num_experts to be an int, got str"):
         torch_ep.plan(topk_idx(), "4")  # type: ignore[arg-type]
 
 
@@ -181,8 +204,8 @@ def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
 def test_a_plan_is_saved_and_loaded(layout: torch_ep.Layout) -> None:
     x = torch.rand(3, 4)
     plan = torch_ep.plan(topk_idx(), 4, layout=layout)
-    rows, low_latency_plan = torch_ep.low_latency_dispatch(x, topk_idx(), 4, 3)
-    in_flight = torch_ep.low_latency_dispatch_send(x, topk_idx(), 4, 3)
+    rows, low_latency_plan = torch_ep.low_latency_dispatch(x, topk_idx(), num_experts=4, max_tokens_per_rank=3)
+    in_flight = torch_ep.low_latency_dispatch_send(x, topk_idx(), num_experts=4, max_tokens_per_rank=3)
     file = io.BytesIO()
     torch.save((plan, low_latency_plan, in_flight), file)
     file.seek(0)

@@ -212,7 +212,9 @@ def _training(x: Tensor, topk_idx: Tensor, weights: Tensor, w: Tensor) -> Tensor
 
 
 def _decoding(x: Tensor, topk_idx: Tensor, weights: Tensor, w: Tensor) -> Tensor:
-    rows, plan = torch_ep.low_latency_dispatch(x @ w, topk_idx, EXPERTS, 6, topk_weights=weights)
+    rows, plan = torch_ep.low_latency_dispatch(
+        x @ w, topk_idx, num_experts=EXPERTS, max_tokens_per_rank=6, topk_weights=weights
+    )
     return torch_ep.low_latency_combine(torch.bmm(rows, w.expand(EXPERTS, -1, -1)), plan)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,6 +39,23 @@ class Case(NamedTuple):
 
 def topk() -> torch.Tensor:
     return torch.tensor([[0, 2], [3, -1], [1, 0]])
+
+
+def low_latency_rows(
+    x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int = 4, max_tokens_per_rank: int = 3, **options: Any
+) -> Any:
+    return torch_ep.low_latency_dispatch(
+        x, topk_idx, num_experts=num_experts, max_tokens_per_rank=max_tokens_per_rank, **options
+    )
+
+
+def freed(t: torch.Tensor) -> torch.Tensor:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def int32(*values: Any) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def plan_arguments(**changes: Any) -> dict[str, Any]:
@@ -135,7 +153,7 @@ def low_latency_combine(
         "y": torch.ones(4, 3, 4),
         "topk_idx": topk(),
         "row_weights": torch.ones(4, 3),
-        "recv_row": torch_ep.low_latency_dispatch(torch.ones(3, 4), topk(), 4, 3)[1].recv_row,
+        "recv_row": low_latency_rows(torch.ones(3, 4), topk())[1].recv_row,
         "num_experts": 4,
         "world_size": 1,
         "group_name": "",
@@ -181,14 +199,14 @@ FLOATS = "dtype Double, Float, BFloat16 or Half"
 
 CASES = {
     "plan-layout": plan(ValueError, "expected layout 'rank_major' or 'expert_major', got 'row'", layout="row"),
-    "plan-dim": plan(ValueError, "expected topk_idx of shape [-1, -1] (-1: any size), got [2]", topk_idx=topk()[0]),
+    "plan-dim": plan(ValueError, "expected topk_idx of shape [num_tokens, num_topk], got [2]", topk_idx=topk()[0]),
     "plan-dtype": plan(TypeError, "expected topk_idx of dtype Int or Long, got Short", topk_idx=topk().to(torch.int16)),
     "plan-strides": plan(
         ValueError, "expected contiguous topk_idx, got strides [1, 2]", topk_idx=topk().t(), fake=False
     ),
     "plan-no-slot": plan(
         ValueError,
-        "expected at least one expert a token, got topk_idx of shape [3, 0]",
+        "expected at least one expert per token, got 0",
         topk_idx=topk().new_empty(3, 0),
     ),
     "plan-world_size": plan(ValueError, "expected a positive world_size, got 0", world_size=0),
@@ -204,6 +222,22 @@ CASES = {
     "plan-alignment": plan(ValueError, "expected a positive alignment, got 0", alignment=0),
     "plan-alignment-rank_major": plan(
         ValueError, "expected alignment 1 with layout 'rank_major', got 8", alignment=8, layout="rank_major"
+    ),
+    "plan-alignment-large": plan(
+        ValueError, f"expected alignment of at most {2**30 // 4}, got {2**62}", alignment=2**62
+    ),
+    "plan-num_experts-large": plan(
+        ValueError, f"expected num_experts of at most {2**24}, got {2**24 + 1}", num_experts=2**24 + 1
+    ),
+    "plan-num_topk-large": plan(
+        ValueError, "expected num_topk of at most 65535, got 65536", topk_idx=topk().new_empty(0, 2**16)
+    ),
+    "plan-freed": plan(
+        ValueError,
+        "expected topk_idx with a storage of at least 48 bytes, got 0: its memory was freed, as FSDP frees that of "
+        "parameters: pass it while it is there",
+        topk_idx=freed(topk()),
+        fake=False,
     ),
     "plan-capacity": plan(
         ValueError,
@@ -241,8 +275,16 @@ CASES = {
         fake=False,
     ),
     "dispatch-layout": dispatch("expected layout 'rank_major' or 'expert_major', got 'expert'", layout="expert"),
-    "dispatch-tokens": dispatch("expected x of shape [3, -1] (-1: any size), got [2, 4]", x=torch.ones(2, 4)),
-    "dispatch-dim": dispatch("expected x of shape [3, -1] (-1: any size), got [3, 4, 1]", x=torch.ones(3, 4, 1)),
+    "dispatch-tokens": dispatch(
+        "expected x of shape [3, hidden], one row per token of the plan, got [2, 4]"
+        ": pass the tokens of the plan's topk_idx",
+        x=torch.ones(2, 4),
+    ),
+    "dispatch-dim": dispatch(
+        "expected x of shape [3, hidden], one row per token of the plan, got [3, 4, 1]"
+        ": pass the tokens of the plan's topk_idx",
+        x=torch.ones(3, 4, 1),
+    ),
     "dispatch-dtype": dispatch(
         f"expected x of {FLOATS.replace(' or Half', ', Half')}, Float8_e4m3fn, Float8_e5m2 or Byte, got Long",
         error=TypeError,
@@ -250,25 +292,33 @@ CASES = {
     ),
     "dispatch-strides": dispatch("expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t(), fake=False),
     "dispatch-weights": dispatch(
-        "expected topk_weights of shape [3, 2] (-1: any size), got [3, 3]", topk_weights=torch.ones(3, 3)
+        "expected topk_weights of shape [3, 2], one per token and slot of the plan, got [3, 3]"
+        ": pass the weights of the plan's topk_idx",
+        topk_weights=torch.ones(3, 3),
     ),
     "dispatch-weights-dtype": dispatch(
         f"expected topk_weights of {FLOATS}, got Int",
         error=TypeError,
         topk_weights=torch.ones(3, 2, dtype=torch.int32),
     ),
-    "dispatch-scales": dispatch("expected scales of shape [3, -1] (-1: any size), got [4, 1]", scales=torch.ones(4, 1)),
+    "dispatch-scales": dispatch(
+        "expected scales of shape [3, n], one row per token of the plan, got [4, 1]"
+        ": pass the tokens of the plan's topk_idx",
+        scales=torch.ones(4, 1),
+    ),
     "dispatch-send_slot": dispatch(
         "expected send_slot of dtype Int, got Long", error=TypeError, send_slot=torch.zeros(3, 2, dtype=torch.int64)
     ),
     "dispatch-recv_counts": dispatch(
-        "expected recv_counts of shape [1] (-1: any size), got [2]", recv_counts=torch.zeros(2, dtype=torch.int32)
+        "expected recv_counts of shape [1], got [2]: pass the plan as torch_ep.plan returned it",
+        recv_counts=torch.zeros(2, dtype=torch.int32),
     ),
     "dispatch-recv_slot": dispatch(
-        "expected recv_slot of shape [-1] (-1: any size), got [5, 1]", recv_map=torch.zeros(5, 1, dtype=torch.int32)
+        "expected recv_slot of shape [num_rows], got [5, 1]: pass the plan as torch_ep.plan returned it",
+        recv_map=torch.zeros(5, 1, dtype=torch.int32),
     ),
     "dispatch-recv_topk_idx": dispatch(
-        "expected recv_topk_idx of shape [-1, 2] (-1: any size), got [3, 1]",
+        "expected recv_topk_idx of shape [num_rows, 2], got [3, 1]: pass the plan as torch_ep.plan returned it",
         plan_layout="rank_major",
         recv_map=torch.zeros(3, 1, dtype=torch.int64),
     ),
@@ -277,6 +327,41 @@ CASES = {
         fake=False,
         later="ep::dispatch: expected send_slot of this plan in [-1, 3), in the order of ep::plan, got 3 (exchange #)",
         send_slot=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
+    ),
+    "dispatch-send_slot-shared": dispatch(
+        "expected send_slot of this plan to name each row for one token, got tokens 0 and 2 for row 0",
+        fake=False,
+        send_slot=int32([0, 0], [1, -1], [2, 0]),
+    ),
+    "dispatch-send_slot-row-without-token": dispatch(
+        "expected send_slot of this plan to name each of the 3 rows of send_counts, got no token for row 1",
+        fake=False,
+        send_slot=int32([0, 0], [-1, -1], [2, 2]),
+    ),
+    "dispatch-send_slot-too-few": dispatch(
+        "expected send_slot of this plan to name each of the 7 rows of send_counts, got 6 slots",
+        fake=False,
+        send_counts=int32(7),
+    ),
+    "dispatch-counts-of-one-rank": dispatch(
+        "expected send_counts and recv_counts of this plan to be equal on one rank, got 3 and 60",
+        fake=False,
+        recv_counts=int32(60),
+    ),
+    "dispatch-no-slot": dispatch(
+        "expected at least one expert per token, got 0", send_slot=int32([], [], []), recv_map=int32()
+    ),
+    "dispatch-recv_topk_idx-dtype": dispatch(
+        "expected recv_topk_idx of dtype Int or Long, got Float",
+        error=TypeError,
+        plan_layout="rank_major",
+        recv_map=torch.zeros(3, 2),
+    ),
+    "dispatch-freed": dispatch(
+        "expected x with a storage of at least 48 bytes, got 0: its memory was freed, as FSDP frees that of "
+        "parameters: pass it while it is there",
+        fake=False,
+        x=freed(torch.ones(3, 4)),
     ),
     "dispatch-recv_slot-values": dispatch(
         "expected recv_slot of this plan in [-1, 6), got -2",
@@ -290,16 +375,28 @@ CASES = {
         later="ep::dispatch: expected send_slot of this plan in [-1, 0), in the order of ep::plan, got # (exchange #)",
         send_counts=torch.tensor([-3], dtype=torch.int32),
     ),
-    "combine-rows": combine("expected y of shape [5, -1] (-1: any size), got [6, 4]", y=torch.ones(6, 4)),
+    "combine-rows": combine(
+        "expected y of shape [5, hidden], one row per row of the dispatch, got [6, 4]"
+        ": pass the experts' results for the rows that it returned",
+        y=torch.ones(6, 4),
+    ),
     "combine-dtype": combine(
         f"expected y of {FLOATS}, got Float8_e4m3fn", error=TypeError, y=torch.ones(5, 4).to(torch.float8_e4m3fn)
     ),
+    "combine-send_slot-shared": combine(
+        "expected send_slot of this plan to name each row for one token, got tokens 0 and 1 for row 0",
+        fake=False,
+        send_slot=int32([0, 0], [0, -1], [2, 2]),
+    ),
     "combine-strides": combine("expected contiguous y, got strides [0, 0]", y=torch.ones(()).expand(5, 4), fake=False),
     "combine-weights": combine(
-        "expected topk_weights of shape [5] (-1: any size), got [5, 2]", topk_weights=torch.ones(5, 2)
+        "expected topk_weights of shape [5], as dispatch returned the weights, got [5, 2]"
+        ": pass these, or others in their places",
+        topk_weights=torch.ones(5, 2),
     ),
     "combine-weights-rank_major": combine(
-        "expected topk_weights of shape [3, 2] (-1: any size), got [3]",
+        "expected topk_weights of shape [3, 2], as dispatch returned the weights, got [3]"
+        ": pass these, or others in their places",
         plan_layout="rank_major",
         y=torch.ones(3, 4),
         topk_weights=torch.ones(3),
@@ -308,7 +405,9 @@ CASES = {
         f"expected scales of {FLOATS}, got Byte", error=TypeError, scales=torch.ones(5, 1, dtype=torch.uint8)
     ),
     "weighted-shape": weighted(
-        "expected row_weights of shape [5] (-1: any size), got [5, 1]", row_weights=torch.ones(5, 1)
+        "expected row_weights of shape [5], one per row of the dispatch, got [5, 1]"
+        ": pass the weights that it returned in layout expert_major",
+        row_weights=torch.ones(5, 1),
     ),
     "weighted-dtype": weighted(
         f"expected row_weights of {FLOATS}, got Int", error=TypeError, row_weights=torch.ones(5, dtype=torch.int32)
@@ -316,7 +415,7 @@ CASES = {
     "low_latency-quantize": low_latency_dispatch(
         "expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got 'int8'", quantize="int8"
     ),
-    "low_latency-x": low_latency_dispatch("expected x of shape [-1, -1] (-1: any size), got [4]", x=torch.ones(4)),
+    "low_latency-x": low_latency_dispatch("expected x of shape [num_tokens, hidden], got [4]", x=torch.ones(4)),
     "low_latency-dtype": low_latency_dispatch(
         "expected x of dtype Float, BFloat16 or Half, got Double", error=TypeError, x=torch.ones(3, 4).double()
     ),
@@ -325,16 +424,20 @@ CASES = {
         "expected contiguous x, got strides [1, 3]", x=torch.ones(4, 3).t(), fake=False
     ),
     "low_latency-tokens": low_latency_dispatch(
-        "expected topk_idx of shape [2, -1] (-1: any size), got [3, 2]", x=torch.ones(2, 4)
+        "expected topk_idx of shape [2, num_topk], one row per token of x, got [3, 2]"
+        ": pass the topk_idx of these tokens",
+        x=torch.ones(2, 4),
     ),
     "low_latency-topk_idx": low_latency_dispatch(
         "expected topk_idx of dtype Int or Long, got Short", error=TypeError, topk_idx=topk().to(torch.int16)
     ),
     "low_latency-no-slot": low_latency_dispatch(
-        "expected at least one expert a token, got 0", topk_idx=topk().new_empty(3, 0)
+        "expected at least one expert per token, got 0", topk_idx=topk().new_empty(3, 0)
     ),
     "low_latency-weights": low_latency_dispatch(
-        "expected topk_weights of shape [3, 2] (-1: any size), got [3, 3]", topk_weights=torch.ones(3, 3)
+        "expected topk_weights of shape [3, 2], one per entry of topk_idx, got [3, 3]"
+        ": pass the weights of that topk_idx",
+        topk_weights=torch.ones(3, 3),
     ),
     "low_latency-weights-dtype": low_latency_dispatch(
         "expected topk_weights of dtype Float, got BFloat16", error=TypeError, topk_weights=torch.ones(3, 2).bfloat16()
@@ -393,21 +496,44 @@ CASES = {
         "expected rows of dtype Float, BFloat16 or Half, got Double", error=TypeError, dtype=torch.float64
     ),
     "low_latency-recv-hidden": dispatch_recv("expected a positive hidden, got 0", hidden=0),
+    "low_latency-recv-hidden-large": dispatch_recv(
+        f"expected hidden of at most {2**31 - 1}, got {2**62}", hidden=2**62
+    ),
+    "low_latency-recv-num_topk-large": dispatch_recv("expected num_topk of at most 65535, got 65536", num_topk=2**16),
+    "low_latency-recv-world_size-large": dispatch_recv(
+        f"expected num_experts of at most {2**24}, got {2**40}", num_experts=2**40, world_size=2**40
+    ),
     "low_latency-recv-ticket": dispatch_recv(
-        "expected ticket of shape [2, 1] (-1: any size), got [2, 2]", ticket=torch.zeros(2, 2, dtype=torch.int64)
+        "expected ticket of shape [2, 1], got [2, 2]: pass what the send returned, whole",
+        ticket=torch.zeros(2, 2, dtype=torch.int64),
     ),
     "low_latency-recv-ticket-dtype": dispatch_recv(
         "expected ticket of dtype Long, got Int", error=TypeError, ticket=torch.zeros(2, 1, dtype=torch.int32)
     ),
     "low_latency-recv-in_flight": dispatch_recv(
-        "expected in_flight of shape [-1, 64] (-1: any size), got [3, 48]", hidden=8
+        "expected in_flight of shape [rows, 64], got [3, 48]: pass what the send returned, whole", hidden=8
     ),
     "low_latency-recv-in_flight-dtype": dispatch_recv(
         "expected in_flight of dtype Byte, got Char", error=TypeError, in_flight=torch.zeros(3, 48, dtype=torch.int8)
     ),
     "low_latency-recv-counts": dispatch_recv(
-        "expected ticket and in_flight of one send, got 4 rows by the ticket and 3 in flight",
+        "expected ticket and in_flight of one send, got [4] rows by the ticket and 3 in flight",
         ticket=torch.tensor([[4], [0]]),
+        fake=False,
+    ),
+    "low_latency-recv-counts-negative": dispatch_recv(
+        "expected ticket and in_flight of one send, got [-1] rows by the ticket and 3 in flight",
+        ticket=torch.tensor([[-1], [0]]),
+        fake=False,
+    ),
+    "low_latency-recv-same-token": dispatch_recv(
+        "expected tokens of in_flight that grow from row to row of a source rank, got 0 after 0",
+        in_flight=int32(*[[0] * 4 + [0, 0, 1] + [0] * 5] * 3).view(torch.uint8),
+        fake=False,
+    ),
+    "low_latency-recv-same-expert": dispatch_recv(
+        "expected different experts in one row of in_flight, got expert 2 twice",
+        in_flight=int32(*[[0] * 4 + [token, 2, 2] + [0] * 5 for token in range(3)]).view(torch.uint8),
         fake=False,
     ),
     "low_latency-recv-tokens": dispatch_recv(
@@ -430,7 +556,9 @@ CASES = {
         "expected recv_row to have the same number of rows for each of 2 ranks, got 3", world_size=2
     ),
     "low_latency-combine-y": low_latency_combine(
-        "expected y of shape [4, 3, -1] (-1: any size), got [4, 2, 4]", y=torch.ones(4, 2, 4)
+        "expected y of shape [4, 3, hidden], as low_latency_dispatch returned the rows, got [4, 2, 4]"
+        ": pass the experts' results in their places",
+        y=torch.ones(4, 2, 4),
     ),
     "low_latency-combine-dtype": low_latency_combine(
         "expected y of dtype Float, BFloat16 or Half, got Float8_e4m3fn",
@@ -442,13 +570,16 @@ CASES = {
         "expected contiguous y, got strides [0, 0, 0]", y=torch.ones(()).expand(4, 3, 4), fake=False
     ),
     "low_latency-combine-weights": low_latency_combine(
-        "expected row_weights of shape [4, 3] (-1: any size), got [12]", row_weights=torch.ones(12)
+        "expected row_weights of shape [4, 3], got [12]: pass the plan as torch_ep.low_latency_dispatch returned it",
+        row_weights=torch.ones(12),
     ),
     "low_latency-combine-weights-dtype": low_latency_combine(
         "expected row_weights of dtype Float, got Half", error=TypeError, row_weights=torch.ones(4, 3).half()
     ),
     "low_latency-combine-slots": low_latency_combine(
-        "expected topk_idx of shape [-1, 2] (-1: any size), got [3, 1]", topk_idx=topk()[:, :1].contiguous()
+        "expected topk_idx of shape [num_tokens, 2], got [3, 1]"
+        ": pass the plan as torch_ep.low_latency_dispatch returned it",
+        topk_idx=topk()[:, :1].contiguous(),
     ),
     "low_latency-combine-tokens": low_latency_combine(
         "expected at most max_tokens_per_rank = 3 tokens, got 6", topk_idx=torch.cat([topk(), topk()])
@@ -480,7 +611,7 @@ CASES = {
         "expected rows of dtype Float, BFloat16 or Half, got Byte", error=TypeError, dtype=torch.uint8
     ),
     "low_latency-combine-recv-in_flight": combine_recv(
-        "expected in_flight of shape [-1, 32] (-1: any size), got [3, 16]", hidden=8
+        "expected in_flight of shape [rows, 32], got [3, 16]: pass what the send returned, whole", hidden=8
     ),
     "low_latency-combine-recv-topk_idx": combine_recv(
         "expected topk_idx of dtype Int or Long, got Short", error=TypeError, topk_idx=topk().to(torch.int16)
@@ -497,8 +628,15 @@ CASES = {
     "grouped_mm-dtype": grouped_mm(
         "expected b of dtype Float, that of a, got Double", error=TypeError, b=torch.ones(2, 4, 3).double()
     ),
+    "grouped_mm-freed": grouped_mm(
+        "expected b with a storage of at least 96 bytes, got 0: its memory was freed, as FSDP frees that of "
+        "parameters: pass it while it is there",
+        b=freed(torch.ones(2, 4, 3)),
+        fake=False,
+    ),
+    "grouped_mm-device": grouped_mm("expected b on cpu, got meta", b=torch.ones(2, 4, 3, device="meta"), fake=False),
     "grouped_mm-offsets": grouped_mm(
-        "expected offsets of shape [2] (-1: any size), got [1]", offsets=torch.zeros(1, dtype=torch.int32)
+        "expected offsets of shape [2], one end per group, got [1]", offsets=torch.zeros(1, dtype=torch.int32)
     ),
     "grouped_mm-offsets-values": grouped_mm(
         "expected offsets that grow from 0 to at most 5, got 6 after 2",
@@ -526,8 +664,21 @@ ON_NVLINK = {
         "expected in_flight_rows = 0 on transport nvlink, got 4", in_flight_rows=4
     ),
 }
-# Of what c10d has in flight, or of values that nvlink does not look at: see "On one GPU" below.
+# Of what c10d has in flight, of values that nvlink does not look at (see "On one GPU" below), or of tensors that cannot
+# go to another device.
 C10D_ONLY = (
+    "plan-freed",
+    "dispatch-freed",
+    "grouped_mm-freed",
+    "grouped_mm-device",
+    "dispatch-send_slot-shared",
+    "dispatch-send_slot-row-without-token",
+    "dispatch-send_slot-too-few",
+    "dispatch-counts-of-one-rank",
+    "combine-send_slot-shared",
+    "low_latency-recv-counts-negative",
+    "low_latency-recv-same-token",
+    "low_latency-recv-same-expert",
     "low_latency-recv-counts",
     "low_latency-recv-tokens",
     "low_latency-recv-experts",
@@ -572,7 +723,7 @@ def test_kernel(device: str, name: str) -> None:
     sums = x * torch.tensor([[2.0], [1], [2]], device=device)
     p = torch_ep.plan(topk_idx, 4)
     assert torch.equal(torch_ep.combine(torch_ep.dispatch(x, p), p), sums)
-    assert torch.equal(torch_ep.low_latency_combine(*torch_ep.low_latency_dispatch(x, topk_idx, 4, 3)), sums)
+    assert torch.equal(torch_ep.low_latency_combine(*low_latency_rows(x, topk_idx)), sums)
 
 
 @pytest.mark.parametrize(
@@ -632,9 +783,10 @@ def test_init_types(name: str) -> None:
 def test_a_plan_of_another_kind() -> None:
     x, idx = torch.ones(2, 4), torch.tensor([[0], [1]])
     plan = torch_ep.plan(idx, 2)
-    rows, low_latency_plan = torch_ep.low_latency_dispatch(x, idx, 2, 2)
+    rows, low_latency_plan = low_latency_rows(x, idx, 2, 2)
     calls: list[tuple[str, Callable]] = [
-        ("ep::dispatch: expected plan to be a torch_ep.Plan, got Tensor", lambda: torch_ep.dispatch(plan, x)),
+        ("ep::dispatch: expected x to be a Tensor, got Plan", lambda: torch_ep.dispatch(plan, x)),
+        ("ep::dispatch: expected plan to be a torch_ep.Plan, got tuple", lambda: torch_ep.dispatch(x, tuple(plan))),
         (
             "ep::dispatch: expected plan to be a torch_ep.Plan, got LowLatencyPlan",
             lambda: torch_ep.dispatch(x, low_latency_plan),
@@ -668,6 +820,201 @@ def test_a_plan_of_another_kind() -> None:
         with pytest.raises(TypeError) as raised:
             call()
         assert str(raised.value) == message
+
+
+def plan_of_topk() -> torch_ep.Plan:
+    return torch_ep.plan(topk(), 4)
+
+
+def low_latency_plan() -> Any:
+    return low_latency_rows(torch.ones(3, 4), topk())[1]
+
+
+def in_flight() -> torch_ep.InFlightDispatch:
+    return torch_ep.low_latency_dispatch_send(torch.ones(3, 4), topk(), num_experts=4, max_tokens_per_rank=3)
+
+
+# Calls with an argument of another Python type than its own, or that Python alone can tell is out of its range.
+PYTHON_TYPES: dict[str, tuple[Callable, type[Exception], str]] = {
+    "list": (
+        lambda: torch_ep.plan([[0, 1]] * 10_000, 4),
+        TypeError,
+        "ep::plan: expected topk_idx to be a Tensor, got list: pass torch.tensor(...)",
+    ),
+    "numpy": (
+        lambda: torch_ep.plan(topk().numpy(), 4),
+        TypeError,
+        "ep::plan: expected topk_idx to be a Tensor, got ndarray: pass torch.from_numpy(...)",
+    ),
+    "num_experts-bool": (
+        lambda: torch_ep.plan(topk(), True),
+        TypeError,
+        "ep::plan: expected num_experts to be an int, got bool",
+    ),
+    "capacity-float": (
+        lambda: torch_ep.plan(topk(), 4, capacity=4.5),
+        TypeError,
+        "ep::plan: expected capacity to be an int, got float",
+    ),
+    "alignment-huge": (
+        lambda: torch_ep.plan(topk(), 4, alignment=10**5000),
+        ValueError,
+        "ep::plan: expected alignment of at most 64 bits, got an int of 16610 bits",
+    ),
+    "layout": (
+        lambda: torch_ep.plan(topk(), 4, layout=None),
+        TypeError,
+        "ep::plan: expected layout 'rank_major' or 'expert_major', got NoneType",
+    ),
+    "after": (
+        lambda: torch_ep.plan(topk(), 4, after=1),
+        TypeError,
+        "ep::plan: expected after to be a Tensor or None, got int",
+    ),
+    "x-tuple": (
+        lambda: torch_ep.dispatch((1.0, 2.0), plan_of_topk()),
+        TypeError,
+        "ep::dispatch: expected x to be a Tensor, got tuple: pass torch.tensor(...)",
+    ),
+    "topk_weights-list": (
+        lambda: torch_ep.dispatch(torch.ones(3, 4), plan_of_topk(), topk_weights=[0.5]),
+        TypeError,
+        "ep::dispatch: expected topk_weights to be a Tensor or None, got list: pass torch.tensor(...)",
+    ),
+    "scales-float": (
+        lambda: torch_ep.dispatch(torch.ones(3, 4), plan_of_topk(), scales=0.5),
+        TypeError,
+        "ep::dispatch: expected scales to be a Tensor or None, got float",
+    ),
+    "sparse": (
+        lambda: torch_ep.dispatch(torch.ones(3, 4).to_sparse(), plan_of_topk()),
+        TypeError,
+        "ep::dispatch: expected x to be a dense Tensor, got one of layout torch.sparse_coo",
+    ),
+    "plan.send_slot": (
+        lambda: torch_ep.dispatch(torch.ones(3, 4), plan_of_topk()._replace(send_slot=[0])),
+        TypeError,
+        "ep::dispatch: expected plan.send_slot to be a Tensor, got list: pass torch.tensor(...)",
+    ),
+    "plan.group_name": (
+        lambda: torch_ep.combine(torch.ones(5, 4), plan_of_topk()._replace(group_name=0)),
+        TypeError,
+        "ep::combine: expected plan.group_name to be a str, got int",
+    ),
+    "row_weights": (
+        lambda: torch_ep.combine(torch.ones(5, 4), plan_of_topk(), row_weights=1.0),
+        TypeError,
+        "ep::combine: expected row_weights to be a Tensor or None, got float",
+    ),
+    "low_latency-positional": (
+        lambda: torch_ep.low_latency_dispatch(torch.ones(3, 4), topk(), 4, 3),
+        TypeError,
+        "ep::low_latency_dispatch: expected two positional arguments, x and topk_idx, got 4: pass the others by name, "
+        "num_experts= and max_tokens_per_rank= included: their order is another in DeepEP",
+    ),
+    "low_latency-send-positional": (
+        lambda: torch_ep.low_latency_dispatch_send(torch.ones(3, 4), topk(), 4, max_tokens_per_rank=3),
+        TypeError,
+        "ep::low_latency_dispatch_send: expected two positional arguments, x and topk_idx, got 3: pass the others by "
+        "name, num_experts= and max_tokens_per_rank= included: their order is another in DeepEP",
+    ),
+    "low_latency-num_experts": (
+        lambda: low_latency_rows(torch.ones(3, 4), topk(), 4.0),
+        TypeError,
+        "ep::low_latency_dispatch: expected num_experts to be an int, got float",
+    ),
+    "low_latency-quantize": (
+        lambda: low_latency_rows(torch.ones(3, 4), topk(), quantize=8),
+        TypeError,
+        "ep::low_latency_dispatch: expected quantize 'fp8', 'fp8_pow2', 'fp8_ue8m0' or None, got int",
+    ),
+    "low_latency-statistics": (
+        lambda: low_latency_rows(torch.ones(3, 4), topk(), statistics=(1, 2)),
+        TypeError,
+        "ep::low_latency_dispatch: expected statistics to be a torch_ep.LowLatencyStatistics or None, got tuple",
+    ),
+    "low_latency-statistics-shape": (
+        lambda: low_latency_rows(torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics.zeros(2)),
+        ValueError,
+        "ep::low_latency_dispatch: expected statistics.tokens_per_expert of shape [4] and dtype int64 on cpu, got [2] "
+        "and int64 on cpu: make them by torch_ep.LowLatencyStatistics.zeros(4, group, device=...)",
+    ),
+    "low_latency-plan.source_offsets": (
+        lambda: torch_ep.low_latency_combine(
+            torch.ones(4, 3, 4), low_latency_plan()._replace(source_offsets=torch.zeros(4))
+        ),
+        ValueError,
+        "ep::low_latency_combine: expected plan.source_offsets of shape [num_local_experts, world_size], got [4]: pass "
+        "the plan as torch_ep.low_latency_dispatch returned it",
+    ),
+    "low_latency-in_flight.topk_idx": (
+        lambda: torch_ep.low_latency_dispatch_recv(in_flight()._replace(topk_idx=torch.zeros(4))),
+        ValueError,
+        "ep::low_latency_dispatch_recv: expected in_flight.topk_idx of shape [num_tokens, num_topk], got [4]: pass the "
+        "tuple as the send returned it",
+    ),
+    "low_latency-in_flight.hidden": (
+        lambda: torch_ep.low_latency_dispatch_recv(in_flight()._replace(hidden=None)),
+        TypeError,
+        "ep::low_latency_dispatch_recv: expected in_flight.hidden to be an int, got NoneType",
+    ),
+    "statistics-num_experts": (
+        lambda: torch_ep.LowLatencyStatistics.zeros(0),
+        ValueError,
+        "torch_ep.LowLatencyStatistics.zeros: expected num_experts to be a positive multiple of the world size 1, got "
+        "0",
+    ),
+    "mark_tokens": (
+        lambda: torch_ep.mark_tokens([1.0]),
+        TypeError,
+        "torch_ep.mark_tokens: expected every argument to be a Tensor, got list: pass torch.tensor(...)",
+    ),
+    "mark_tokens-dim": (
+        lambda: torch_ep.mark_tokens(torch.ones(3), dim=1),
+        ValueError,
+        "torch_ep.mark_tokens: expected dim to be one of a tensor of shape [3], got 1",
+    ),
+}
+# Dynamo makes tensors of arrays, cannot trace sparse ones, and has no int of that size; mark_tokens is for eager code.
+NOT_TRACED = ("numpy", "sparse", "alignment-huge", "mark_tokens", "mark_tokens-dim")
+
+
+@pytest.mark.parametrize("name", PYTHON_TYPES)
+def test_python_types(name: str) -> None:
+    call, error, message = PYTHON_TYPES[name]
+    with pytest.raises(error) as raised:
+        call()
+    assert type(raised.value) is error and str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", [name for name in PYTHON_TYPES if name not in NOT_TRACED])
+def test_python_types_come_first_under_compile(name: str) -> None:
+    call, error, message = PYTHON_TYPES[name]
+    torch._dynamo.reset()
+    with pytest.raises(error) as raised:
+        torch.compile(call, backend="eager", fullgraph=True)()
+    assert str(raised.value).splitlines()[0] == message
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize(
+    "name", ["plan-num_topk-large", "dispatch-tokens", "dispatch-dtype", "combine-rows", "low_latency-tokens"]
+)
+def test_what_a_fake_raises_comes_first_under_compile(name: str, fullgraph: bool) -> None:
+    case = CASES[name]
+    torch._dynamo.reset()
+    with pytest.raises(case.error) as raised:
+        torch.compile(lambda: case.op(**case.arguments), backend="eager", fullgraph=fullgraph)()
+    assert str(raised.value).splitlines()[0] == case.message
+    torch._dynamo.reset()
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    four = np.int64(4)
+    plan = torch_ep.plan(topk(), four, capacity=np.int32(8), alignment=four)
+    assert plan.num_rows == 8 and plan.offsets.tolist() == [4, 8, 8, 8]
+    assert low_latency_rows(torch.ones(3, 4), topk(), four, np.uint8(3))[1].num_experts == 4
 
 
 def test_init_timeout() -> None:
@@ -749,6 +1096,15 @@ def test_nvlink_of_a_build_without_it() -> None:
         ops._init_nvlink("", 0, 1, [0], [*LIMITS.values()], 8, 1000, True, False)
 
 
+@pytest.mark.parametrize("name", ["max_tokens_per_rank", "hidden"])
+def test_limits_whose_buffers_would_overflow(name: str) -> None:
+    limits = {**LIMITS, name: 2**62}
+    with pytest.raises(ValueError) as raised:
+        ops._nvlink_bytes(2, [*limits.values()], 8)
+    message = f"torch_ep.init: expected {name} of at most {2**24} on transport nvlink, got {2**62}"
+    assert str(raised.value).splitlines()[0] == message
+
+
 def test_only_nvlink_is_settled() -> None:
     with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink transport"):
         ops._settle_nvlink("nowhere")
@@ -790,14 +1146,16 @@ def test_group_of_another_type() -> None:
 
 def test_combine_takes_one_kind_of_weights() -> None:
     p = torch_ep.plan(topk(), 4)
-    with pytest.raises(ValueError, match=r"torch_ep.combine: expected row_weights or topk_weights, got both"):
+    with pytest.raises(ValueError, match=r"ep::combine: expected row_weights or topk_weights, got both"):
         torch_ep.combine(torch.ones(5, 4), p, row_weights=torch.ones(5), topk_weights=torch.ones(5))
 
 
 def test_plan_with_the_wrong_fields() -> None:
     p = torch_ep.plan(topk(), 4)._replace(layout="rank_major")
-    with pytest.raises(ValueError, match="expected a plan of layout 'rank_major' to have recv_topk_idx, got None"):
+    with pytest.raises(TypeError, match=r"ep::dispatch: expected plan.recv_topk_idx to be a Tensor, got NoneType"):
         torch_ep.dispatch(torch.ones(3, 4), p)
+    with pytest.raises(ValueError, match="expected a plan of layout 'rank_major' to have recv_topk_idx, got None"):
+        _ = p.num_rows
 
 
 LAYERS = {
@@ -1108,7 +1466,12 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
     ("which", "error", "message"),
     [
         ("topk_idx of another dtype", "TypeError", "ep::plan: expected topk_idx of dtype Int or Long, got Double"),
-        ("x of another shape", "ValueError", "ep::dispatch: expected x of shape [2, -1] (-1: any size), got [3, 3]"),
+        (
+            "x of another shape",
+            "ValueError",
+            "ep::dispatch: expected x of shape [2, hidden], one row per token of the plan, got [3, 3]"
+            ": pass the tokens of the plan's topk_idx",
+        ),
         (
             "y of another dtype",
             "TypeError",
@@ -1117,7 +1480,8 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
         (
             "row_weights of another shape",
             "ValueError",
-            "ep::combine: expected row_weights of shape [0] (-1: any size), got [1]",
+            "ep::combine: expected row_weights of shape [0], one per row of the dispatch, got [1]"
+            ": pass the weights that it returned in layout expert_major",
         ),
     ],
     ids=lambda value: value.replace(" ", "-") if " of " in value else "",
@@ -1142,7 +1506,7 @@ def low_latency_caught(rank: int, world_size: int, which: str) -> tuple[str, str
     x = torch.ones(2, 3)
 
     def dispatch(x: torch.Tensor = x, idx: torch.Tensor = idx, experts: int = 2, room: int = 2, **options: Any) -> Any:
-        return torch_ep.low_latency_dispatch(x, idx, experts, room, **options)
+        return low_latency_rows(x, idx, experts, room, **options)
 
     rows, plan = dispatch()
     other = dispatch(idx=torch.tensor([[0], [-1]]))[1]
@@ -1265,12 +1629,12 @@ def test_ranks_of_the_low_latency_pair(which: str) -> None:
 
 def low_latency_beyond_limits(rank: int, world_size: int) -> list[tuple[str, str]]:
     _, before = torch_ep.comm._arguments_of[torch_ep.comm.resolve(None)[0]]
-    rows, plan = torch_ep.low_latency_dispatch(torch.ones(1, 9), torch.tensor([[0]]), 2, 1)
+    rows, plan = low_latency_rows(torch.ones(1, 9), torch.tensor([[0]]), 2, 1)
     torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size)
     calls: list[Callable] = [
-        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 9), torch.tensor([[0]]), 2, 1),
-        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 8), torch.tensor([[0, 1, 2]]), 4, 1),
-        lambda: torch_ep.low_latency_dispatch(torch.ones(1, 8), torch.tensor([[0]]), 6, 1),
+        lambda: low_latency_rows(torch.ones(1, 9), torch.tensor([[0]]), 2, 1),
+        lambda: low_latency_rows(torch.ones(1, 8), torch.tensor([[0, 1, 2]]), 4, 1),
+        lambda: low_latency_rows(torch.ones(1, 8), torch.tensor([[0]]), 6, 1),
         lambda: torch_ep.low_latency_combine(rows, plan),
     ]
     seen = []
@@ -1382,7 +1746,7 @@ def broken_plan(rank: int, world_size: int) -> tuple[str, bool]:
 
 def test_broken_plan_of_one_rank() -> None:
     (first, first_works), (second, second_works) = world(2).run(broken_plan)
-    assert second == "ep::dispatch: expected send_slot of this plan in [-1, 2), got 8"
+    assert second == "ep::dispatch: expected send_slot of this plan in [-1, 2), got 7"
     assert first.startswith("ep::dispatch: rank 1 failed before exchange")
     assert first.endswith(second)
     assert first_works and second_works

@@ -381,7 +381,9 @@ combine_3 = torch.ops.ep.combine.default(getitem_31, getitem_32, None, getitem_2
 
 
 def low_latency_step(x: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor, num_experts: int) -> torch.Tensor:
-    rows, plan = torch_ep.low_latency_dispatch(x, topk_idx, num_experts, 6, topk_weights=weights)
+    rows, plan = torch_ep.low_latency_dispatch(
+        x, topk_idx, num_experts=num_experts, max_tokens_per_rank=6, topk_weights=weights
+    )
     return torch_ep.low_latency_combine(rows.relu(), plan)
 
 
@@ -390,7 +392,9 @@ def low_latency_halves(
 ) -> torch.Tensor:
     """Another half runs inside of each pair; fp8, statistics."""
     statistics = torch_ep.LowLatencyStatistics.zeros(num_experts)
-    sent = torch_ep.low_latency_dispatch_send(x, topk_idx, num_experts, 6, topk_weights=weights, quantize="fp8")
+    sent = torch_ep.low_latency_dispatch_send(
+        x, topk_idx, num_experts=num_experts, max_tokens_per_rank=6, topk_weights=weights, quantize="fp8"
+    )
     shared = x.relu()
     (rows, scales), plan = torch_ep.low_latency_dispatch_recv(sent, statistics=statistics)
     y = rows.to(x.dtype) * scales
@@ -470,9 +474,9 @@ class GraphModule(torch.nn.Module):
         l_topk_idx_ = L_topk_idx_
         l_weights_ = L_weights_
 
-        zeros: "i64[4]" = torch.zeros(4, dtype = torch.int64, device = None)
+        counters: "i64[4]" = torch.zeros(4, dtype = torch.int64, device = None)
 
-        zeros_1: "i64[1]" = torch.zeros(1, dtype = torch.int64, device = None)
+        counters_1: "i64[1]" = torch.zeros(1, dtype = torch.int64, device = None)
 
         low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 1, '', 6, None)
         ticket: "i64[2, 1]" = low_latency_dispatch_send[0]
@@ -488,9 +492,9 @@ class GraphModule(torch.nn.Module):
         row_weights: "f32[4, 6]" = low_latency_dispatch_recv[6]
         wait_ns: "i64[1]" = low_latency_dispatch_recv[7]
 
-        add_: "i64[4]" = zeros.add_(tokens_per_expert)
+        add_: "i64[4]" = counters.add_(tokens_per_expert)
 
-        add__1: "i64[1]" = zeros_1.add_(wait_ns)
+        add__1: "i64[1]" = counters_1.add_(wait_ns)
 
         to: "f32[4, 6, 8]" = rows.to(torch.float32)
         y: "f32[4, 6, 8]" = to * scales
@@ -499,7 +503,7 @@ class GraphModule(torch.nn.Module):
         ticket_1: "i64[2, 1]" = low_latency_combine_send[0]
         data_1: "u8[6, 32]" = low_latency_combine_send[1]
 
-        sum_1: "i64[]" = zeros.sum()
+        sum_1: "i64[]" = counters.sum()
         shared_1: "f32[5, 8]" = shared * sum_1
 
         low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(ticket_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '')

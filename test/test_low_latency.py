@@ -120,8 +120,13 @@ def wide_cases(world_size: int) -> list[Case]:
 def arguments(case: Case, rank: int, quantize: str | None = None) -> tuple[tuple, dict[str, Any]]:
     """Of `low_latency_dispatch` on this rank."""
     weights = case.weights()
-    given = (case.x()[rank], case.topk_idx()[rank], case.num_experts, case.max_tokens)
-    return given, {"topk_weights": None if weights is None else weights[rank], "quantize": quantize}
+    options = {
+        "num_experts": case.num_experts,
+        "max_tokens_per_rank": case.max_tokens,
+        "topk_weights": None if weights is None else weights[rank],
+        "quantize": quantize,
+    }
+    return (case.x()[rank], case.topk_idx()[rank]), options
 
 
 def in_halves(*args: Any, **kwargs: Any) -> Any:
@@ -262,7 +267,9 @@ LIMIT = 448.0
 def quantized(x: Tensor, how: str) -> tuple[Tensor, Tensor]:
     """The rows of tokens that all go to one expert, and their scales."""
     topk_idx = torch.zeros(x.shape[0], 1, dtype=torch.int64)
-    (rows, scales), _ = torch_ep.low_latency_dispatch(x, topk_idx, 1, x.shape[0], quantize=how)
+    (rows, scales), _ = torch_ep.low_latency_dispatch(
+        x, topk_idx, num_experts=1, max_tokens_per_rank=x.shape[0], quantize=how
+    )
     return rows[0].float(), scales[0]
 
 
@@ -337,7 +344,9 @@ def test_what_is_not_finite_spoils_its_own_group_alone(bad: float, how: str) -> 
 @pytest.mark.parametrize("how", QUANTIZE[1:])
 def test_scales_are_laid_out_for_masked_grouped_gemms(how: str, max_tokens: int) -> None:
     x = torch.randn(1, 700, generator=seeded(3))
-    (_, scales), _ = torch_ep.low_latency_dispatch(x, torch.tensor([[0, 1]]), 2, max_tokens, quantize=how)
+    (_, scales), _ = torch_ep.low_latency_dispatch(
+        x, torch.tensor([[0, 1]]), num_experts=2, max_tokens_per_rank=max_tokens, quantize=how
+    )
     count, padded = (2 if how == "fp8_ue8m0" else 6), (max_tokens + 3) // 4 * 4
     assert scales.shape == (2, max_tokens, count)
     assert scales.stride() == (count * padded, 1, padded)
@@ -424,14 +433,16 @@ def test_statistics_count_rows_and_waiting(world_size: int, form: str) -> None:
 
 
 def _waits(rank: int, world_size: int, combine: bool) -> tuple[list[int], int, int]:
-    rows, plan = torch_ep.low_latency_dispatch(torch.ones(1, 4), torch.tensor([[0]]), world_size, 1)
+    given = {"x": torch.ones(1, 4), "topk_idx": torch.tensor([[0]])}
+    sizes = {"num_experts": world_size, "max_tokens_per_rank": 1}
+    rows, plan = torch_ep.low_latency_dispatch(**given, **sizes)
     statistics = LowLatencyStatistics.zeros(world_size)
     time.sleep(0.05 * (world_size - rank))
     before = time.time_ns()
     if combine:
         torch_ep.low_latency_combine(rows, plan, statistics=statistics)
     else:
-        torch_ep.low_latency_dispatch(torch.ones(1, 4), torch.tensor([[0]]), world_size, 1, statistics=statistics)
+        torch_ep.low_latency_dispatch(**given, **sizes, statistics=statistics)
     return statistics.wait_ns.tolist(), before, time.time_ns()
 
 
@@ -449,16 +460,18 @@ def test_waiting_is_between_the_times_at_which_ranks_came(combine: bool) -> None
 
 # Inference only.
 
+TWO_OF_EACH = {"num_experts": 2, "max_tokens_per_rank": 2}
+
 
 def calls_with(x: Tensor) -> dict[str, Callable]:
     """Every operator that takes x, or numbers that depend on it."""
     idx = torch.tensor([[0], [1]])
     with torch.no_grad():
-        rows, plan = torch_ep.low_latency_dispatch(x.detach(), idx, 2, 2)
+        rows, plan = torch_ep.low_latency_dispatch(x.detach(), idx, **TWO_OF_EACH)
     y = rows + x.sum()
     return {
-        "low_latency_dispatch": lambda: torch_ep.low_latency_dispatch(x, idx, 2, 2),
-        "low_latency_dispatch_send": lambda: torch_ep.low_latency_dispatch_send(x, idx, 2, 2),
+        "low_latency_dispatch": lambda: torch_ep.low_latency_dispatch(x, idx, **TWO_OF_EACH),
+        "low_latency_dispatch_send": lambda: torch_ep.low_latency_dispatch_send(x, idx, **TWO_OF_EACH),
         "low_latency_combine": lambda: torch_ep.low_latency_combine(y, plan),
         "low_latency_combine_send": lambda: torch_ep.low_latency_combine_send(y, plan),
     }
@@ -490,12 +503,12 @@ def test_gradients_are_refused(name: str) -> None:
 def test_gradients_of_weights_are_refused() -> None:
     weights = torch.ones(2, 1, requires_grad=True)
     with pytest.raises(RuntimeError, match="for inference only"):
-        torch_ep.low_latency_dispatch(torch.ones(2, 3), torch.tensor([[0], [1]]), 2, 2, topk_weights=weights)
+        torch_ep.low_latency_dispatch(torch.ones(2, 3), torch.tensor([[0], [1]]), topk_weights=weights, **TWO_OF_EACH)
 
 
 def test_gradients_are_refused_while_compiling() -> None:
     def step(x: Tensor) -> Tensor:
-        return torch_ep.low_latency_dispatch(x, torch.tensor([[0], [1]]), 2, 2)[0]
+        return torch_ep.low_latency_dispatch(x, torch.tensor([[0], [1]]), **TWO_OF_EACH)[0]
 
     torch._dynamo.reset()
     with pytest.raises(RuntimeError, match="for inference only"):
@@ -514,13 +527,17 @@ class Step(nn.Module):
         self.form, self.quantize, self.num_experts = form, quantize, num_experts
 
     def forward(self, x: Tensor, topk_idx: Tensor, weights: Tensor, statistics: LowLatencyStatistics | None) -> Tensor:
-        given = (x * 2, topk_idx, self.num_experts, 4)
+        given = (x * 2, topk_idx)
+        options = {
+            "num_experts": self.num_experts,
+            "max_tokens_per_rank": 4,
+            "topk_weights": weights,
+            "quantize": self.quantize,
+        }
         if self.form == "whole":
-            result, plan = torch_ep.low_latency_dispatch(
-                *given, topk_weights=weights, quantize=self.quantize, statistics=statistics
-            )
+            result, plan = torch_ep.low_latency_dispatch(*given, **options, statistics=statistics)
         else:
-            sent = torch_ep.low_latency_dispatch_send(*given, topk_weights=weights, quantize=self.quantize)
+            sent = torch_ep.low_latency_dispatch_send(*given, **options)
             result, plan = torch_ep.low_latency_dispatch_recv(sent, statistics=statistics)
         if self.quantize is None:
             y = result.relu()

@@ -219,7 +219,7 @@ def not_finite(rank: int, world_size: int, group: str | None, bad: float) -> lis
         assert how is not None
         want_rows, want_scales = reference.quantize(x, how)
         (rows, scales), _ = torch_ep.low_latency_dispatch(
-            x.to(DEVICE), topk_idx, 2 * world_size, 2, group, quantize=how
+            x.to(DEVICE), topk_idx, num_experts=2 * world_size, max_tokens_per_rank=2, group=group, quantize=how
         )
         rows, scales = rows[0, :2].cpu(), scales[0, :2].cpu().contiguous()
         for got, want, columns in ((rows.float(), want_rows.float(), slice(128, 256)), (scales, want_scales, slice(0))):
@@ -305,7 +305,9 @@ def visits_all(world_size: int, num_tokens: int = 3) -> Tensor:
 def good_dispatch(world_size: int, group: str | None, **options: Any) -> tuple[Tensor, LowLatencyPlan]:
     topk_idx = visits_all(world_size)
     x = torch.ones(len(topk_idx), 64, device=DEVICE, dtype=BF16)
-    return torch_ep.low_latency_dispatch(x, topk_idx, 2 * world_size, 4, group, **options)
+    return torch_ep.low_latency_dispatch(
+        x, topk_idx, num_experts=2 * world_size, max_tokens_per_rank=4, group=group, **options
+    )
 
 
 def comes_late(rank: int, world_size: int, group: str | None, combine: bool) -> list[list[int]]:
@@ -400,17 +402,19 @@ class Steps:
     def run(self) -> list[tuple[Any, LowLatencyPlan, Tensor]]:
         """Of each call: rows, with scales or without, plan and sums."""
         x, topk_idx, weights = self.own
-        y, given = self.y[self.rank], (x, topk_idx, self.num_experts, MAX_TOKENS, self.group)
+        y = self.y[self.rank]
+        sizes: dict[str, Any] = {"num_experts": self.num_experts, "max_tokens_per_rank": MAX_TOKENS}
+        given = {"group": self.group, "topk_weights": weights, **sizes}
         results: list[tuple[Any, LowLatencyPlan, Tensor]] = []
         for first in range(0, self.calls, 2):
             hows = [QUANTIZE[i % 4] for i in range(first, min(first + 2, self.calls))]
             if self.halves:
-                sent = [torch_ep.low_latency_dispatch_send(*given, topk_weights=weights, quantize=how) for how in hows]
+                sent = [torch_ep.low_latency_dispatch_send(x, topk_idx, quantize=how, **given) for how in hows]
                 moved = [torch_ep.low_latency_dispatch_recv(flight) for flight in sent]
                 back = [torch_ep.low_latency_combine_send(y, plan) for _, plan in moved]
                 sums = [torch_ep.low_latency_combine_recv(flight) for flight in back]
             else:
-                moved = [torch_ep.low_latency_dispatch(*given, topk_weights=weights, quantize=how) for how in hows]
+                moved = [torch_ep.low_latency_dispatch(x, topk_idx, quantize=how, **given) for how in hows]
                 sums = [torch_ep.low_latency_combine(y, plan) for _, plan in moved]
             results += [(rows, plan, out) for (rows, plan), out in zip(moved, sums, strict=True)]
         return results
@@ -573,8 +577,9 @@ def a_half_a_graph(rank: int, world_size: int, group: str | None) -> list[str]:
     x, topk_idx, weights = steps.own
     steps.load()
     steps.check(steps.run())
-    given = (x, topk_idx, steps.num_experts, MAX_TOKENS, group)
-    send, sent = capture(lambda: torch_ep.low_latency_dispatch_send(*given, topk_weights=weights), group)
+    sizes: dict[str, Any] = {"num_experts": steps.num_experts, "max_tokens_per_rank": MAX_TOKENS}
+    given = {"group": group, "topk_weights": weights, **sizes}
+    send, sent = capture(lambda: torch_ep.low_latency_dispatch_send(x, topk_idx, **given), group)
     receive, moved = capture(lambda: torch_ep.low_latency_dispatch_recv(sent), group)
     rows, plan = moved
     back, flight = capture(lambda: torch_ep.low_latency_combine_send(steps.y[rank], plan), group)
@@ -602,12 +607,13 @@ def decode(
     x: Tensor, topk_idx: Tensor, weights: Tensor, up: Tensor, group: str | None, experts: int, form: str
 ) -> Tensor:
     quantize: Quantize | None = "fp8_pow2" if form == "fp8" else None
-    given = (x, topk_idx, experts, MAX_TOKENS, group)
+    sizes: dict[str, Any] = {"num_experts": experts, "max_tokens_per_rank": MAX_TOKENS}
+    given = {"group": group, "topk_weights": weights, **sizes}
     if form == "halves":
-        sent = torch_ep.low_latency_dispatch_send(*given, topk_weights=weights)
+        sent = torch_ep.low_latency_dispatch_send(x, topk_idx, **given)
         result, plan = torch_ep.low_latency_dispatch_recv(sent)
     else:
-        result, plan = torch_ep.low_latency_dispatch(*given, topk_weights=weights, quantize=quantize)
+        result, plan = torch_ep.low_latency_dispatch(x, topk_idx, quantize=quantize, **given)
     if form == "fp8":
         rows, scales = result
         result = (rows.to(F32).unflatten(2, (-1, 128)) * scales.unsqueeze(3)).flatten(2).to(x.dtype)
@@ -712,10 +718,13 @@ def stays_away(
     """The error, that of the call after it, and what is wrong after a reset."""
     rows, plan = good_dispatch(world_size, group)
     torch_ep.low_latency_combine(rows, plan)
-    given = (torch.ones(3, 64, device=DEVICE, dtype=BF16), visits_all(world_size), 2 * world_size, 4, group)
+    given = (torch.ones(3, 64, device=DEVICE, dtype=BF16), visits_all(world_size))
+    sizes: dict[str, Any] = {"num_experts": 2 * world_size, "max_tokens_per_rank": 4, "group": group}
     calls: dict[str, Callable] = {
-        "dispatch": lambda: torch_ep.low_latency_dispatch(*given),
-        "dispatch in halves": lambda: torch_ep.low_latency_dispatch_recv(torch_ep.low_latency_dispatch_send(*given)),
+        "dispatch": lambda: torch_ep.low_latency_dispatch(*given, **sizes),
+        "dispatch in halves": lambda: torch_ep.low_latency_dispatch_recv(
+            torch_ep.low_latency_dispatch_send(*given, **sizes)
+        ),
         "combine": lambda: torch_ep.low_latency_combine(rows, plan),
         "combine in halves": lambda: torch_ep.low_latency_combine_recv(torch_ep.low_latency_combine_send(rows, plan)),
     }
@@ -784,12 +793,13 @@ class Halves:
         self.rows, self.plan = good_dispatch(world_size, group)
         self.combine = combine
         x = torch.ones(3, 64, device=DEVICE, dtype=BF16)
-        self.given = (x, visits_all(world_size), 2 * world_size, 4, group)
+        self.given = (x, visits_all(world_size))
+        self.sizes: dict[str, Any] = {"num_experts": 2 * world_size, "max_tokens_per_rank": 4, "group": group}
 
     def send(self) -> Any:
         if self.combine:
             return torch_ep.low_latency_combine_send(self.rows, self.plan)
-        return torch_ep.low_latency_dispatch_send(*self.given)
+        return torch_ep.low_latency_dispatch_send(*self.given, **self.sizes)
 
     def receive(self, flight: Any) -> None:
         (torch_ep.low_latency_combine_recv if self.combine else torch_ep.low_latency_dispatch_recv)(flight)
@@ -798,7 +808,7 @@ class Halves:
         if self.combine:
             torch_ep.low_latency_combine(self.rows, self.plan)
         else:
-            torch_ep.low_latency_dispatch(*self.given)
+            torch_ep.low_latency_dispatch(*self.given, **self.sizes)
 
 
 def sends_thrice(rank: int, world_size: int, group: str | None, shared: dict[int, int], combine: bool) -> Any:
@@ -883,7 +893,9 @@ def disagree(rank: int, world_size: int, group: str | None, what: str) -> tuple[
     def call() -> object:
         if what == "bytes of a row":
             return torch_ep.low_latency_combine(rows.new_zeros(*rows.shape[:2], 80 if odd else 64), plan)
-        return torch_ep.low_latency_dispatch(x, topk_idx, experts, most, group, quantize=quantize)
+        return torch_ep.low_latency_dispatch(
+            x, topk_idx, num_experts=experts, max_tokens_per_rank=most, group=group, quantize=quantize
+        )
 
     error = attempt(call, lambda: good_dispatch(world_size, group))
     return error, works(rank, world_size, group)
@@ -934,12 +946,13 @@ def one_rank_is_wrong(rank: int, world_size: int, group: str | None, what: str, 
             errors.append(attempt(fn))
         return fn()
 
-    arguments = (x[rank].to(DEVICE), given[rank].to(DEVICE), experts, 6, group)
+    arguments = (x[rank].to(DEVICE), given[rank].to(DEVICE))
+    sizes: dict[str, Any] = {"num_experts": experts, "max_tokens_per_rank": 6, "group": group}
     if halves:
-        flight = torch_ep.low_latency_dispatch_send(*arguments)
+        flight = torch_ep.low_latency_dispatch_send(*arguments, **sizes)
         rows, plan = next_of(lambda: torch_ep.low_latency_dispatch_recv(flight))
     else:
-        rows, plan = torch_ep.low_latency_dispatch(*arguments)
+        rows, plan = torch_ep.low_latency_dispatch(*arguments, **sizes)
     sums = next_of(lambda: torch_ep.low_latency_combine(own, plan))
     compare = Comparison(what)
     want = low_latency_cases.plan(routing, rank, None)
@@ -989,7 +1002,9 @@ def beyond_limits(rank: int, world_size: int, group: str | None) -> tuple[list[t
     ) -> Callable:
         x = torch.ones(count, hidden, device=DEVICE, dtype=dtype)
         topk_idx = torch.arange(num_topk, device=DEVICE).expand(count, -1).contiguous()
-        return lambda: torch_ep.low_latency_dispatch(x, topk_idx, num_experts, most, group, quantize=quantize)
+        return lambda: torch_ep.low_latency_dispatch(
+            x, topk_idx, num_experts=num_experts, max_tokens_per_rank=most, group=group, quantize=quantize
+        )
 
     calls = [
         dispatch(count=5),

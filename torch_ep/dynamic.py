@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_int, check_tensors
+
 __all__ = ["mark_tokens"]
 
 
@@ -28,6 +30,14 @@ def mark_tokens(*tensors: Tensor, dim: int = 0, name: str = "tokens") -> None:
         dim: their dimension of tokens.
         name: inputs marked by the same name have the same number of tokens, which is checked at run time. Inputs with
             numbers of their own, such as microbatches, need different names.
+
+    Raises:
+        TypeError, ValueError: an argument is of another Python type, or has no such dimension.
     """
+    op = "torch_ep.mark_tokens"
+    dim = check_int(op, "dim", dim)
     for t in tensors:
+        check_tensors(op, {"every argument": t})
+        if not -t.dim() <= dim < t.dim():
+            raise ValueError(f"{op}: expected dim to be one of a tensor of shape {list(t.shape)}, got {dim}")
         torch._dynamo.decorators.mark_unbacked(t, dim % t.dim(), shape_id=name)

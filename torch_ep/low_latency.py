@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
 
 __all__ = [
@@ -24,6 +27,9 @@ __all__ = [
 ]
 
 Quantize = Literal["fp8", "fp8_pow2", "fp8_ue8m0"]
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 class LowLatencyPlan(NamedTuple):
@@ -68,6 +74,14 @@ class LowLatencyStatistics(NamedTuple):
     ) -> LowLatencyStatistics:
         """Counters that have seen nothing yet, for `num_experts` experts over all ranks of the group."""
         _, world_size = resolve(group)
+        op = "torch_ep.LowLatencyStatistics.zeros"
+        num_experts = check_int(op, "num_experts", num_experts)
+        if num_experts <= 0 or num_experts % world_size:
+            refuse(
+                ValueError,
+                f"{op}: expected num_experts to be a positive multiple of the world size {world_size}, got "
+                f"{num_experts}",
+            )
         return cls(
             torch.zeros(num_experts // world_size, dtype=torch.int64, device=device),
             torch.zeros(world_size, dtype=torch.int64, device=device),
@@ -131,13 +145,70 @@ def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: s
     return (rows if scales is None else (rows, scales)), plan
 
 
+def _sizes_by_name(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Refuses sizes by position, which are in another order in DeepEP, with an error that says so."""
+
+    @functools.wraps(function)
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        if len(args) > 2:
+            refuse(
+                TypeError,
+                f"ep::{function.__name__}: expected two positional arguments, x and topk_idx, got {len(args)}: pass "
+                "the others by name, num_experts= and max_tokens_per_rank= included: their order is another in DeepEP",
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_dispatch_arguments(
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    quantize: Any,
+    num_experts: Any,
+    max_tokens_per_rank: Any,
+    world_size: int,
+    statistics: Any,
+    after: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, str, int, int]:
+    """Those of ep::low_latency_dispatch up to the group."""
+    op = "ep::low_latency_dispatch"
+    check_tensors(op, {"x": x, "topk_idx": topk_idx}, {"topk_weights": topk_weights, "after": after})
+    if quantize is None:
+        quantize = ""
+    check_str(op, "quantize", quantize, "'fp8', 'fp8_pow2', 'fp8_ue8m0' or None")
+    num_experts = check_int(op, "num_experts", num_experts)
+    max_tokens_per_rank = check_int(op, "max_tokens_per_rank", max_tokens_per_rank)
+    _check_statistics(op, statistics, num_experts, world_size, x.device)
+    return x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank
+
+
+def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: int, device: torch.device) -> None:
+    if statistics is None:
+        return
+    check_type(op, "statistics", statistics, LowLatencyStatistics, "a torch_ep.LowLatencyStatistics or None")
+    sizes = {"tokens_per_expert": num_experts // world_size, "wait_ns": world_size}
+    for name, size in sizes.items():
+        counters = getattr(statistics, name)
+        check_tensors(op, {f"statistics.{name}": counters})
+        if (counters.shape, counters.dtype, counters.device) != ((size,), torch.int64, device):
+            refuse(
+                ValueError,
+                f"{op}: expected statistics.{name} of shape [{size}] and dtype int64 on {device}, got "
+                f"{list(counters.shape)} and {str(counters.dtype).removeprefix('torch.')} on {counters.device}: make "
+                f"them by torch_ep.LowLatencyStatistics.zeros({num_experts}, group, device=...)",
+            )
+
+
+@_sizes_by_name
 def low_latency_dispatch(
     x: Tensor,
     topk_idx: Tensor,
+    *,
     num_experts: int,
     max_tokens_per_rank: int,
     group: Group = None,
-    *,
     topk_weights: Tensor | None = None,
     quantize: Quantize | None = None,
     statistics: LowLatencyStatistics | None = None,
@@ -147,14 +218,15 @@ def low_latency_dispatch(
 
     Rank `r` of `W` holds experts `[r * num_experts // W, (r + 1) * num_experts // W)`. A row crosses the link once per
     (token, rank); its weights travel with it, since `low_latency_combine` applies them where the experts are. So they
-    are an argument here and not there, unlike in DeepEP.
+    are an argument here and not there, unlike in DeepEP. Sizes go by name: DeepEP has them in another order.
 
     Args:
         x: [T, H] bfloat16, float16 or float32, contiguous. T is at most `max_tokens_per_rank`, zero included; ranks may
             hold different numbers of tokens.
         topk_idx: [T, K] int32 or int64, contiguous: the experts of each token, all different, -1 for none.
-        num_experts: experts over all ranks, a multiple of the world size.
-        max_tokens_per_rank: M, the same on every rank: what the sizes of the results follow from.
+        num_experts: experts over all ranks, a multiple of the world size, at most 2**24.
+        max_tokens_per_rank: M, the same on every rank: what the sizes of the results follow from. W * M * K and
+            W * M * L are at most 2**31 - 1.
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
             process group, or one rank, nothing is communicated.
         topk_weights: [T, K] float32: the weights with which combine sums. None: all 1.
@@ -180,13 +252,14 @@ def low_latency_dispatch(
             is bad on one rank alone, that one raises when all have come to the call, and the others a
             `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
             else the rank raises at once, and the others after the time-out.
-        RuntimeError: an argument requires a gradient; `init` was not called for the group.
+        RuntimeError: an argument requires a gradient or has a tangent; `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
     """
     group_name, world_size = resolve(group)
-    fields = torch.ops.ep.low_latency_dispatch(
-        x, topk_idx, topk_weights, quantize or "", num_experts, max_tokens_per_rank, world_size, group_name, after
+    arguments = _check_dispatch_arguments(
+        x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, statistics, after
     )
+    fields = torch.ops.ep.low_latency_dispatch(*arguments, world_size, group_name, after)
     return _dispatched(fields, topk_idx, num_experts, group_name, statistics)
 
 
@@ -212,30 +285,72 @@ def low_latency_combine(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `low_latency_dispatch`.
     """
-    out, wait_ns = torch.ops.ep.low_latency_combine(*_combine_arguments(y, plan), after)
+    arguments = _check_combine_arguments(y, plan, statistics, after)
+    out, wait_ns = torch.ops.ep.low_latency_combine(*arguments, after)
     if statistics is not None:
         statistics.wait_ns.add_(wait_ns)
     return out
 
 
-def _check_kind(op: str, name: str, got: Any, kind: type) -> None:
-    if not isinstance(got, kind):
-        raise TypeError(f"ep::{op}: expected {name} to be a torch_ep.{kind.__name__}, got {type(got).__name__}")
-
-
-def _combine_arguments(y: Tensor, plan: LowLatencyPlan) -> tuple:
-    _check_kind("low_latency_combine", "plan", plan, LowLatencyPlan)
+def _check_combine_arguments(y: Any, plan: Any, statistics: Any, after: Any) -> tuple:
+    """Those of ep::low_latency_combine up to the group, which is the last."""
+    op = "ep::low_latency_combine"
+    check_type(op, "plan", plan, LowLatencyPlan, "a torch_ep.LowLatencyPlan")
+    tensors = {
+        "y": y,
+        "plan.topk_idx": plan.topk_idx,
+        "plan.source_offsets": plan.source_offsets,
+        "plan.recv_row": plan.recv_row,
+        "plan.row_weights": plan.row_weights,
+    }
+    check_tensors(op, tensors, {"after": after})
+    origin = "plan as torch_ep.low_latency_dispatch"
+    _check_matrix(op, "plan.source_offsets", plan.source_offsets, "num_local_experts, world_size", origin)
+    _check_matrix(op, "plan.recv_row", plan.recv_row, "rows, num_topk", origin)
+    num_experts = check_int(op, "plan.num_experts", plan.num_experts)
+    check_str(op, "plan.group_name", plan.group_name, "to be a str")
     world_size = plan.source_offsets.shape[1]
-    return y, plan.topk_idx, plan.row_weights, plan.recv_row, plan.num_experts, world_size, plan.group_name
+    _check_statistics(op, statistics, num_experts, world_size, y.device)
+    return y, plan.topk_idx, plan.row_weights, plan.recv_row, num_experts, world_size, plan.group_name
 
 
+def _check_matrix(op: str, name: str, t: Tensor, shape: str, origin: str) -> None:
+    if t.dim() != 2 or t.shape[1] == 0:
+        refuse(
+            ValueError,
+            f"{op}: expected {name} of shape [{shape}], got {list(t.shape)}: pass the {origin} returned it",
+        )
+
+
+def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> None:
+    check_type(op, "in_flight", in_flight, kind, f"a torch_ep.{kind.__name__}")
+    tensors = {
+        "in_flight.ticket": in_flight.ticket,
+        "in_flight.data": in_flight.data,
+        "in_flight.topk_idx": in_flight.topk_idx,
+    }
+    check_tensors(op, tensors)
+    _check_matrix(op, "in_flight.topk_idx", in_flight.topk_idx, "num_tokens, num_topk", "tuple as the send")
+    check_type(op, "in_flight.dtype", in_flight.dtype, torch.dtype, "a torch.dtype")
+    check_str(op, "in_flight.group_name", in_flight.group_name, "to be a str")
+    check_int(op, "in_flight.hidden", in_flight.hidden)
+    check_int(op, "in_flight.num_experts", in_flight.num_experts)
+    check_int(op, "in_flight.world_size", in_flight.world_size)
+    if kind is InFlightDispatch:
+        check_str(op, "in_flight.quantize", in_flight.quantize, "to be a str")
+        check_int(op, "in_flight.max_tokens_per_rank", in_flight.max_tokens_per_rank)
+    if statistics is not None and in_flight.world_size > 0:
+        _check_statistics(op, statistics, in_flight.num_experts, in_flight.world_size, in_flight.data.device)
+
+
+@_sizes_by_name
 def low_latency_dispatch_send(
     x: Tensor,
     topk_idx: Tensor,
+    *,
     num_experts: int,
     max_tokens_per_rank: int,
     group: Group = None,
-    *,
     topk_weights: Tensor | None = None,
     quantize: Quantize | None = None,
     after: Tensor | None = None,
@@ -249,11 +364,12 @@ def low_latency_dispatch_send(
     Args, Raises: as `low_latency_dispatch`.
     """
     group_name, world_size = resolve(group)
+    arguments = _check_dispatch_arguments(
+        x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, None, after
+    )
+    *_, num_experts, max_tokens_per_rank = arguments
     in_flight_rows = _in_flight_rows(x, group_name, world_size, max_tokens_per_rank)
-    ticket, data = torch.ops.ep.low_latency_dispatch_send(
-        x, topk_idx, topk_weights, quantize or "", num_experts, max_tokens_per_rank, world_size, group_name,
-        in_flight_rows, after,
-    )  # fmt: skip
+    ticket, data = torch.ops.ep.low_latency_dispatch_send(*arguments, world_size, group_name, in_flight_rows, after)
     return InFlightDispatch(
         ticket=ticket,
         data=data,
@@ -272,7 +388,7 @@ def low_latency_dispatch_recv(
     in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
 ) -> tuple[Any, LowLatencyPlan]:
     """The second half of `low_latency_dispatch`. Collective; returns and raises what that does."""
-    _check_kind("low_latency_dispatch_recv", "in_flight", in_flight, InFlightDispatch)
+    _check_in_flight("ep::low_latency_dispatch_recv", in_flight, InFlightDispatch, statistics)
     ticket, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
         ticket, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
@@ -288,9 +404,9 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
 
     Args, Raises: as `low_latency_combine`.
     """
-    arguments = _combine_arguments(y, plan)
-    world_size = plan.source_offsets.shape[1]
-    in_flight_rows = _in_flight_rows(y, plan.group_name, world_size, plan.recv_row.shape[0] // world_size)
+    arguments = _check_combine_arguments(y, plan, None, after)
+    *_, num_experts, world_size, group_name = arguments
+    in_flight_rows = _in_flight_rows(y, group_name, world_size, plan.recv_row.shape[0] // world_size)
     ticket, data = torch.ops.ep.low_latency_combine_send(*arguments, in_flight_rows, after)
     return InFlightCombine(
         ticket=ticket,
@@ -298,15 +414,15 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
         topk_idx=plan.topk_idx,
         hidden=y.shape[2],
         dtype=y.dtype,
-        num_experts=plan.num_experts,
+        num_experts=num_experts,
         world_size=world_size,
-        group_name=plan.group_name,
+        group_name=group_name,
     )
 
 
 def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
     """The second half of `low_latency_combine`. Collective; returns and raises what that does."""
-    _check_kind("low_latency_combine_recv", "in_flight", in_flight, InFlightCombine)
+    _check_in_flight("ep::low_latency_combine_recv", in_flight, InFlightCombine, statistics)
     out, wait_ns = torch.ops.ep.low_latency_combine_recv(*in_flight)
     if statistics is not None:
         statistics.wait_ns.add_(wait_ns)

@@ -5,12 +5,14 @@ The messages are those of `csrc/checks.h` and its callers; `test/test_errors.py`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor
 
+from .checks import first_in_dynamo
 from .comm import communicators
 
 _SUM_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -43,19 +45,87 @@ def _type_name(t: Tensor) -> str:
     return _name_of_type(t.dtype)
 
 
-def _check_tensor(op: str, name: str, t: Tensor, shape: Sequence[Size], device_of: Tensor) -> None:
-    """-1 in `shape`: any size.
+# As in csrc/checks.h.
+_MAX_SIZE = 2**31 - 1
+_MAX_EXPERTS = 2**24
+_MAX_TOPK = 2**16 - 1
+_MAX_PADDING = 2**30
+
+
+class _ShapeOf(NamedTuple):
+    """What a shape follows from, and what to do about another one: as in csrc/checks.h."""
+
+    what: str = ""
+    remedy: str = ""
+
+
+_OWN_SHAPE = _ShapeOf()
+_PLAN_FIELD = _ShapeOf("", ": pass the plan as torch_ep.plan returned it")
+_TOKENS = _ShapeOf(", one row per token of the plan", ": pass the tokens of the plan's topk_idx")
+_TOKEN_SLOTS = _ShapeOf(
+    ", one per token and slot of the plan",
+    ": pass the weights of the plan's topk_idx",
+)
+_ROWS = _ShapeOf(
+    ", one row per row of the dispatch",
+    ": pass the experts' results for the rows that it returned",
+)
+_ROW_WEIGHTS = _ShapeOf(
+    ", one per row of the dispatch",
+    ": pass the weights that it returned in layout expert_major",
+)
+_RETURNED_WEIGHTS = _ShapeOf(", as dispatch returned the weights", ": pass these, or others in their places")
+_TOKENS_OF_X = _ShapeOf(", one row per token of x", ": pass the topk_idx of these tokens")
+_ENTRIES = _ShapeOf(", one per entry of topk_idx", ": pass the weights of that topk_idx")
+_LOW_LATENCY_ROWS = _ShapeOf(
+    ", as low_latency_dispatch returned the rows",
+    ": pass the experts' results in their places",
+)
+_LOW_LATENCY_PLAN_FIELD = _ShapeOf("", ": pass the plan as torch_ep.low_latency_dispatch returned it")
+_IN_FLIGHT = _ShapeOf("", ": pass what the send returned, whole")
+_GROUPS = _ShapeOf(", one end per group")
+
+
+def _fake(name: str) -> Callable[[Callable], Callable]:
+    """Registers a fake, whose own errors come first under torch.compile too."""
+
+    def register(function: Callable) -> Callable:
+        @torch.library.register_fake(name)
+        @functools.wraps(function)
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except (TypeError, ValueError, RuntimeError) as error:
+                if type(error) not in (TypeError, ValueError, RuntimeError):
+                    raise  # of the compiler, about a symbol
+                raise first_in_dynamo(error) from None
+
+        return fake
+
+    return register
+
+
+def _check_tensor(
+    op: str,
+    name: str,
+    t: Tensor,
+    shape: Sequence[Size | str],
+    device_of: Tensor,
+    of: _ShapeOf = _OWN_SHAPE,
+) -> None:
+    """A name in `shape`: any size.
 
     That it is contiguous is for the kernels to check: Inductor gives matrix products that it pads as slices of wider
     ones, runs the fakes on these, and makes them contiguous later, since operators are given the strides of the trace.
     """
 
     def message() -> str:
-        return f"{op}: expected {name} of shape {list(shape)} (-1: any size), got {list(t.shape)}"
+        dims = ", ".join(str(dim) for dim in shape)
+        return f"{op}: expected {name} of shape [{dims}]{of.what}, got {list(t.shape)}{of.remedy}"
 
     torch._check_value(t.dim() == len(shape), message)
     for want, got in zip(shape, t.shape, strict=True):
-        if not (isinstance(want, int) and want < 0):
+        if not isinstance(want, str):
             torch._check_value(want == got, message)  # between symbols this becomes a guard or a run-time check
     if t.device != device_of.device:
         raise ValueError(f"{op}: expected {name} on {device_of.device}, got {t.device}")
@@ -100,6 +170,21 @@ def _check_limit(op: str, group_name: str, name: str, got: Size) -> None:
         raise ValueError(f"{op}: expected at most {name} = {limit}, the limit given to torch_ep.init, got {got}")
 
 
+def _check_at_most(op: str, name: str, got: Size, most: int) -> None:
+    if isinstance(got, int) and got > most:
+        raise ValueError(f"{op}: expected {name} of at most {most}, got {got}")
+
+
+def _check_topk(op: str, num_topk: Size) -> None:
+    if isinstance(num_topk, int) and num_topk <= 0:
+        raise ValueError(f"{op}: expected at least one expert per token, got {num_topk}")
+    _check_at_most(op, "num_topk", num_topk, _MAX_TOPK)
+
+
+def _check_index_type(op: str, name: str, t: Tensor) -> None:
+    _check_type(op, name, t, (torch.int32, torch.int64))
+
+
 def _check_experts(op: str, num_experts: int, world_size: int) -> None:
     if world_size <= 0:
         raise ValueError(f"{op}: expected a positive world_size, got {world_size}")
@@ -107,6 +192,7 @@ def _check_experts(op: str, num_experts: int, world_size: int) -> None:
         raise ValueError(
             f"{op}: expected num_experts to be a positive multiple of the world size {world_size}, got {num_experts}"
         )
+    _check_at_most(op, "num_experts", num_experts, _MAX_EXPERTS)
 
 
 def _check_tokens(op: str, num_tokens: Size, max_tokens_per_rank: int) -> None:
@@ -127,16 +213,17 @@ def _check_plan_arguments(
 ) -> bool:
     op = "ep::plan"
     expert_major = _check_layout(op, layout)
-    _check_tensor(op, "topk_idx", topk_idx, (-1, -1), topk_idx)
-    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
-    if topk_idx.shape[1] == 0:
-        raise ValueError(f"{op}: expected at least one expert a token, got topk_idx of shape {list(topk_idx.shape)}")
+    _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), topk_idx)
+    _check_index_type(op, "topk_idx", topk_idx)
+    _check_topk(op, topk_idx.shape[1])
+    _check_at_most(op, "entries of topk_idx", topk_idx.numel(), _MAX_SIZE)
     _check_experts(op, num_experts, world_size)
     if alignment <= 0:
         raise ValueError(f"{op}: expected a positive alignment, got {alignment}")
+    _check_at_most(op, "alignment", alignment, _MAX_PADDING // (num_experts // world_size))
     if not expert_major and alignment != 1:
         raise ValueError(f"{op}: expected alignment 1 with layout 'rank_major', got {alignment}")
-    if isinstance(capacity, int) and (capacity < 0 or capacity % alignment or capacity >= 2**31):
+    if isinstance(capacity, int) and (capacity < 0 or capacity % alignment or capacity > _MAX_SIZE):
         raise ValueError(
             f"{op}: expected a capacity from 0 to 2**31 - 1 that is a multiple of the alignment {alignment}, "
             f"got {capacity}"
@@ -165,7 +252,7 @@ def _plan_result(topk_idx: Tensor, rows: Size, num_experts: int, world_size: int
     )
 
 
-@torch.library.register_fake("ep::plan")
+@_fake("ep::plan")
 def _plan(
     topk_idx: Tensor,
     num_experts: int,
@@ -187,11 +274,11 @@ def _plan(
         if expert_major:
             num_local_experts = num_experts // world_size
             bound = bound * min(topk_idx.shape[1], num_local_experts) + num_local_experts * (alignment - 1)
-        torch._check(rows <= bound)
+        torch._check(rows <= (min(bound, _MAX_SIZE) if isinstance(bound, int) else bound))
     return _plan_result(topk_idx, rows, num_experts, world_size, expert_major)
 
 
-@torch.library.register_fake("ep::plan.capacity")
+@_fake("ep::plan.capacity")
 def _plan_capacity(
     topk_idx: Tensor,
     num_experts: int,
@@ -219,17 +306,19 @@ def _check_plan_tensors(
     group_name: str,
 ) -> None:
     expert_major = _check_layout(op, layout)
-    _check_tensor(op, "send_slot", send_slot, (-1, -1), send_slot)
+    _check_tensor(op, "send_slot", send_slot, ("num_tokens", "num_topk"), send_slot, _PLAN_FIELD)
     _check_type(op, "send_slot", send_slot, (torch.int32,))
-    _check_tensor(op, "send_counts", send_counts, (-1,), send_slot)
+    _check_topk(op, send_slot.shape[1])
+    _check_tensor(op, "send_counts", send_counts, ("world_size",), send_slot, _PLAN_FIELD)
     _check_type(op, "send_counts", send_counts, (torch.int32,))
-    _check_tensor(op, "recv_counts", recv_counts, send_counts.shape, send_slot)
+    _check_tensor(op, "recv_counts", recv_counts, send_counts.shape, send_slot, _PLAN_FIELD)
     _check_type(op, "recv_counts", recv_counts, (torch.int32,))
     if expert_major:
-        _check_tensor(op, "recv_slot", recv_map, (-1,), send_slot)
+        _check_tensor(op, "recv_slot", recv_map, ("num_rows",), send_slot, _PLAN_FIELD)
         _check_type(op, "recv_slot", recv_map, (torch.int32,))
     else:
-        _check_tensor(op, "recv_topk_idx", recv_map, (-1, send_slot.shape[1]), send_slot)
+        _check_tensor(op, "recv_topk_idx", recv_map, ("num_rows", send_slot.shape[1]), send_slot, _PLAN_FIELD)
+        _check_index_type(op, "recv_topk_idx", recv_map)
 
 
 def _check_payloads(
@@ -237,20 +326,22 @@ def _check_payloads(
     name: str,
     rows: Tensor,
     num_rows: Size,
+    rows_of: _ShapeOf,
     topk_weights: Tensor | None,
     weights_shape: Sequence[Size],
+    weights_of: _ShapeOf,
     scales: Tensor | None,
     device_of: Tensor,
 ) -> None:
-    _check_tensor(op, name, rows, (num_rows, -1), device_of)
+    _check_tensor(op, name, rows, (num_rows, "hidden"), device_of, rows_of)
     if topk_weights is not None:
-        _check_tensor(op, "topk_weights", topk_weights, weights_shape, device_of)
+        _check_tensor(op, "topk_weights", topk_weights, weights_shape, device_of, weights_of)
         _check_type(op, "topk_weights", topk_weights, _SUM_TYPES)
     if scales is not None:
-        _check_tensor(op, "scales", scales, (num_rows, -1), device_of)
+        _check_tensor(op, "scales", scales, (num_rows, "n"), device_of, rows_of)
 
 
-@torch.library.register_fake("ep::dispatch")
+@_fake("ep::dispatch")
 def _dispatch(
     x: Tensor,
     topk_weights: Tensor | None,
@@ -265,7 +356,9 @@ def _dispatch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     op = "ep::dispatch"
     _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
-    _check_payloads(op, "x", x, send_slot.shape[0], topk_weights, send_slot.shape, scales, send_slot)
+    _check_payloads(
+        op, "x", x, send_slot.shape[0], _TOKENS, topk_weights, send_slot.shape, _TOKEN_SLOTS, scales, send_slot
+    )
     _check_type(op, "x", x, _ROW_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", x.shape[1])
@@ -277,7 +370,7 @@ def _dispatch(
     )
 
 
-@torch.library.register_fake("ep::combine")
+@_fake("ep::combine")
 def _combine(
     y: Tensor,
     topk_weights: Tensor | None,
@@ -292,7 +385,9 @@ def _combine(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     op = "ep::combine"
     _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
-    _check_payloads(op, "y", y, recv_map.shape[0], topk_weights, recv_map.shape, scales, send_slot)
+    _check_payloads(
+        op, "y", y, recv_map.shape[0], _ROWS, topk_weights, recv_map.shape, _RETURNED_WEIGHTS, scales, send_slot
+    )
     _check_type(op, "y", y, _SUM_TYPES)
     if scales is not None:
         _check_type(op, "scales", scales, _SUM_TYPES)
@@ -306,7 +401,7 @@ def _combine(
     )
 
 
-@torch.library.register_fake("ep::combine.weighted")
+@_fake("ep::combine.weighted")
 def _combine_weighted(
     y: Tensor,
     row_weights: Tensor,
@@ -320,9 +415,9 @@ def _combine_weighted(
 ) -> Tensor:
     op = "ep::combine"
     _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
-    _check_payloads(op, "y", y, recv_map.shape[0], None, (), None, send_slot)
+    _check_tensor(op, "y", y, (recv_map.shape[0], "hidden"), send_slot, _ROWS)
     _check_type(op, "y", y, _SUM_TYPES)
-    _check_tensor(op, "row_weights", row_weights, (recv_map.shape[0],), send_slot)
+    _check_tensor(op, "row_weights", row_weights, (recv_map.shape[0],), send_slot, _ROW_WEIGHTS)
     _check_type(op, "row_weights", row_weights, _SUM_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", y.shape[1])
@@ -343,25 +438,21 @@ def _check_quantize(op: str, quantize: str) -> None:
         raise ValueError(f"{op}: expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got '{quantize}'")
 
 
-def _check_slots(op: str, num_topk: int) -> None:
-    if num_topk <= 0:
-        raise ValueError(f"{op}: expected at least one expert a token, got {num_topk}")
-
-
 def _check_hidden(op: str, hidden: Size) -> None:
     if isinstance(hidden, int) and hidden <= 0:
         raise ValueError(f"{op}: expected a positive hidden, got {hidden}")
+    _check_at_most(op, "hidden", hidden, _MAX_SIZE)
 
 
 def _check_low_latency_sizes(
     op: str, num_experts: int, num_topk: int, max_tokens_per_rank: int, world_size: int
 ) -> None:
-    _check_slots(op, num_topk)
+    _check_topk(op, num_topk)
     _check_experts(op, num_experts, world_size)
     if max_tokens_per_rank <= 0:
         raise ValueError(f"{op}: expected a positive max_tokens_per_rank, got {max_tokens_per_rank}")
     factor = max(num_topk, num_experts // world_size)
-    most = (2**31 - 1) // (world_size * factor)
+    most = _MAX_SIZE // (world_size * factor)
     if max_tokens_per_rank > most:
         raise ValueError(
             f"{op}: expected max_tokens_per_rank of at most {most} with world_size {world_size} and {factor} "
@@ -406,13 +497,13 @@ def _check_low_latency_tokens(
 ) -> None:
     op = "ep::low_latency_dispatch"
     _check_quantize(op, quantize)
-    _check_tensor(op, "x", x, (-1, -1), x)
+    _check_tensor(op, "x", x, ("num_tokens", "hidden"), x)
     _check_type(op, "x", x, _LOW_LATENCY_TYPES)
     _check_hidden(op, x.shape[1])
-    _check_tensor(op, "topk_idx", topk_idx, (x.shape[0], -1), x)
-    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
+    _check_tensor(op, "topk_idx", topk_idx, (x.shape[0], "num_topk"), x, _TOKENS_OF_X)
+    _check_index_type(op, "topk_idx", topk_idx)
     if topk_weights is not None:
-        _check_tensor(op, "topk_weights", topk_weights, topk_idx.shape, x)
+        _check_tensor(op, "topk_weights", topk_weights, topk_idx.shape, x, _ENTRIES)
         _check_type(op, "topk_weights", topk_weights, (torch.float32,))
     num_topk = topk_idx.shape[1]
     _check_low_latency_sizes(op, num_experts, num_topk, max_tokens_per_rank, world_size)
@@ -462,13 +553,13 @@ def _in_flight(like: Tensor, world_size: int, rows: int, record_bytes: Size) -> 
 
 
 def _check_in_flight(op: str, ticket: Tensor, in_flight: Tensor, record_bytes: Size, world_size: int) -> None:
-    _check_tensor(op, "ticket", ticket, (2, world_size), ticket)
+    _check_tensor(op, "ticket", ticket, (2, world_size), ticket, _IN_FLIGHT)
     _check_type(op, "ticket", ticket, (torch.int64,))
-    _check_tensor(op, "in_flight", in_flight, (-1, record_bytes), ticket)
+    _check_tensor(op, "in_flight", in_flight, ("rows", record_bytes), ticket, _IN_FLIGHT)
     _check_type(op, "in_flight", in_flight, (torch.uint8,))
 
 
-@torch.library.register_fake("ep::low_latency_dispatch")
+@_fake("ep::low_latency_dispatch")
 def _low_latency_dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -488,7 +579,7 @@ def _low_latency_dispatch(
     )
 
 
-@torch.library.register_fake("ep::low_latency_dispatch_send")
+@_fake("ep::low_latency_dispatch_send")
 def _low_latency_dispatch_send(
     x: Tensor,
     topk_idx: Tensor,
@@ -507,7 +598,7 @@ def _low_latency_dispatch_send(
     return _in_flight(x, world_size, in_flight_rows, _record_bytes(x.shape[1], x.dtype, quantize, topk_idx.shape[1]))
 
 
-@torch.library.register_fake("ep::low_latency_dispatch_recv")
+@_fake("ep::low_latency_dispatch_recv")
 def _low_latency_dispatch_recv(
     ticket: Tensor,
     in_flight: Tensor,
@@ -539,10 +630,10 @@ def _check_low_latency_results(
     group_name: str,
 ) -> None:
     op = "ep::low_latency_combine"
-    _check_tensor(op, "recv_row", recv_row, (-1, -1), recv_row)
+    _check_tensor(op, "recv_row", recv_row, ("rows", "num_topk"), recv_row, _LOW_LATENCY_PLAN_FIELD)
     _check_type(op, "recv_row", recv_row, (torch.int32,))
     room, num_topk = recv_row.shape
-    _check_slots(op, num_topk)
+    _check_topk(op, num_topk)
     _check_experts(op, num_experts, world_size)
     if room % world_size:
         raise ValueError(
@@ -550,18 +641,18 @@ def _check_low_latency_results(
         )
     _check_low_latency_sizes(op, num_experts, num_topk, room // world_size, world_size)
     experts = num_experts // world_size
-    _check_tensor(op, "y", y, (experts, room, -1), recv_row)
+    _check_tensor(op, "y", y, (experts, room, "hidden"), recv_row, _LOW_LATENCY_ROWS)
     _check_type(op, "y", y, _LOW_LATENCY_TYPES)
     _check_hidden(op, y.shape[2])
-    _check_tensor(op, "row_weights", row_weights, (experts, room), recv_row)
+    _check_tensor(op, "row_weights", row_weights, (experts, room), recv_row, _LOW_LATENCY_PLAN_FIELD)
     _check_type(op, "row_weights", row_weights, (torch.float32,))
-    _check_tensor(op, "topk_idx", topk_idx, (-1, num_topk), recv_row)
-    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
+    _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", num_topk), recv_row, _LOW_LATENCY_PLAN_FIELD)
+    _check_index_type(op, "topk_idx", topk_idx)
     _check_low_latency_group(op, group_name, world_size, y.shape[2], num_topk, num_experts)
     _check_tokens(op, topk_idx.shape[0], room // world_size)
 
 
-@torch.library.register_fake("ep::low_latency_combine")
+@_fake("ep::low_latency_combine")
 def _low_latency_combine(
     y: Tensor,
     topk_idx: Tensor,
@@ -576,7 +667,7 @@ def _low_latency_combine(
     return y.new_empty((topk_idx.shape[0], y.shape[2])), y.new_empty(world_size, dtype=torch.int64)
 
 
-@torch.library.register_fake("ep::low_latency_combine_send")
+@_fake("ep::low_latency_combine_send")
 def _low_latency_combine_send(
     y: Tensor,
     topk_idx: Tensor,
@@ -592,7 +683,7 @@ def _low_latency_combine_send(
     return _in_flight(y, world_size, in_flight_rows, y.shape[2] * y.dtype.itemsize)
 
 
-@torch.library.register_fake("ep::low_latency_combine_recv")
+@_fake("ep::low_latency_combine_recv")
 def _low_latency_combine_recv(
     ticket: Tensor,
     in_flight: Tensor,
@@ -604,9 +695,9 @@ def _low_latency_combine_recv(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     op = "ep::low_latency_combine_recv"
-    _check_tensor(op, "topk_idx", topk_idx, (-1, -1), ticket)
-    _check_type(op, "topk_idx", topk_idx, (torch.int32, torch.int64))
-    _check_slots(op, topk_idx.shape[1])
+    _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), ticket, _IN_FLIGHT)
+    _check_index_type(op, "topk_idx", topk_idx)
+    _check_topk(op, topk_idx.shape[1])
     _check_experts(op, num_experts, world_size)
     _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
     _check_hidden(op, hidden)
@@ -617,37 +708,39 @@ def _low_latency_combine_recv(
     )
 
 
-@torch.library.register_fake("ep::zero_after")
+@_fake("ep::zero_after")
 def _zero_after(dep: Tensor) -> Tensor:
     return dep.new_empty(())
 
 
-@torch.library.register_fake("ep::grouped_mm")
+@_fake("ep::grouped_mm")
 def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     op = "ep::grouped_mm"
     if a.dim() != 2 or b.dim() != 3 or a.shape[1] != b.shape[1]:
         raise ValueError(
             f"{op}: expected a of shape [m, k] and b of shape [groups, k, n], got {list(a.shape)} and {list(b.shape)}"
         )
-    _check_same_type(op, "b", b, a)
-    _check_tensor(op, "offsets", offsets, (b.shape[0],), a)
+    _check_factors(op, a, "b", b)
+    _check_tensor(op, "offsets", offsets, (b.shape[0],), a, _GROUPS)
     _check_type(op, "offsets", offsets, (torch.int32,))
     return a.new_empty(a.shape[0], b.shape[2])
 
 
-@torch.library.register_fake("ep::grouped_mm.transpose")
+@_fake("ep::grouped_mm.transpose")
 def _grouped_mm_transpose(a: Tensor, g: Tensor, offsets: Tensor) -> Tensor:
     op = "ep::grouped_mm"
     if a.dim() != 2 or g.dim() != 2 or a.shape[0] != g.shape[0]:
         raise ValueError(
             f"{op}: expected a of shape [m, k] and g of shape [m, n], got {list(a.shape)} and {list(g.shape)}"
         )
-    _check_same_type(op, "g", g, a)
-    _check_tensor(op, "offsets", offsets, (-1,), a)
+    _check_factors(op, a, "g", g)
+    _check_tensor(op, "offsets", offsets, ("groups",), a, _GROUPS)
     _check_type(op, "offsets", offsets, (torch.int32,))
     return a.new_empty(offsets.shape[0], a.shape[1], g.shape[1])
 
 
-def _check_same_type(op: str, name: str, t: Tensor, a: Tensor) -> None:
+def _check_factors(op: str, a: Tensor, name: str, t: Tensor) -> None:
     if t.dtype != a.dtype:
         raise TypeError(f"{op}: expected {name} of dtype {_type_name(a)}, that of a, got {_type_name(t)}")
+    if t.device != a.device:
+        raise ValueError(f"{op}: expected {name} on {a.device}, got {t.device}")

@@ -1,19 +1,23 @@
-"""The public functions, and the operators' autograd formulas.
+"""The public functions, and the operators' derivatives.
 
 For a fixed plan, dispatch (`D`) and combine (`D^T`) are linear and each the other's transpose, so each is the other's
-backward, payload by payload, and a double backward needs nothing more.
+backward, payload by payload, and a double backward needs nothing more. In forward mode the tangent of a linear map is
+the map of the tangent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import _C  # type: ignore[attr-defined]
+from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
-from .plan import Layout, Plan, _recv_map
+from .derivatives import is_floating, register_derivatives
+from .plan import Layout, Plan
 
 __all__ = ["combine", "dispatch", "plan"]
 
@@ -34,16 +38,17 @@ def plan(
 
     Args:
         topk_idx: [num_tokens, num_topk] int32 or int64, contiguous: the experts of each token, all different, -1 for
-            none. Ranks may hold different numbers of tokens, zero included.
-        num_experts: experts over all ranks, a multiple of the world size.
+            none; num_topk up to 65535. Ranks may hold different numbers of tokens, zero included.
+        num_experts: experts over all ranks, a multiple of the world size, at most 2**24.
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
             process group, or one rank, nothing is communicated.
         layout: "rank_major": one row per (token, rank), ordered by source rank, then token. "expert_major": one row
             per (token, local expert), grouped by expert, inside a group by source rank, then token.
-        capacity: rows of the result, fixed, so that the graph's shapes are static. Rows that find no place are
-            dropped, the last ones in the order of the layout, and counted in `num_dropped`. None: as many rows as
+        capacity: rows of the result, at most 2**31 - 1, so that the graph's shapes are static. Rows that find no place
+            are dropped, the last ones in the order of the layout, and counted in `num_dropped`. None: as many rows as
             arrive.
-        alignment: expert_major only: every expert's group is padded with zero rows to a multiple of this.
+        alignment: expert_major only: every expert's group is padded with zero rows to a multiple of this, at most 2**30
+            over the number of local experts.
         after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
 
     Raises:
@@ -51,22 +56,24 @@ def plan(
             is bad on one rank alone, that one raises when all have come to the call, and the others a
             `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
             else the rank raises at once, and the others after the time-out.
-        RuntimeError: `init` was not called for the group, or an argument is of another Python type than its own.
+        RuntimeError: `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or did not come in
             time.
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
-    if capacity is None:
-        args = (topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens, after)
-        if not torch.compiler.is_compiling() and (planned := _C.plan(Plan, *args)) is not None:
+    group_args = (world_size, group_name, max_tokens, after)
+    if not torch.compiler.is_compiling():
+        planned = _C.plan(Plan, topk_idx, num_experts, layout, alignment, capacity, *group_args)
+        if planned is not None:
             return planned
-        fields = torch.ops.ep.plan(*args)
+    sizes = _check_plan_arguments(topk_idx, num_experts, layout, capacity, alignment, after)
+    num_experts, capacity, alignment = sizes
+    if capacity is None:
+        fields = torch.ops.ep.plan(topk_idx, num_experts, layout, alignment, *group_args)
     else:
-        fields = torch.ops.ep.plan.capacity(
-            topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens, after
-        )
+        fields = torch.ops.ep.plan.capacity(topk_idx, num_experts, layout, alignment, capacity, *group_args)
     send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped = fields
     recv_topk_idx, recv_slot = (recv_map, None) if layout == "rank_major" else (None, recv_map)
     return Plan(
@@ -83,10 +90,53 @@ def plan(
     )
 
 
+def _check_plan_arguments(
+    topk_idx: Any, num_experts: Any, layout: Any, capacity: Any, alignment: Any, after: Any
+) -> tuple[int, int | None, int]:
+    """num_experts, capacity, alignment as ints."""
+    op = "ep::plan"
+    check_tensors(op, {"topk_idx": topk_idx}, {"after": after})
+    check_str(op, "layout", layout, "'rank_major' or 'expert_major'")
+    return (
+        check_int(op, "num_experts", num_experts),
+        None if capacity is None else check_int(op, "capacity", capacity),
+        check_int(op, "alignment", alignment),
+    )
+
+
 def _plan_args(op: str, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str, str]:
-    if not isinstance(plan, Plan):
-        raise TypeError(f"{op}: expected plan to be a torch_ep.Plan, got {type(plan).__name__}")
-    return plan.send_slot, plan.send_counts, plan.recv_counts, _recv_map(plan), plan.layout, plan.group_name
+    """The fields of a plan that dispatch and combine take, checked."""
+    check_type(op, "plan", plan, Plan, "a torch_ep.Plan")
+    check_str(op, "plan.layout", plan.layout, "'rank_major' or 'expert_major'")
+    check_str(op, "plan.group_name", plan.group_name, "to be a str")
+    is_rank_major = plan.layout == "rank_major"
+    recv_map: Any = plan.recv_topk_idx if is_rank_major else plan.recv_slot
+    fields = {
+        "plan.send_slot": plan.send_slot,
+        "plan.send_counts": plan.send_counts,
+        "plan.recv_counts": plan.recv_counts,
+        "plan.recv_topk_idx" if is_rank_major else "plan.recv_slot": recv_map,
+    }
+    check_tensors(op, fields)
+    return plan.send_slot, plan.send_counts, plan.recv_counts, recv_map, plan.layout, plan.group_name
+
+
+def _check_dispatch_arguments(x: Any, plan: Any, topk_weights: Any, scales: Any, after: Any) -> tuple:
+    """The arguments of ep::dispatch."""
+    op = "ep::dispatch"
+    check_tensors(op, {"x": x}, {"topk_weights": topk_weights, "scales": scales, "after": after})
+    return x, topk_weights, scales, *_plan_args(op, plan), after
+
+
+def _check_combine_arguments(y: Any, plan: Any, row_weights: Any, topk_weights: Any, after: Any) -> tuple:
+    """The arguments of ep::combine.weighted with `row_weights`, else of ep::combine."""
+    op = "ep::combine"
+    check_tensors(op, {"y": y}, {"row_weights": row_weights, "topk_weights": topk_weights, "after": after})
+    if row_weights is None:
+        return y, topk_weights, None, *_plan_args(op, plan), after
+    if topk_weights is not None:
+        refuse(ValueError, f"{op}: expected row_weights or topk_weights, got both")
+    return y, row_weights, *_plan_args(op, plan), after
 
 
 @overload
@@ -109,7 +159,8 @@ def dispatch(
 ) -> Any:
     """Copies each token's row to the ranks that hold its experts. Collective; differentiable; its transpose: `combine`.
 
-    One row crosses the link per (token, rank), whatever the layout. Rows of padding are zero.
+    One row crosses the link per (token, rank), whatever the layout. Rows of padding are zero. Weights travel beside the
+    rows, which they do not change: `combine(row_weights=)` applies them.
 
     Args:
         x: [num_tokens, hidden], contiguous; float64, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, or uint8,
@@ -128,9 +179,12 @@ def dispatch(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`.
     """
-    if not torch.compiler.is_compiling() and (got := _C.dispatch(x, plan, topk_weights, scales, after)) is not None:
-        return got
-    rows, weights, row_scales = torch.ops.ep.dispatch(x, topk_weights, scales, *_plan_args("ep::dispatch", plan), after)
+    if not torch.compiler.is_compiling():
+        got = _C.dispatch(x, Plan, plan, topk_weights, scales, after)
+        if got is not None:
+            return got
+    arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
+    rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -148,6 +202,9 @@ def combine(
     after: Tensor | None = None,
 ) -> Any:
     """Brings rows back and sums those of each token. Collective; differentiable; its transpose: `dispatch`.
+
+    Only `row_weights` weigh rows. Without them rows are summed as they are, also where dispatch brought weights: right
+    if the experts have multiplied their rows by these, else an unweighted sum.
 
     Rows of one rank are summed there before they are sent. Sums accumulate in float32 (float64 for float64) in the
     order of the token's slots and are rounded to y's dtype on the wire and at the end; bitwise the same on every run.
@@ -168,28 +225,30 @@ def combine(
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `plan`; ValueError too if both
         `row_weights` and `topk_weights` are given.
     """
-    if row_weights is not None:
-        if topk_weights is not None:
-            raise ValueError("torch_ep.combine: expected row_weights or topk_weights, got both")
-        if not torch.compiler.is_compiling() and (got := _C.combine_weighted(y, plan, row_weights, after)) is not None:
+    if not torch.compiler.is_compiling():
+        if row_weights is None:
+            got = _C.combine(y, Plan, plan, topk_weights, None, after)
+        else:
+            got = None if topk_weights is not None else _C.combine_weighted(y, Plan, plan, row_weights, after)
+        if got is not None:
             return got
-        return torch.ops.ep.combine.weighted(y, row_weights, *_plan_args("ep::combine", plan), after)
-    if not torch.compiler.is_compiling() and (got := _C.combine(y, plan, topk_weights, None, after)) is not None:
-        return got
-    tokens, weights, _ = torch.ops.ep.combine(y, topk_weights, None, *_plan_args("ep::combine", plan), after)
+    arguments = _check_combine_arguments(y, plan, row_weights, topk_weights, after)
+    if row_weights is not None:
+        return torch.ops.ep.combine.weighted(*arguments)
+    tokens, weights, _ = torch.ops.ep.combine(*arguments)
     return tokens if weights is None else (tokens, weights)
 
 
-# Autograd. Every formula sends all payloads in one exchange, whichever gradients are wanted, so that ranks cannot come
-# to differ in what they exchange.
+# Derivatives. Every formula sends all payloads in one exchange, whichever gradients are wanted and tangents given, so
+# that ranks cannot come to differ in what they exchange.
+
+
+# Of rows whose gradients are computed in place: on a CPU they stay in its cache, elsewhere they outlast the launches.
+_CPU_BLOCK_BYTES, _DEVICE_BLOCK_BYTES = 2**18, 2**23
 
 
 def _contiguous(grad: Tensor | None) -> Tensor | None:
     return None if grad is None else grad.contiguous()  # a sum's gradient arrives with strides of zero
-
-
-def _is_floating(t: Tensor | None) -> bool:
-    return t is not None and t.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _save_after(ctx: Any, after: Tensor | None) -> None:
@@ -209,16 +268,16 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, _, scales, *plan_tensors, layout, group_name, after = inputs
     ctx.save_for_backward(*plan_tensors)
     ctx.layout, ctx.group_name = layout, group_name
-    ctx.x_floating, ctx.scales_floating = _is_floating(x), _is_floating(scales)
-    ctx.mark_non_differentiable(*(t for t in output if t is not None and not _is_floating(t)))
+    ctx.x_floating, ctx.scales_floating = is_floating(x), is_floating(scales)
+    ctx.mark_non_differentiable(*(t for t in output if t is not None and not is_floating(t)))
     _save_after(ctx, after)
 
 
 def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, grad_scales: Tensor | None) -> tuple:
     plan_tensors = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
     recv_map = plan_tensors[-1]
-    if not ctx.x_floating:  # fp8 rows have no gradient, but their weights and scales may: rows of width zero
-        grad_x = recv_map.new_empty((recv_map.shape[0], 0), dtype=torch.float32)
+    if not ctx.x_floating:
+        grad_x = _without_columns(recv_map)
     x, weights, scales = torch.ops.ep.combine(
         _contiguous(grad_x),
         _contiguous(grad_weights),
@@ -228,6 +287,17 @@ def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, gr
         ctx.group_name,
     )
     return x if ctx.x_floating else None, weights, scales, *[None] * 6, _grad_after(ctx, x)
+
+
+def _without_columns(rows: Tensor) -> Tensor:
+    """Stands for rows that have no derivative, where their weights and scales may."""
+    return rows.new_empty((rows.shape[0], 0), dtype=torch.float32)
+
+
+def _dispatch_jvp(tangents: Sequence[Tensor | None], x: Tensor, topk_weights: Any, scales: Any, *plan: Any) -> tuple:
+    grad_x, *others = tangents
+    rows, *others = torch.ops.ep.dispatch(_without_columns(x) if grad_x is None else grad_x, *others, *plan)
+    return None if grad_x is None else rows, *others
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -249,6 +319,10 @@ def _combine_backward(ctx: Any, grad_y: Tensor, grad_weights: Tensor | None, gra
     return y, weights, scales, *[None] * 6, _grad_after(ctx, y)
 
 
+def _combine_jvp(tangents: Sequence[Tensor | None], y: Tensor, topk_weights: Any, scales: Any, *plan: Any) -> tuple:
+    return torch.ops.ep.combine(*tangents, *plan)
+
+
 def _combine_weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     y, row_weights, *plan_tensors, layout, group_name, after = inputs
     ctx.save_for_backward(y, row_weights, *plan_tensors)
@@ -256,18 +330,50 @@ def _combine_weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _save_after(ctx, after)
 
 
+def _is_filled(recv_map: Tensor, layout: str) -> Tensor:
+    """[R] which rows are not padding. Those of padding may hold anything, NaN included: select, never multiply by 0."""
+    return recv_map >= 0 if layout == "expert_major" else (recv_map >= 0).any(1)
+
+
+def _weigh_backward(rows: Tensor, y: Tensor, row_weights: Tensor, is_filled: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of y and of its weights, where those of the weighted rows are `rows`."""
+    accumulate = torch.promote_types(y.dtype, torch.float32)
+    wide = rows.to(accumulate)
+    grad_y = torch.where(is_filled[:, None], wide * row_weights[:, None].to(accumulate), 0).to(y.dtype)
+    products = torch.where(is_filled[:, None], wide * y.to(accumulate), 0)
+    return grad_y, products.sum(1).to(row_weights.dtype)
+
+
 def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
     y, row_weights, *plan_tensors = ctx.saved_tensors
     rows, _, _ = torch.ops.ep.dispatch(_contiguous(grad), None, None, *plan_tensors, ctx.layout, ctx.group_name)
-    recv_map = plan_tensors[-1]
-    valid = recv_map >= 0 if ctx.layout == "expert_major" else (recv_map >= 0).any(1)
+    grad_after = _grad_after(ctx, rows)
+    arguments = (rows, y, row_weights, _is_filled(plan_tensors[-1], ctx.layout))
+    block_bytes = _CPU_BLOCK_BYTES if rows.is_cpu else _DEVICE_BLOCK_BYTES
+    # A compiler fuses the formula, and a second derivative needs all of it. Else it goes by blocks, in place.
+    if type(rows) is not Tensor or torch.is_grad_enabled() or rows.nbytes <= block_bytes:
+        grad_y, grad_weights = _weigh_backward(*arguments)
+    else:
+        # Nothing that a block allocates outlives it: between such things malloc would find no room for the next block.
+        grad_y, grad_weights = rows, rows.new_empty(rows.shape[0], dtype=row_weights.dtype)
+        num_blocks = min(rows.nbytes // block_bytes, max(1, rows.shape[0] // 2))
+        blocks = [t.tensor_split(num_blocks) for t in (grad_y, grad_weights, *arguments)]
+        for grad_y_block, grad_weights_block, *block in zip(*blocks, strict=True):
+            for into, value in zip((grad_y_block, grad_weights_block), _weigh_backward(*block), strict=True):
+                into.copy_(value)
+    return grad_y, grad_weights, *[None] * 6, grad_after
+
+
+def _combine_weighted_jvp(tangents: Sequence[Tensor], y: Tensor, row_weights: Tensor, *plan: Any) -> Tensor:
+    _, _, _, recv_map, layout, *_ = plan
+    is_filled = _is_filled(recv_map, layout)
     accumulate = torch.promote_types(y.dtype, torch.float32)
-    # Rows of padding may hold anything, NaN included: select, never multiply by zero.
-    wide = rows.to(accumulate)
-    grad_y = torch.where(valid[:, None], wide * row_weights[:, None].to(accumulate), 0).to(y.dtype)
-    products = torch.where(valid[:, None], wide * y.to(accumulate), 0)
-    grad_weights = products.sum(1).to(row_weights.dtype)
-    return grad_y, grad_weights, *[None] * 6, _grad_after(ctx, rows)
+    y, grad_y = (torch.where(is_filled[:, None], t, 0).to(accumulate) for t in (y, tangents[0]))
+    row_weights, grad_weights = (
+        torch.where(is_filled, t, 0)[:, None].to(accumulate) for t in (row_weights, tangents[1])
+    )
+    rows = (grad_y * row_weights + y * grad_weights).to(tangents[0].dtype)
+    return torch.ops.ep.combine(rows, None, None, *plan)[0]
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -292,12 +398,33 @@ def _grouped_mm_transpose_backward(ctx: Any, grad: Tensor) -> tuple:
     )
 
 
-torch.library.register_autograd("ep::grouped_mm", _grouped_mm_backward, setup_context=_grouped_mm_setup)
-torch.library.register_autograd(
-    "ep::grouped_mm.transpose", _grouped_mm_transpose_backward, setup_context=_grouped_mm_setup
+def _bilinear_jvp(op: Any) -> Callable:
+    def jvp(tangents: Sequence[Tensor], a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+        return op(tangents[0], b, offsets) + op(a, tangents[1], offsets)
+
+    return jvp
+
+
+register_derivatives("dispatch", 3, backward=_dispatch_backward, setup_context=_dispatch_setup, jvp=_dispatch_jvp)
+register_derivatives("combine", 3, backward=_combine_backward, setup_context=_combine_setup, jvp=_combine_jvp)
+register_derivatives(
+    "combine.weighted",
+    2,
+    backward=_combine_weighted_backward,
+    setup_context=_combine_weighted_setup,
+    jvp=_combine_weighted_jvp,
 )
-torch.library.register_autograd("ep::dispatch", _dispatch_backward, setup_context=_dispatch_setup)
-torch.library.register_autograd("ep::combine", _combine_backward, setup_context=_combine_setup)
-torch.library.register_autograd(
-    "ep::combine.weighted", _combine_weighted_backward, setup_context=_combine_weighted_setup
+register_derivatives(
+    "grouped_mm",
+    2,
+    backward=_grouped_mm_backward,
+    setup_context=_grouped_mm_setup,
+    jvp=_bilinear_jvp(torch.ops.ep.grouped_mm.default),
+)
+register_derivatives(
+    "grouped_mm.transpose",
+    2,
+    backward=_grouped_mm_transpose_backward,
+    setup_context=_grouped_mm_setup,
+    jvp=_bilinear_jvp(torch.ops.ep.grouped_mm.transpose),
 )

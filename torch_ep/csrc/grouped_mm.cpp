@@ -31,12 +31,12 @@ void for_each_group(const at::Tensor& offsets, int64_t num_rows, const F& f) {
   }
 }
 
-void check_offsets(const at::Tensor& offsets, const at::Tensor& a, int64_t groups) {
-  check_tensor(kOp, "offsets", offsets, {groups}, a);
+void check_offsets(const at::Tensor& offsets, const at::Tensor& a, const Dim& groups) {
+  check_tensor(kOp, "offsets", offsets, {groups}, a, kGroups);
   check_int32(kOp, "offsets", offsets);
 }
 
-void check_same_type(const char* name, const at::Tensor& t, const at::Tensor& a) {
+void check_factors(const at::Tensor& a, const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(
       t.scalar_type() == a.scalar_type(),
       kOp,
@@ -46,6 +46,9 @@ void check_same_type(const char* name, const at::Tensor& t, const at::Tensor& a)
       a.scalar_type(),
       ", that of a, got ",
       t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == a.device(), kOp, ": expected ", name, " on ", a.device(), ", got ", t.device());
+  check_memory(kOp, "a", a);
+  check_memory(kOp, name, t);
 }
 
 }  // namespace
@@ -58,7 +61,7 @@ at::Tensor grouped_mm(const at::Tensor& a, const at::Tensor& b, const at::Tensor
       a.sizes(),
       " and ",
       b.sizes());
-  check_same_type("b", b, a);
+  check_factors(a, "b", b);
   check_offsets(offsets, a, b.size(0));
   auto out = at::empty({a.size(0), b.size(2)}, a.options());
   int64_t end = 0;
@@ -81,8 +84,8 @@ at::Tensor grouped_mm_transpose(const at::Tensor& a, const at::Tensor& g, const 
       a.sizes(),
       " and ",
       g.sizes());
-  check_same_type("g", g, a);
-  check_offsets(offsets, a, -1);
+  check_factors(a, "g", g);
+  check_offsets(offsets, a, "groups");
   auto out = at::empty({offsets.size(0), a.size(1), g.size(1)}, a.options());
   for_each_group(offsets, a.size(0), [&](int64_t group, int64_t begin, int64_t rows) {
     auto slice = out.select(0, group);

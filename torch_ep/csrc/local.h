@@ -5,6 +5,8 @@
 // token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
 #pragma once
 
+#include "checks.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
@@ -43,6 +45,12 @@ struct LocalKernels {
   Route (*route)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
   Placement (*place)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions&);
 
+  // What the functions below assume of a plan, which may come from a file. They throw ValueError, in the name of `op`,
+  // unless send_slot is -1 or one of the wire rows, of which each has exactly one token;
+  void (*check_send_slot)(const char* op, const at::Tensor& send_slot, int64_t wire_rows);
+  // unless recv_slot is -1 or one of the (wire row, slot) pairs.
+  void (*check_recv_slot)(const char* op, const at::Tensor& recv_slot, int64_t pairs);
+
   // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].
   at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows);
   at::Tensor (*pack_slots)(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows);
@@ -61,6 +69,12 @@ struct LocalKernels {
   at::Tensor (*sum_rows)(const at::Tensor& wire, const at::Tensor& send_slot);
   at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_slot);
 };
+
+// Of `place`, whose results are int32. `indexed`: how many things recv_map tells apart.
+inline void check_num_rows(int64_t rows, int64_t indexed) {
+  check_at_most("ep::plan", "rows on one rank, padding included,", rows, kMaxSize);
+  check_at_most("ep::plan", "received (row, slot) pairs on one rank", indexed, kMaxSize);
+}
 
 extern const LocalKernels cpu_kernels;   // threads of torch
 extern const LocalKernels aten_kernels;  // any device, out of torch's own operators

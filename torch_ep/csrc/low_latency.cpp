@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 
 namespace ep {
 namespace {
@@ -36,30 +35,18 @@ Quantize quantize_of(const char* op, std::string_view name) {
   return static_cast<Quantize>(found - names.begin());
 }
 
-void check_experts(const char* op, int64_t num_experts, int64_t num_topk, int64_t world_size) {
-  TORCH_CHECK_VALUE(num_topk > 0, op, ": expected at least one expert a token, got ", num_topk);
-  TORCH_CHECK_VALUE(world_size > 0, op, ": expected a positive world_size, got ", world_size);
-  TORCH_CHECK_VALUE(
-      num_experts > 0 && num_experts % world_size == 0,
-      op,
-      ": expected num_experts to be a positive multiple of the world size ",
-      world_size,
-      ", got ",
-      num_experts);
-}
-
 void check_sizes(const char* op, const Sizes& sizes) {
-  check_experts(op, sizes.num_experts, sizes.num_topk, sizes.world_size);
+  check_topk(op, sizes.num_topk);
+  check_experts(op, sizes.num_experts, sizes.world_size);
   TORCH_CHECK_VALUE(
       sizes.max_tokens_per_rank > 0, op, ": expected a positive max_tokens_per_rank, got ", sizes.max_tokens_per_rank);
   // What recv_slot and recv_row count.
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
   const int64_t factor = std::max(sizes.num_topk, sizes.num_local_experts());
   TORCH_CHECK_VALUE(
-      sizes.max_tokens_per_rank <= most / (sizes.world_size * factor),
+      sizes.max_tokens_per_rank <= kMaxSize / (sizes.world_size * factor),
       op,
       ": expected max_tokens_per_rank of at most ",
-      most / (sizes.world_size * factor),
+      kMaxSize / (sizes.world_size * factor),
       " with world_size ",
       sizes.world_size,
       " and ",
@@ -68,13 +55,14 @@ void check_sizes(const char* op, const Sizes& sizes) {
       sizes.max_tokens_per_rank);
 }
 
-void check_topk_idx(const char* op, const at::Tensor& topk_idx, at::IntArrayRef shape, const at::Tensor& device_of) {
-  check_tensor(op, "topk_idx", topk_idx, shape, device_of);
-  TORCH_CHECK_TYPE(
-      topk_idx.scalar_type() == at::kInt || topk_idx.scalar_type() == at::kLong,
-      op,
-      ": expected topk_idx of dtype Int or Long, got ",
-      topk_idx.scalar_type());
+void check_topk_idx(
+    const char* op,
+    const at::Tensor& topk_idx,
+    at::ArrayRef<Dim> shape,
+    const at::Tensor& device_of,
+    const ShapeOf& of) {
+  check_tensor(op, "topk_idx", topk_idx, shape, device_of, of);
+  check_index_type(op, "topk_idx", topk_idx);
 }
 
 void check_float(const char* op, const char* name, const at::Tensor& t) {
@@ -83,6 +71,7 @@ void check_float(const char* op, const char* name, const at::Tensor& t) {
 
 void check_hidden(const char* op, int64_t hidden) {
   TORCH_CHECK_VALUE(hidden > 0, op, ": expected a positive hidden, got ", hidden);
+  check_at_most(op, "hidden", hidden, kMaxSize);
 }
 
 void check_in_flight(
@@ -91,10 +80,10 @@ void check_in_flight(
     const at::Tensor& in_flight,
     int64_t record_bytes,
     int64_t world_size) {
-  check_tensor(op, "ticket", ticket, {2, world_size}, ticket);
+  check_tensor(op, "ticket", ticket, {2, world_size}, ticket, kInFlight);
   TORCH_CHECK_TYPE(
       ticket.scalar_type() == at::kLong, op, ": expected ticket of dtype Long, got ", ticket.scalar_type());
-  check_tensor(op, "in_flight", in_flight, {-1, record_bytes}, ticket);
+  check_tensor(op, "in_flight", in_flight, {"rows", record_bytes}, ticket, kInFlight);
   TORCH_CHECK_TYPE(
       in_flight.scalar_type() == at::kByte, op, ": expected in_flight of dtype Byte, got ", in_flight.scalar_type());
 }
@@ -181,15 +170,19 @@ Arrived arrived_of(const char* op, const at::Tensor& ticket, const at::Tensor& i
   const auto both = to_host(ticket);
   const auto middle = both.begin() + ticket.size(1);
   const std::vector<int64_t> counts(both.begin(), middle);
-  TORCH_CHECK_VALUE(
-      *std::min_element(counts.begin(), counts.end()) >= 0 && sum(counts) <= in_flight.size(0),
-      op,
-      ": expected ticket and in_flight of one send, got ",
-      sum(counts),
-      " rows by the ticket and ",
-      in_flight.size(0),
-      " in flight");
-  return {in_flight.narrow(0, 0, sum(counts)), counts, {middle, both.end()}};
+  int64_t rows = 0;
+  for (const int64_t count : counts) {
+    TORCH_CHECK_VALUE(
+        count >= 0 && count <= in_flight.size(0) - rows,
+        op,
+        ": expected ticket and in_flight of one send, got ",
+        at::IntArrayRef(counts),
+        " rows by the ticket and ",
+        in_flight.size(0),
+        " in flight");
+    rows += count;
+  }
+  return {in_flight.narrow(0, 0, rows), counts, {middle, both.end()}};
 }
 
 // The arguments of low_latency_dispatch and its _send half, checked.
@@ -208,12 +201,12 @@ struct Tokens {
         quantize(quantize_of(name_of(kDispatch), quantize)),
         sizes{num_experts, 0, max_tokens_per_rank, world_size} {
     const char* op = name_of(kDispatch);
-    check_tensor(op, "x", x, {-1, -1}, x);
+    check_tensor(op, "x", x, {"num_tokens", "hidden"}, x);
     check_low_latency_type(op, "x", x.scalar_type());
     check_hidden(op, x.size(1));
-    check_topk_idx(op, topk_idx, {x.size(0), -1}, x);
+    check_topk_idx(op, topk_idx, {x.size(0), "num_topk"}, x, kTokensOfX);
     if (topk_weights) {
-      check_tensor(op, "topk_weights", *topk_weights, topk_idx.sizes(), x);
+      check_tensor(op, "topk_weights", *topk_weights, {topk_idx.size(0), topk_idx.size(1)}, x, kEntries);
       check_float(op, "topk_weights", *topk_weights);
     }
     sizes.num_topk = topk_idx.size(1);
@@ -282,9 +275,10 @@ struct Results {
       int64_t world_size)
       : y(y), topk_idx(topk_idx), row_weights(row_weights), recv_row(recv_row) {
     const char* op = name_of(kCombine);
-    check_tensor(op, "recv_row", recv_row, {-1, -1}, recv_row);
+    check_tensor(op, "recv_row", recv_row, {"rows", "num_topk"}, recv_row, kLowLatencyPlanField);
     check_int32(op, "recv_row", recv_row);
-    check_experts(op, num_experts, recv_row.size(1), world_size);
+    check_topk(op, recv_row.size(1));
+    check_experts(op, num_experts, world_size);
     const int64_t room = recv_row.size(0);
     TORCH_CHECK_VALUE(
         room % world_size == 0,
@@ -295,12 +289,12 @@ struct Results {
         room);
     sizes = {num_experts, recv_row.size(1), room / world_size, world_size};
     check_sizes(op, sizes);
-    check_tensor(op, "y", y, {sizes.num_local_experts(), room, -1}, recv_row);
+    check_tensor(op, "y", y, {sizes.num_local_experts(), room, "hidden"}, recv_row, kLowLatencyRows);
     check_low_latency_type(op, "y", y.scalar_type());
     check_hidden(op, y.size(2));
-    check_tensor(op, "row_weights", row_weights, {sizes.num_local_experts(), room}, recv_row);
+    check_tensor(op, "row_weights", row_weights, {sizes.num_local_experts(), room}, recv_row, kLowLatencyPlanField);
     check_float(op, "row_weights", row_weights);
-    check_topk_idx(op, topk_idx, {-1, sizes.num_topk}, recv_row);
+    check_topk_idx(op, topk_idx, {"num_tokens", sizes.num_topk}, recv_row, kLowLatencyPlanField);
   }
 
   const at::Tensor& y;
@@ -438,7 +432,7 @@ LowLatencyRows low_latency_dispatch_recv(
         ticket, {how, num_experts, num_topk, max_tokens_per_rank, hidden, dtype});
   }
   const auto arrived = arrived_of(op, ticket, in_flight);
-  check_records(op, arrived.records, record, sizes);
+  check_records(op, arrived, record, sizes);
   return place(arrived, record, sizes);
 }
 
@@ -493,8 +487,9 @@ std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
     int64_t world_size,
     c10::string_view group_name) {
   constexpr const char* op = "ep::low_latency_combine_recv";
-  check_topk_idx(op, topk_idx, {-1, -1}, ticket);
-  check_experts(op, num_experts, topk_idx.size(1), world_size);
+  check_topk_idx(op, topk_idx, {"num_tokens", "num_topk"}, ticket, kInFlight);
+  check_topk(op, topk_idx.size(1));
+  check_experts(op, num_experts, world_size);
   check_low_latency_type(op, "rows", dtype);
   check_hidden(op, hidden);
   check_in_flight(op, ticket, in_flight, hidden * static_cast<int64_t>(c10::elementSize(dtype)), world_size);

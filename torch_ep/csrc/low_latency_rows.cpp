@@ -10,6 +10,9 @@
 #include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <utility>
+
 namespace ep {
 namespace {
 
@@ -57,20 +60,38 @@ Quantised quantised(const at::Tensor& x, Quantize quantize) {
   return {rows.view({num_tokens, groups * kGroup}).narrow(1, 0, hidden).contiguous(), scales};
 }
 
-// The local kernels, and what follows them, take these numbers unseen.
-void check_records(const char* op, const at::Tensor& records, const Record& record, const Sizes& sizes) {
-  if (records.size(0) == 0) {
-    return;
-  }
-  const auto numbers = record.topk(records);
-  const auto check = [&](const char* name, const at::Tensor& values, int64_t low, int64_t high) {
-    const auto ends = to_host(ends_of(values));
-    const int64_t bad = ends[0] < low ? ends[0] : ends[1];
+void check_records(const char* op, const Arrived& arrived, const Record& record, const Sizes& sizes) {
+  const auto host = record.topk(arrived.records).cpu();  // one wait
+  const auto* number = host.const_data_ptr<int32_t>();
+  const auto check_range = [op](const char* name, int64_t value, int64_t low, int64_t high) {
     TORCH_CHECK_VALUE(
-        bad >= low && bad < high, op, ": expected ", name, " of in_flight in [", low, ", ", high, "), got ", bad);
+        value >= low && value < high, op, ": expected ", name, " of in_flight in [", low, ", ", high, "), got ", value);
   };
-  check("tokens", numbers.select(1, 0), 0, sizes.max_tokens_per_rank);
-  check("experts", numbers.narrow(1, 1, sizes.num_topk), -1, sizes.num_local_experts());
+  for (const int64_t count : arrived.counts) {
+    int64_t last_token = -1;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t token = *number++;
+      check_range("tokens", token, 0, sizes.max_tokens_per_rank);
+      TORCH_CHECK_VALUE(
+          token > last_token,
+          op,
+          ": expected tokens of in_flight that grow from row to row of a source rank, got ",
+          token,
+          " after ",
+          last_token);
+      last_token = token;
+      const auto* experts = std::exchange(number, number + sizes.num_topk);
+      for (int64_t slot = 0; slot < sizes.num_topk; ++slot) {
+        check_range("experts", experts[slot], -1, sizes.num_local_experts());
+        TORCH_CHECK_VALUE(
+            experts[slot] == -1 || std::find(experts, experts + slot, experts[slot]) == experts + slot,
+            op,
+            ": expected different experts in one row of in_flight, got expert ",
+            experts[slot],
+            " twice");
+      }
+    }
+  }
 }
 
 LowLatencyRows place(const Arrived& arrived, const Record& record, const Sizes& sizes) {

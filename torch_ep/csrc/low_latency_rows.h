@@ -70,8 +70,9 @@ struct Quantised {
 // By the formulas in the docstring of torch_ep.low_latency_dispatch.
 Quantised quantised(const at::Tensor& x, Quantize quantize);
 
-// Throws ValueError where a number of the records is none of those sizes.
-void check_records(const char* op, const at::Tensor& records, const Record& record, const Sizes& sizes);
+// Throws ValueError unless `place` can take the records: each names a token of its source, more than the one before it
+// does, and different experts.
+void check_records(const char* op, const Arrived& arrived, const Record& record, const Sizes& sizes);
 
 // Rows in the places of their experts, and the plan of that.
 LowLatencyRows place(const Arrived& arrived, const Record& record, const Sizes& sizes);

@@ -12,7 +12,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <limits>
 
 namespace ep {
 namespace {
@@ -36,32 +35,35 @@ std::shared_ptr<Transport> transport_of(const PlanTensors& plan, c10::string_vie
   return find_transport(std::string(group_name), plan.send_counts.size(0), plan.send_slot, op);
 }
 
-// Throws unless every index of the plan stays within the rows that it counts: the kernels follow them unseen.
+void check_counts(const char* op, const char* name, const std::vector<int64_t>& counts) {
+  for (const int64_t count : counts) {
+    TORCH_CHECK_VALUE(
+        count >= 0 && count < kMaxSize, op, ": expected ", name, " of this plan in [0, ", kMaxSize, "), got ", count);
+  }
+}
+
+// Throws unless the plan's numbers fit each other: the kernels follow them unseen.
 void check_plan_values(
     const char* op,
     const PlanTensors& plan,
     const std::vector<int64_t>& sent,
     const std::vector<int64_t>& received) {
-  const auto check = [op](const char* name, int64_t least, int64_t most, int64_t low, int64_t high) {
-    const int64_t bad = least < low ? least : most;
-    TORCH_CHECK_VALUE(
-        bad >= low && bad < high, op, ": expected ", name, " of this plan in [", low, ", ", high, "), got ", bad);
-  };
-  const auto check_counts = [&](const char* name, const std::vector<int64_t>& counts) {
-    const auto [least, most] = std::minmax_element(counts.begin(), counts.end());
-    check(name, *least, *most, 0, std::numeric_limits<int32_t>::max());
-  };
-  const auto check_slots = [&](const char* name, const at::Tensor& slots, int64_t high) {
-    if (slots.numel() > 0) {
-      const auto ends = to_host(ends_of(slots));  // one wait, where the plan is on another device
-      check(name, ends[0], ends[1], -1, high);
-    }
-  };
-  check_counts("send_counts", sent);
-  check_counts("recv_counts", received);
-  check_slots("send_slot", plan.send_slot, sum(sent));
+  check_counts(op, "send_counts", sent);
+  check_counts(op, "recv_counts", received);
+  const auto& local = local_kernels(plan.send_slot);
+  local.check_send_slot(op, plan.send_slot, sum(sent));
+  // With several ranks the headers compare these.
+  TORCH_CHECK_VALUE(
+      sent.size() > 1 || sent == received,
+      op,
+      ": expected send_counts and recv_counts of this plan to be equal on one rank, got ",
+      sent,
+      " and ",
+      received);
+  const int64_t wire_rows = sum(received);
+  check_at_most(op, "rows of recv_counts of this plan", wire_rows, kMaxSize);
   if (plan.expert_major) {
-    check_slots("recv_slot", plan.recv_map, sum(received) * plan.send_slot.size(1));
+    local.check_recv_slot(op, plan.recv_map, wire_rows * plan.send_slot.size(1));
   }
 }
 
@@ -92,8 +94,9 @@ class Move {
 
   // Every rank checks the headers before any row moves; packing goes on meanwhile.
   void confirm() {
-    if (exchange_) {
+    if (exchange_ && !confirmed_) {
       exchange_->confirm();
+      confirmed_ = true;
     }
   }
 
@@ -127,6 +130,7 @@ class Move {
 
  private:
   std::optional<Exchange> exchange_;
+  bool confirmed_ = false;
 };
 
 // The first `rows` rows of `t`, zeros where it has fewer.
@@ -143,22 +147,25 @@ at::Tensor fit_rows(const at::Tensor& t, int64_t rows) {
   return out;
 }
 
-void check_token_payloads(
+// What goes out and comes back beside the rows: of tokens in dispatch, of received rows in combine.
+void check_payloads(
     const char* op,
     const char* rows_name,
     const at::Tensor& rows,
     int64_t num_rows,
+    const ShapeOf& rows_of,
     const std::optional<at::Tensor>& topk_weights,
-    at::IntArrayRef weights_shape,
+    at::ArrayRef<Dim> weights_shape,
+    const ShapeOf& weights_of,
     const std::optional<at::Tensor>& scales,
     const at::Tensor& device_of) {
-  check_tensor(op, rows_name, rows, {num_rows, -1}, device_of);
+  check_tensor(op, rows_name, rows, {num_rows, "hidden"}, device_of, rows_of);
   if (topk_weights) {
-    check_tensor(op, "topk_weights", *topk_weights, weights_shape, device_of);
+    check_tensor(op, "topk_weights", *topk_weights, weights_shape, device_of, weights_of);
     check_sum_type(op, "topk_weights", *topk_weights);
   }
   if (scales) {
-    check_tensor(op, "scales", *scales, {num_rows, -1}, device_of);
+    check_tensor(op, "scales", *scales, {num_rows, "n"}, device_of, rows_of);
   }
 }
 
@@ -203,6 +210,10 @@ Payloads combine_payloads(
   const auto& local = local_kernels(y);
   Move move(OpKind::combine, plan, group_name, y, agreed_of(y, topk_weights, scales));
   const int64_t wire_rows = sum(move.out_rows);
+  if (wire_rows > plan.recv_map.size(0)) {
+    // Rows were dropped, and what bounds their number is the headers: no memory for them before these are there.
+    move.confirm();
+  }
   const auto wire_y = wire_of(local, plan, y, row_weights, wire_rows);
   std::optional<at::Tensor> wire_weights, wire_scales;
   if (topk_weights) {
@@ -249,7 +260,8 @@ Payloads dispatch(
   const auto plan = or_tell(OpKind::dispatch, group_name, [&] {
     const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
     check_plan(op, checked);
-    check_token_payloads(op, "x", x, send_slot.size(0), topk_weights, send_slot.sizes(), scales, send_slot);
+    const auto num_tokens = send_slot.size(0);
+    check_payloads(op, "x", x, num_tokens, kTokens, topk_weights, dims_of(send_slot), kTokenSlots, scales, send_slot);
     check_row_type(op, "x", x);
     return checked;
   });
@@ -321,7 +333,8 @@ Payloads combine(
   const auto plan = or_tell(OpKind::combine, group_name, [&] {
     const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
     check_plan(op, checked);
-    check_token_payloads(op, "y", y, recv_map.size(0), topk_weights, recv_map.sizes(), scales, send_slot);
+    const auto num_rows = recv_map.size(0);
+    check_payloads(op, "y", y, num_rows, kRows, topk_weights, dims_of(recv_map), kReturnedWeights, scales, send_slot);
     check_sum_type(op, "y", y);
     if (scales) {
       check_sum_type(op, "scales", *scales);
@@ -349,9 +362,9 @@ at::Tensor combine_weighted(
   const auto plan = or_tell(OpKind::combine, group_name, [&] {
     const PlanTensors checked{send_slot, send_counts, recv_counts, recv_map, is_expert_major(op, layout)};
     check_plan(op, checked);
-    check_tensor(op, "y", y, {recv_map.size(0), -1}, send_slot);
+    check_tensor(op, "y", y, {recv_map.size(0), "hidden"}, send_slot, kRows);
     check_sum_type(op, "y", y);
-    check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot);
+    check_tensor(op, "row_weights", row_weights, {recv_map.size(0)}, send_slot, kRowWeights);
     check_sum_type(op, "row_weights", row_weights);
     return checked;
   });

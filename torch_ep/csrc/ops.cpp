@@ -8,6 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <array>
+
 namespace {
 
 bool init(
@@ -46,6 +48,25 @@ bool init_nvlink(
     bool groupless,
     bool masks) {
   return ep::init_nvlink({group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, masks});
+}
+
+int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms) {
+  // With these the number of bytes does not overflow, whose buffers would be too small.
+  constexpr int64_t most = int64_t{1} << 24;
+  constexpr std::array<const char*, 5> names{
+      "max_tokens_per_rank", "hidden", "num_topk", "num_experts", "low_latency_tokens"};
+  TORCH_CHECK_VALUE(limits.size() == names.size(), "torch_ep.init: expected ", names.size(), " limits, got ", limits);
+  for (size_t i = 0; i < names.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        limits[i] <= most,
+        "torch_ep.init: expected ",
+        names[i],
+        " of at most ",
+        most,
+        " on transport nvlink, got ",
+        limits[i]);
+  }
+  return ep::nvlink_bytes(world_size, limits, num_sms);
 }
 
 int64_t settle_nvlink(std::string group_name) {
@@ -153,7 +174,7 @@ TORCH_LIBRARY(ep, m) {
   m.def("_has_nvlink() -> bool", &ep::has_nvlink);
   m.def("_nvlink_runs() -> bool", &ep::nvlink_runs);
   m.def("_nvlink_most_experts(int world_size) -> int", &ep::nvlink_most_experts);
-  m.def("_nvlink_bytes(int world_size, int[] limits, int num_sms) -> int", &ep::nvlink_bytes);
+  m.def("_nvlink_bytes(int world_size, int[] limits, int num_sms) -> int", &nvlink_bytes);
   m.def(
       "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, int[] limits, int num_sms, "
       "int timeout_ms, bool groupless, bool masks) -> bool",  // of the transport that it replaces: as _destroy_nvlink
@@ -185,16 +206,26 @@ void implement(torch::Library& m) {
   m.impl("grouped_mm.transpose", &ep::grouped_mm_transpose);
 }
 
-// In place of a gradient formula, which these operators have not: their results would pass for constants otherwise.
-void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (at::GradMode::is_enabled()) {
-    for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
-      TORCH_CHECK(
-          !argument.isTensor() || !argument.toTensor().requires_grad(),
-          op.schema().name(),
-          ": expected no argument to require a gradient: this operator is for inference only: use torch_ep.plan, "
-          "dispatch and combine for training");
+// In place of derivatives, which these operators do not have: their results would pass for constants otherwise.
+void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+    if (!argument.isTensor()) {
+      continue;
     }
+    const auto& t = argument.toTensor();
+    constexpr const char* instead =
+        ": this operator is for inference only: use torch_ep.plan, dispatch and combine for training";
+    TORCH_CHECK(
+        !at::GradMode::is_enabled() || !t.requires_grad(),
+        op.schema().name(),
+        ": expected no argument to require a gradient",
+        instead);
+    // Undefined where forward mode is off.
+    TORCH_CHECK(
+        !t._fw_grad(/*level=*/0).defined(),
+        op.schema().name(),
+        ": expected no argument to have a tangent (forward mode)",
+        instead);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
@@ -214,6 +245,6 @@ TORCH_LIBRARY_IMPL(ep, Autograd, m) {
   // What the _recv halves take has no gradient.
   for (const char* name :
        {"low_latency_dispatch", "low_latency_dispatch_send", "low_latency_combine", "low_latency_combine_send"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());
   }
 }

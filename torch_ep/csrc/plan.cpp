@@ -11,8 +11,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
-#include <limits>
-
 namespace ep {
 namespace {
 
@@ -25,28 +23,18 @@ void check_arguments(
     int64_t alignment,
     std::optional<int64_t> capacity,
     int64_t world_size) {
-  check_tensor(kOp, "topk_idx", topk_idx, {-1, -1}, topk_idx);
-  TORCH_CHECK_TYPE(
-      topk_idx.scalar_type() == at::kInt || topk_idx.scalar_type() == at::kLong,
-      kOp,
-      ": expected topk_idx of dtype Int or Long, got ",
-      topk_idx.scalar_type());
-  TORCH_CHECK_VALUE(
-      topk_idx.size(1) > 0, kOp, ": expected at least one expert a token, got topk_idx of shape ", topk_idx.sizes());
-  TORCH_CHECK_VALUE(world_size > 0, kOp, ": expected a positive world_size, got ", world_size);
-  TORCH_CHECK_VALUE(
-      num_experts > 0 && num_experts % world_size == 0,
-      kOp,
-      ": expected num_experts to be a positive multiple of the world size ",
-      world_size,
-      ", got ",
-      num_experts);
+  check_tensor(kOp, "topk_idx", topk_idx, {"num_tokens", "num_topk"}, topk_idx);
+  check_index_type(kOp, "topk_idx", topk_idx);
+  check_topk(kOp, topk_idx.size(1));
+  check_at_most(kOp, "entries of topk_idx", topk_idx.numel(), kMaxSize);
+  check_experts(kOp, num_experts, world_size);
   TORCH_CHECK_VALUE(alignment > 0, kOp, ": expected a positive alignment, got ", alignment);
+  check_at_most(kOp, "alignment", alignment, kMaxPadding / (num_experts / world_size));
   TORCH_CHECK_VALUE(
       expert_major || alignment == 1, kOp, ": expected alignment 1 with layout 'rank_major', got ", alignment);
   if (capacity) {
     TORCH_CHECK_VALUE(
-        *capacity >= 0 && *capacity % alignment == 0 && *capacity <= std::numeric_limits<int32_t>::max(),
+        *capacity >= 0 && *capacity % alignment == 0 && *capacity <= kMaxSize,
         kOp,
         ": expected a capacity from 0 to 2**31 - 1 that is a multiple of the alignment ",
         alignment,

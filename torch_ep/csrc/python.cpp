@@ -4,6 +4,8 @@
 // exact plan a device waits for that. The short way is for calls that nobody is to notice before the dispatcher; for
 // others it returns None, and torch_ep/ops.py goes the long way. From the dispatcher on, with its modes and profilers,
 // both are one.
+//
+// has_tangent tells torch_ep/derivatives.py whether forward mode has to do with a call.
 #include "ops.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -12,6 +14,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <array>
 
 namespace {
@@ -31,14 +34,25 @@ enum PlanField : Py_ssize_t {
   kPlanFields
 };
 
+// Torch has one level of dual numbers; torch.func nests its own by wrapping tensors.
+bool has_tangent(const at::Tensor& t) {
+  return t._fw_grad(/*level=*/0).defined();
+}
+
+// Whether a transform of torch.func (jvp, vmap, ...) runs.
+bool is_transformed() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
 // The arguments of a call, one after the other.
 class Arguments {
  public:
   Arguments(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
-      : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0) {
+      : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
     TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
-  // A mode, a subclass or autograd has a say; or an argument is of another type, as the long way will tell.
+  // A mode, a subclass, autograd or a transform of torch.func has a say; or an argument is of another type, as the long
+  // way will tell.
   bool is_noticed() const { return is_noticed_; }
 
   PyObject* object() { return *next_++; }
@@ -50,14 +64,14 @@ class Arguments {
       return none;
     }
     const at::Tensor& t = THPVariable_Unpack(argument);
-    is_noticed_ = is_noticed_ || t.requires_grad();
+    is_noticed_ = is_noticed_ || t.requires_grad() || has_tangent(t) || t.layout() != at::kStrided;
     return t;
   }
   std::optional<at::Tensor> optional_tensor() { return is_none() ? std::nullopt : std::optional(tensor()); }
   int64_t integer() {
     PyObject* argument = object();
     int overflow = 1;
-    const int64_t value = PyLong_Check(argument) ? PyLong_AsLongLongAndOverflow(argument, &overflow) : 0;
+    const int64_t value = PyLong_CheckExact(argument) ? PyLong_AsLongLongAndOverflow(argument, &overflow) : 0;
     is_noticed_ = is_noticed_ || overflow != 0;
     return value;
   }
@@ -92,8 +106,8 @@ bool is_rank_major(PyObject* layout) {
 // What dispatch and combine take of a plan, as arguments of their own.
 class PlanArguments {
  public:
-  explicit PlanArguments(PyObject* plan) {
-    if (!PyTuple_Check(plan) || PyTuple_GET_SIZE(plan) != kPlanFields) {
+  PlanArguments(PyObject* type, PyObject* plan) {
+    if (!Py_IS_TYPE(plan, reinterpret_cast<PyTypeObject*>(type)) || PyTuple_GET_SIZE(plan) != kPlanFields) {
       return;
     }
     const auto field = [plan](PlanField i) { return PyTuple_GET_ITEM(plan, i); };
@@ -131,7 +145,7 @@ auto call(const c10::TypedOperatorHandle<Function>& op, const Args&... args) {
 }
 
 template <class Function>
-c10::TypedOperatorHandle<Function> operator_of(const char* name, const char* overload, Function*) {
+c10::TypedOperatorHandle<Function> operator_of(const char* name, const char* overload, Function* = nullptr) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Function>();
 }
 
@@ -181,25 +195,52 @@ PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* la
   return result;
 }
 
-// (Plan, topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens_per_rank, after)
+// As the operator is called, which takes the capacity as a symbol.
+using PlanCapacity = ep::PlanResult(
+    const at::Tensor&,
+    int64_t,
+    c10::string_view,
+    int64_t,
+    c10::SymInt,
+    int64_t,
+    c10::string_view,
+    std::optional<int64_t>,
+    const std::optional<at::Tensor>&);
+
+// (Plan, topk_idx, num_experts, layout, alignment, capacity, world_size, group_name, max_tokens_per_rank, after)
 PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  static const auto op = operator_of("ep::plan", "", &ep::plan);
-  Arguments a(arguments, count, 9);
+  static const auto exact = operator_of("ep::plan", "", &ep::plan);
+  static const auto with_capacity = operator_of<PlanCapacity>("ep::plan", "capacity");
+  Arguments a(arguments, count, 10);
   auto* type = reinterpret_cast<PyTypeObject*>(a.object());
   const at::Tensor& topk_idx = a.tensor();
   const int64_t num_experts = a.integer();
   const auto layout = a.string();
-  const int64_t alignment = a.integer(), world_size = a.integer();
+  const int64_t alignment = a.integer();
+  const auto capacity = a.optional_integer();
+  const int64_t world_size = a.integer();
   const auto group_name = a.string();
   const auto max_tokens_per_rank = a.optional_integer();
   const auto after = a.optional_tensor();
   if (a.is_noticed()) {
     Py_RETURN_NONE;
   }
-  const auto result =
-      call(op, topk_idx, num_experts, layout, alignment, world_size, group_name, max_tokens_per_rank, after);
-  return wrap_plan(type, result, arguments[3], arguments[6]);
+  const auto planned = [&](const auto& op, const auto&... optional_capacity) {
+    return call(
+        op,
+        topk_idx,
+        num_experts,
+        layout,
+        alignment,
+        optional_capacity...,
+        world_size,
+        group_name,
+        max_tokens_per_rank,
+        after);
+  };
+  const auto result = capacity ? planned(with_capacity, c10::SymInt(*capacity)) : planned(exact);
+  return wrap_plan(type, result, arguments[3], arguments[7]);
   END_HANDLE_TH_ERRORS
 }
 
@@ -219,7 +260,7 @@ PyObject* with_plan(const Arguments& a, const PlanArguments& plan, const F& f) {
   return wrap(f(send_slot, send_counts, recv_counts, recv_map, layout, group_name));
 }
 
-// (rows, plan, topk_weights, scales, after)
+// (rows, Plan, plan, topk_weights, scales, after)
 template <ep::Payloads (*function)(
     const at::Tensor&,
     const std::optional<at::Tensor>&,
@@ -233,9 +274,10 @@ template <ep::Payloads (*function)(
     const std::optional<at::Tensor>&)>
 PyObject* exchange(const char* name, PyObject* const* arguments, Py_ssize_t count) {
   static const auto op = operator_of(name, "", function);
-  Arguments a(arguments, count, 5);
+  Arguments a(arguments, count, 6);
   const at::Tensor& rows = a.tensor();
-  const PlanArguments plan(a.object());
+  PyObject* type = a.object();
+  const PlanArguments plan(type, a.object());
   const auto weights = a.optional_tensor(), scales = a.optional_tensor(), after = a.optional_tensor();
   return with_plan(a, plan, [&](const auto&... p) { return call(op, rows, weights, scales, p..., after); });
 }
@@ -252,16 +294,26 @@ PyObject* combine(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// (rows, plan, row_weights, after)
+// (rows, Plan, plan, row_weights, after)
 PyObject* combine_weighted(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   static const auto op = operator_of("ep::combine", "weighted", &ep::combine_weighted);
-  Arguments a(arguments, count, 4);
+  Arguments a(arguments, count, 5);
   const at::Tensor& rows = a.tensor();
-  const PlanArguments plan(a.object());
+  PyObject* type = a.object();
+  const PlanArguments plan(type, a.object());
   const at::Tensor& weights = a.tensor();
   const auto after = a.optional_tensor();
   return with_plan(a, plan, [&](const auto&... p) { return call(op, rows, weights, p..., after); });
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether one of the arguments is a tensor with a tangent.
+PyObject* any_has_tangent(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  return PyBool_FromLong(std::any_of(arguments, arguments + count, [](PyObject* argument) {
+    return THPVariable_Check(argument) && has_tangent(THPVariable_Unpack(argument));
+  }));
   END_HANDLE_TH_ERRORS
 }
 
@@ -274,6 +326,7 @@ PyMODINIT_FUNC PyInit__C() {
       {"dispatch", method(dispatch), METH_FASTCALL, nullptr},
       {"combine", method(combine), METH_FASTCALL, nullptr},
       {"combine_weighted", method(combine_weighted), METH_FASTCALL, nullptr},
+      {"has_tangent", method(any_has_tangent), METH_FASTCALL, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);

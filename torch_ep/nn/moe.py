@@ -474,9 +474,9 @@ class MoE(nn.Module):
         received, p = low_latency_dispatch(
             tokens,
             topk_idx,
-            self.num_experts,
-            max_tokens_per_rank,
-            self.group_name,
+            num_experts=self.num_experts,
+            max_tokens_per_rank=max_tokens_per_rank,
+            group=self.group_name,
             topk_weights=weights,
             quantize=quantize,
             statistics=statistics,

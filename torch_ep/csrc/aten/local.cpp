@@ -61,6 +61,7 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   Placement placement;
   if (!options.expert_major) {
     const int64_t rows = options.capacity.value_or(wire_rows), kept = std::min(rows, wire_rows);
+    check_num_rows(rows, wire_rows);
     placement.recv_map = at::full({rows, num_topk}, -1, ints.dtype(options.index_dtype));
     placement.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
     placement.offsets = to_device(recv_rows, wire_topk).cumsum(0).clamp_max(rows).to(at::kInt);
@@ -76,6 +77,7 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   const auto padded = (counts + options.alignment - 1).div(options.alignment, "floor") * options.alignment;
   const auto ends = padded.cumsum(0);
   const int64_t rows = options.capacity ? *options.capacity : ends[num_experts - 1].item<int64_t>();
+  check_num_rows(rows, wire_rows * num_topk);
   const auto sorted_begin = counts.cumsum(0) - counts, begin = ends - padded;
   const auto expert = experts.clamp_max(num_experts - 1);
   const auto rank_in_group = at::arange(experts.size(0), flat.options()) - sorted_begin.index_select(0, expert);
@@ -89,6 +91,29 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   placement.tokens_per_expert = kept.to(at::kInt);
   placement.num_dropped = (counts - kept).sum().to(at::kInt);
   return placement;
+}
+
+void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
+  if (send_slot.numel() >= wire_rows && wire_rows > 0) {
+    const auto slot = send_slot.to(at::kLong).view(-1);
+    const auto is_row = slot.ge(0).logical_and(slot.lt(wire_rows));
+    const auto row = at::where(is_row, slot, wire_rows);  // the last is for nothing
+    const auto token = at::arange(slot.numel(), slot.options()).div(send_slot.size(1), "floor");
+    const auto token_of = at::full({wire_rows + 1}, -1, slot.options()).scatter_(0, row, token);
+    const auto has_token = token_of.narrow(0, 0, wire_rows).ge(0).all();
+    const auto is_one = token_of.index_select(0, row).eq(token).logical_or(is_row.logical_not()).all();
+    if (is_row.logical_or(slot.eq(-1)).all().logical_and(has_token).logical_and(is_one).item<bool>()) {
+      return;
+    }
+  }
+  // The CPU's check finds the first offender and words the error.
+  cpu_kernels.check_send_slot(op, send_slot.cpu(), wire_rows);
+}
+
+void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
+  if (recv_slot.numel() > 0 && recv_slot.lt(-1).logical_or(recv_slot.ge(pairs)).any().item<bool>()) {
+    cpu_kernels.check_recv_slot(op, recv_slot.cpu(), pairs);
+  }
 }
 
 // For each place of `size` the index i with index[i] == place, or -1.
@@ -192,6 +217,8 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 const LocalKernels aten_kernels{
     .route = route,
     .place = place,
+    .check_send_slot = check_send_slot,
+    .check_recv_slot = check_recv_slot,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 
 namespace ep {
 namespace {
@@ -154,6 +153,7 @@ Placement
 place_rank_major(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t rows = options.capacity.value_or(wire_rows);
+  check_num_rows(rows, wire_rows);
   const int64_t kept = std::min(rows, wire_rows);
   const auto int_options = wire_topk.options();
   Placement placement;
@@ -204,10 +204,7 @@ Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions
     ends[expert] = needed += (counts[expert] + alignment - 1) / alignment * alignment;
   }
   const int64_t rows = options.capacity.value_or(needed);
-  TORCH_CHECK(
-      std::max(rows, wire_rows * num_topk) <= std::numeric_limits<int32_t>::max(),
-      "ep::plan: expected at most 2**31 - 1 (row, slot) pairs on one rank, got ",
-      std::max(rows, wire_rows * num_topk));
+  check_num_rows(rows, wire_rows * num_topk);
 
   Placement placement;
   placement.recv_map = at::full({rows}, -1, int_options);
@@ -235,6 +232,11 @@ Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions
   }
   placement.num_dropped = at::full({}, dropped, int_options);
   return placement;
+}
+
+void check_slot(const char* op, const char* name, int64_t slot, int64_t most) {
+  TORCH_CHECK_VALUE(
+      slot >= -1 && slot < most, op, ": expected ", name, " of this plan in [-1, ", most, "), got ", slot);
 }
 
 // The slots of one token that name different wire rows, in the order of the slots. Returns how many.
@@ -324,6 +326,61 @@ Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int
 Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
   return options.expert_major ? place_expert_major(wire_topk, options)
                               : place_rank_major(wire_topk, recv_rows, options);
+}
+
+void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
+  const auto* slots = read<int32_t>(send_slot);
+  const int64_t num_tokens = send_slot.size(0), num_topk = send_slot.size(1);
+  TORCH_CHECK_VALUE(
+      wire_rows <= send_slot.numel(),
+      op,
+      ": expected send_slot of this plan to name each of the ",
+      wire_rows,
+      " rows of send_counts, got ",
+      send_slot.numel(),
+      " slots");
+  std::vector<int64_t> token_of(wire_rows, -1);
+  int64_t named = 0;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    for (int64_t slot = 0; slot < num_topk; ++slot) {
+      const int32_t row = slots[token * num_topk + slot];
+      if (row == -1) {
+        continue;
+      }
+      check_slot(op, "send_slot", row, wire_rows);
+      if (token_of[row] < 0) {
+        token_of[row] = token;
+        ++named;
+      }
+      TORCH_CHECK_VALUE(
+          token_of[row] == token,
+          op,
+          ": expected send_slot of this plan to name each row for one token, got tokens ",
+          token_of[row],
+          " and ",
+          token,
+          " for row ",
+          row);
+    }
+  }
+  TORCH_CHECK_VALUE(
+      named == wire_rows,
+      op,
+      ": expected send_slot of this plan to name each of the ",
+      wire_rows,
+      " rows of send_counts, got no token for row ",
+      std::find(token_of.begin(), token_of.end(), -1) - token_of.begin());
+}
+
+void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
+  const auto* slots = read<int32_t>(recv_slot);
+  int32_t least = -1, most = -1;
+  for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+    least = std::min(least, slots[row]);
+    most = std::max(most, slots[row]);
+  }
+  check_slot(op, "recv_slot", least, pairs);
+  check_slot(op, "recv_slot", most, pairs);
 }
 
 at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
@@ -494,6 +551,8 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 const LocalKernels cpu_kernels{
     .route = route,
     .place = place,
+    .check_send_slot = check_send_slot,
+    .check_recv_slot = check_recv_slot,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,
