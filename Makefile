@@ -7,10 +7,10 @@ SOURCES = $(shell find torch_ep/csrc test -name '*.cpp' -o -name '*.h' -o -name 
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo decode test test-gpu lint bench
+.PHONY: help demo decode test test-gpu sanitize lint bench
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'ARGS="..." goes to the command, as in: make demo ARGS="--steps 100 --ranks 4" or make demo ARGS=--help'
 
 demo: ## train a small MoE language model on the Python standard library; results in runs/moe
@@ -24,6 +24,9 @@ test: ## run the tests
 
 test-gpu: ## run the tests that need a GPU, on a host that has one or several
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest -m gpu -rs $(ARGS)
+
+sanitize: ## run reference tests and fuzzers with AddressSanitizer and UndefinedBehaviorSanitizer, on a CPU
+	@python=$$($(SETUP) --no-extension test) && exec "$$python" tools/sanitize.py $(ARGS)
 
 lint: ## check style and types: ruff, clang-format, mypy
 	@python=$$($(SETUP) --no-extension lint) || exit; \

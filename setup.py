@@ -27,6 +27,11 @@ CUDA = CSRC / "cuda"
 
 # Without contraction every machine sums to the same bits as the reference.
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-Wall", "-Wno-deprecated-declarations"]
+# For tools/sanitize.py: "address,undefined", or nothing. Without vptr, which needs type information that torch hides.
+SANITIZE = os.environ.get("TORCH_EP_SANITIZE")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    CXX_FLAGS += [*SANITIZE_FLAGS, "-O1", "-g", "-fno-omit-frame-pointer"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-lineinfo"]
 
 # Of one compiler for one file, at most: g++ 12 on one core of an AMD EPYC.
@@ -108,7 +113,13 @@ def sources(cuda: bool) -> list[str]:
 def extension() -> Extension:
     depends = sorted(str(path) for suffix in ("*.h", "*.cuh") for path in CSRC.rglob(suffix))
     if why_no_cuda() is not None:
-        return CppExtension("torch_ep._C", sources(cuda=False), depends=depends, extra_compile_args=CXX_FLAGS)
+        return CppExtension(
+            "torch_ep._C",
+            sources(cuda=False),
+            depends=depends,
+            extra_compile_args=CXX_FLAGS,
+            extra_link_args=SANITIZE_FLAGS,
+        )
     # Left to itself torch builds for the GPUs that it sees: none on a build machine, and a Hopper as sm_90, not sm_90a.
     os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0a"
     host_compiler = os.environ.get("CUDAHOSTCXX")
