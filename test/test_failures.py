@@ -437,6 +437,68 @@ def test_a_backend_that_moves_no_data_is_refused(launcher: Launcher) -> None:
         assert "FakeTensorMode" in message
 
 
+# --- an error of one rank alone, before its exchange --------------------------------------------------------------
+
+ALONE: dict[str, tuple[str, Callable[[Tensor, torch_ep.Plan], Any]]] = {
+    "group of another type": ("plan", lambda x, p: torch_ep.plan(topk_of(WORLD_SIZE), EXPERTS, 3)),
+    "unknown group": ("dispatch", lambda x, p: torch_ep.dispatch(x, p._replace(group_name="nowhere"))),
+    "float for int": ("plan", lambda x, p: torch_ep.plan(topk_of(WORLD_SIZE), float(EXPERTS))),
+    "list for Tensor": ("dispatch", lambda x, p: torch_ep.dispatch(x.tolist(), p)),
+    "no plan": ("dispatch", lambda x, p: torch_ep.dispatch(x, None)),
+    "plan with a field of None": ("dispatch", lambda x, p: torch_ep.dispatch(x, p._replace(recv_slot=None))),
+    "plan of another world size": (
+        "dispatch",
+        lambda x, p: torch_ep.dispatch(x, p._replace(send_counts=p.send_counts[:2], recv_counts=p.recv_counts[:2])),
+    ),
+    "layout of another type": ("dispatch", lambda x, p: torch_ep.dispatch(x, p._replace(layout=7))),
+    "meta": ("dispatch", lambda x, p: torch_ep.dispatch(x.to("meta"), p)),
+    "sparse": ("dispatch", lambda x, p: torch_ep.dispatch(x.to_sparse(), p)),
+    "two kinds of weights": (
+        "combine",
+        lambda x, p: torch_ep.combine(
+            torch.ones(p.num_rows, 16), p, row_weights=torch.ones(p.num_rows), topk_weights=torch.ones(p.num_rows)
+        ),
+    ),
+    "sizes by position": (
+        "low_latency_dispatch",
+        lambda x, p: torch_ep.low_latency_dispatch(x, topk_of(WORLD_SIZE), EXPERTS, 4),
+    ),
+}
+RIGHT: dict[str, Callable[[Tensor, torch_ep.Plan], Any]] = {
+    "plan": lambda x, p: torch_ep.plan(topk_of(WORLD_SIZE), EXPERTS),
+    "dispatch": lambda x, p: torch_ep.dispatch(x, p),
+    "combine": lambda x, p: torch_ep.combine(torch.ones(p.num_rows, 16), p),
+    "low_latency_dispatch": lambda x, p: torch_ep.low_latency_dispatch(
+        x, topk_of(WORLD_SIZE), num_experts=EXPERTS, max_tokens_per_rank=4
+    ),
+}
+
+
+def _wrong_alone(r: Rank) -> dict[str, list[tuple[str, str]]]:
+    torch_ep.init(timeout=timedelta(hours=1))  # a rank that is not told waits until the test is stopped
+    plan = torch_ep.plan(topk_of(WORLD_SIZE), EXPERTS)
+    x = torch.ones(4, 16)
+    answers = {}
+    for name, (op, wrong) in ALONE.items():
+        call = wrong if r.rank == LAST else RIGHT[op]
+        answers[name] = [attempt(lambda call=call: call(x, plan)), attempt(exchange)]
+    return answers
+
+
+def test_an_error_of_one_rank_alone_is_told(launcher: Launcher) -> None:
+    answers = launcher.run(_wrong_alone, WORLD_SIZE)
+    for name, (op, _) in ALONE.items():
+        (kind, own), after = answers[LAST][name]
+        assert kind in ("TypeError", "ValueError", "RuntimeError"), (name, kind, own)
+        assert after == ("", ""), name
+        for answer in answers[:LAST]:
+            (kind, message), after = answer[name]
+            assert kind == "DistError", name
+            assert message.startswith(f"ep::{op}: rank {LAST} failed before exchange "), (name, message)
+            assert message.split(": ", 2)[2][:100] == own[:100], name
+            assert after == ("", ""), name
+
+
 # --- two hosts ----------------------------------------------------------------------------------------------------
 
 CLONE_NEWNET = 0x40000000

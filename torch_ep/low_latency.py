@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
+from .telling import tells_peers
 
 __all__ = [
     "InFlightCombine",
@@ -201,6 +202,7 @@ def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: in
             )
 
 
+@tells_peers("ep::low_latency_dispatch", 5, "group")
 @_sizes_by_name
 def low_latency_dispatch(
     x: Tensor,
@@ -250,8 +252,8 @@ def low_latency_dispatch(
     Raises:
         ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
             is bad on one rank alone, that one raises when all have come to the call, and the others a
-            `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
-            else the rank raises at once, and the others after the time-out.
+            `torch.distributed.DistError` that names it. On transport nvlink this holds for what only the device can
+            see; else the rank raises at once, and the others after the timeout.
         RuntimeError: an argument requires a gradient or has a tangent; `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
     """
@@ -263,6 +265,7 @@ def low_latency_dispatch(
     return _dispatched(fields, topk_idx, num_experts, group_name, statistics)
 
 
+@tells_peers("ep::low_latency_combine", 1, "plan")
 def low_latency_combine(
     y: Tensor, plan: LowLatencyPlan, *, statistics: LowLatencyStatistics | None = None, after: Tensor | None = None
 ) -> Tensor:
@@ -343,6 +346,7 @@ def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> No
         _check_statistics(op, statistics, in_flight.num_experts, in_flight.world_size, in_flight.data.device)
 
 
+@tells_peers("ep::low_latency_dispatch", 5, "group")
 @_sizes_by_name
 def low_latency_dispatch_send(
     x: Tensor,
@@ -396,6 +400,7 @@ def low_latency_dispatch_recv(
     return _dispatched(fields, topk_idx, num_experts, name, statistics)
 
 
+@tells_peers("ep::low_latency_combine", 1, "plan")
 def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor | None = None) -> InFlightCombine:
     """The first half of `low_latency_combine`. Collective.
 

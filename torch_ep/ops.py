@@ -18,10 +18,12 @@ from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
 from .derivatives import is_floating, register_derivatives
 from .plan import Layout, Plan
+from .telling import tells_peers
 
 __all__ = ["combine", "dispatch", "plan"]
 
 
+@tells_peers("ep::plan", 2, "group")
 def plan(
     topk_idx: Tensor,
     num_experts: int,
@@ -54,8 +56,8 @@ def plan(
     Raises:
         ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
             is bad on one rank alone, that one raises when all have come to the call, and the others a
-            `torch.distributed.DistError` that names it. Transport nvlink does so for what only the device can see;
-            else the rank raises at once, and the others after the time-out.
+            `torch.distributed.DistError` that names it. On transport nvlink this holds for what only the device can
+            see; else the rank raises at once, and the others after the timeout.
         RuntimeError: `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or did not come in
             time.
@@ -149,6 +151,7 @@ def dispatch(x: Tensor, plan: Plan, *, scales: Tensor, after: Tensor | None = No
 def dispatch(
     x: Tensor, plan: Plan, *, topk_weights: Tensor, scales: Tensor, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+@tells_peers("ep::dispatch", 1, "plan")
 def dispatch(
     x: Tensor,
     plan: Plan,
@@ -193,6 +196,7 @@ def dispatch(
 def combine(y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None) -> Tensor: ...
 @overload
 def combine(y: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+@tells_peers("ep::combine", 1, "plan")
 def combine(
     y: Tensor,
     plan: Plan,

@@ -104,15 +104,20 @@ class Crossing {
     }
   }
 
-  Arrived move(const at::Tensor& wire) {
+  // `pack`: returns the wire rows. An error in it is told to the other ranks.
+  template <class F>
+  Arrived move(const F& pack) {
     if (!exchange_) {
-      return {wire, counts_, {0}};
+      return {pack(), counts_, {0}};
     }
-    const auto counts = exchange_->confirm();
-    auto records = at::empty({sum(counts), wire.size(1)}, wire.options());
-    exchange_->start(records, wire, counts);
-    exchange_->finish();
-    return {records, counts, exchange_->wait_ns()};
+    return exchange_->run([&]() -> Arrived {
+      const at::Tensor wire = pack();
+      const auto counts = exchange_->confirm();
+      auto records = at::empty({sum(counts), wire.size(1)}, wire.options());
+      exchange_->start(records, wire, counts);
+      exchange_->finish();
+      return {records, counts, exchange_->wait_ns()};
+    });
   }
 
  private:
@@ -261,7 +266,7 @@ Arrived send_tokens(const Tokens& tokens, const std::string& group) {
   auto agreed = agreed_of(sizes, tokens.x.size(1), tokens.x.scalar_type());
   agreed.push_back({"quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)", static_cast<int64_t>(tokens.quantize)});
   Crossing crossing(comm, kDispatch, to_host(routed.send_counts), {}, agreed);
-  return crossing.move(pack(tokens, routed));
+  return crossing.move([&] { return pack(tokens, routed); });
 }
 
 // The arguments of low_latency_combine and its _send half, checked.
@@ -343,19 +348,22 @@ Home send_sums(const Results& results, const std::string& group) {
       send_rows,
       " with rows");
 
-  // The inverse, for those tokens alone: for each row of y its (wire row, slot) pair.
-  const int64_t wire_rows = sum(send_rows);
-  const auto y_row = results.recv_row.index_select(0, comes.nonzero().squeeze(1)).to(at::kLong).view(-1);
-  auto pair_of = at::full({num_rows + 1}, -1, results.recv_row.options());  // the last is for nothing
-  pair_of.scatter_(
-      0, at::where(y_row.ge(0), y_row, num_rows), at::arange(wire_rows * sizes.num_topk, pair_of.options()));
-  const auto wire = local_kernels(results.y).fold_rows(
-      results.y.view({num_rows, hidden}),
-      results.row_weights.view(-1),
-      pair_of.narrow(0, 0, num_rows),
-      wire_rows,
-      sizes.num_topk);
-  return {crossing.move(wire.view(at::kByte)), routed};
+  const auto fold = [&] {
+    // The inverse, for those tokens alone: for each row of y its (wire row, slot) pair.
+    const int64_t wire_rows = sum(send_rows);
+    const auto y_row = results.recv_row.index_select(0, comes.nonzero().squeeze(1)).to(at::kLong).view(-1);
+    auto pair_of = at::full({num_rows + 1}, -1, results.recv_row.options());  // the last is for nothing
+    pair_of.scatter_(
+        0, at::where(y_row.ge(0), y_row, num_rows), at::arange(wire_rows * sizes.num_topk, pair_of.options()));
+    const auto wire = local_kernels(results.y).fold_rows(
+        results.y.view({num_rows, hidden}),
+        results.row_weights.view(-1),
+        pair_of.narrow(0, 0, num_rows),
+        wire_rows,
+        sizes.num_topk);
+    return wire.view(at::kByte);
+  };
+  return {crossing.move(fold), routed};
 }
 
 at::Tensor sum_up(const Home& home, at::ScalarType dtype) {

@@ -201,14 +201,13 @@ at::Tensor wire_of(
 }
 
 Payloads combine_payloads(
+    Move& move,
     const PlanTensors& plan,
-    c10::string_view group_name,
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     const std::optional<at::Tensor>& topk_weights,
     const std::optional<at::Tensor>& scales) {
   const auto& local = local_kernels(y);
-  Move move(OpKind::combine, plan, group_name, y, agreed_of(y, topk_weights, scales));
   const int64_t wire_rows = sum(move.out_rows);
   if (wire_rows > plan.recv_map.size(0)) {
     // Rows were dropped, and what bounds their number is the headers: no memory for them before these are there.
@@ -243,6 +242,71 @@ Payloads combine_payloads(
   return result;
 }
 
+Payloads combine_rows(
+    const PlanTensors& plan,
+    c10::string_view group_name,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  Move move(OpKind::combine, plan, group_name, y, agreed_of(y, topk_weights, scales));
+  return move.run([&] { return combine_payloads(move, plan, y, row_weights, topk_weights, scales); });
+}
+
+Payloads dispatch_payloads(
+    Move& move,
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const auto& local = local_kernels(x);
+  const int64_t out_rows = sum(move.out_rows), in_rows = sum(move.in_rows);
+  const int64_t rows = plan.recv_map.size(0), num_topk = plan.send_slot.size(1);
+  auto wire_x = local.pack_rows(x, plan.send_slot, out_rows);
+  std::optional<at::Tensor> wire_weights, wire_scales;
+  if (topk_weights) {
+    wire_weights = local.pack_slots(*topk_weights, plan.send_slot, out_rows);
+  }
+  if (scales) {
+    wire_scales = local.pack_rows(*scales, plan.send_slot, out_rows);
+  }
+  move.confirm();
+
+  // Without expansion the rows arrive where the result has them; only its tail is left to clear.
+  const auto start = [&](at::Tensor& wire) {
+    if (plan.expert_major || rows <= in_rows) {
+      wire = move.start(wire);
+      return;
+    }
+    auto result = with_rows(wire, rows);
+    result.narrow(0, in_rows, rows - in_rows).zero_();
+    wire = move.start(wire, result);
+  };
+  start(wire_x);
+  if (wire_weights) {
+    start(*wire_weights);
+  }
+  if (wire_scales) {
+    start(*wire_scales);
+  }
+  move.finish();
+
+  const auto place_rows = [&](const at::Tensor& wire) {
+    if (plan.expert_major) {
+      return local.expand_rows(wire, plan.recv_map, num_topk);
+    }
+    return rows < wire.size(0) ? wire.narrow(0, 0, rows).clone() : wire;
+  };
+  Payloads result{place_rows(wire_x), std::nullopt, std::nullopt};
+  if (wire_weights) {
+    std::get<1>(result) = plan.expert_major ? local.expand_slots(*wire_weights, plan.recv_map) : place_rows(*wire_weights);
+  }
+  if (wire_scales) {
+    std::get<2>(result) = place_rows(*wire_scales);
+  }
+  return result;
+}
+
 }  // namespace
 
 Payloads dispatch(
@@ -269,53 +333,8 @@ Payloads dispatch(
     return transport->dispatch(plan, x, topk_weights, scales);
   }
 
-  const auto& local = local_kernels(x);
   Move move(OpKind::dispatch, plan, group_name, x, agreed_of(x, topk_weights, scales));
-  const int64_t out_rows = sum(move.out_rows), in_rows = sum(move.in_rows);
-  const int64_t rows = recv_map.size(0), num_topk = send_slot.size(1);
-  auto wire_x = local.pack_rows(x, send_slot, out_rows);
-  std::optional<at::Tensor> wire_weights, wire_scales;
-  if (topk_weights) {
-    wire_weights = local.pack_slots(*topk_weights, send_slot, out_rows);
-  }
-  if (scales) {
-    wire_scales = local.pack_rows(*scales, send_slot, out_rows);
-  }
-  move.confirm();
-
-  // Without expansion the rows arrive where the result has them; only its tail is left to clear.
-  const auto start = [&](at::Tensor& wire) {
-    if (plan.expert_major || rows <= in_rows) {
-      wire = move.start(wire);
-      return;
-    }
-    auto result = with_rows(wire, rows);
-    result.narrow(0, in_rows, rows - in_rows).zero_();
-    wire = move.start(wire, result);
-  };
-  start(wire_x);
-  if (wire_weights) {
-    start(*wire_weights);
-  }
-  if (wire_scales) {
-    start(*wire_scales);
-  }
-  move.finish();
-
-  const auto place_rows = [&](const at::Tensor& wire) {
-    if (plan.expert_major) {
-      return local.expand_rows(wire, recv_map, num_topk);
-    }
-    return rows < wire.size(0) ? wire.narrow(0, 0, rows).clone() : wire;
-  };
-  Payloads result{place_rows(wire_x), std::nullopt, std::nullopt};
-  if (wire_weights) {
-    std::get<1>(result) = plan.expert_major ? local.expand_slots(*wire_weights, recv_map) : place_rows(*wire_weights);
-  }
-  if (wire_scales) {
-    std::get<2>(result) = place_rows(*wire_scales);
-  }
-  return result;
+  return move.run([&] { return dispatch_payloads(move, plan, x, topk_weights, scales); });
 }
 
 Payloads combine(
@@ -345,7 +364,7 @@ Payloads combine(
     return transport->combine(plan, y, std::nullopt, topk_weights, scales);
   }
 
-  return combine_payloads(plan, group_name, y, std::nullopt, topk_weights, scales);
+  return combine_rows(plan, group_name, y, std::nullopt, topk_weights, scales);
 }
 
 at::Tensor combine_weighted(
@@ -372,7 +391,7 @@ at::Tensor combine_weighted(
     return std::get<0>(transport->combine(plan, y, row_weights, std::nullopt, std::nullopt));
   }
 
-  return std::get<0>(combine_payloads(plan, group_name, y, row_weights, std::nullopt, std::nullopt));
+  return std::get<0>(combine_rows(plan, group_name, y, row_weights, std::nullopt, std::nullopt));
 }
 
 at::Tensor zero_after(const at::Tensor& dep) {

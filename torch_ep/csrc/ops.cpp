@@ -21,6 +21,10 @@ bool init(
   return ep::init_communicator(group_name, connections, timeout_ms, limits, choice);
 }
 
+void tell(std::string op, std::string group_name, std::string failure) {
+  ep::tell_failure(ep::kind_of(op), c10::string_view(group_name), failure);
+}
+
 bool is_connected(std::string group_name) {
   return ep::is_connected(group_name);
 }
@@ -167,6 +171,7 @@ TORCH_LIBRARY(ep, m) {
 
   // Collective and local halves of torch_ep.init and torch_ep.destroy.
   m.def("_init(str group_name, str connections, int timeout_ms, int[] limits, int[] choice) -> bool", &init);
+  m.def("_tell(str op, str group_name, str failure) -> ()", &tell);
   m.def("_is_connected(str group_name) -> bool", &is_connected);
   m.def("_orphaned() -> str[]", &ep::orphaned_communicators);
   m.def("_hint_at_init(str hint) -> ()", &hint_at_init);

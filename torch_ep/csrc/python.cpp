@@ -6,6 +6,7 @@
 // both are one.
 //
 // has_tangent tells torch_ep/derivatives.py whether forward mode has to do with a call.
+#include "comm/exchange.h"
 #include "ops.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -317,6 +318,10 @@ PyObject* any_has_tangent(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* exchanges_begun(PyObject*, PyObject*) {
+  return PyLong_FromLongLong(ep::Exchange::begun());
+}
+
 }  // namespace
 
 PyMODINIT_FUNC PyInit__C() {
@@ -327,6 +332,7 @@ PyMODINIT_FUNC PyInit__C() {
       {"combine", method(combine), METH_FASTCALL, nullptr},
       {"combine_weighted", method(combine_weighted), METH_FASTCALL, nullptr},
       {"has_tangent", method(any_has_tangent), METH_FASTCALL, nullptr},
+      {"exchanges_begun", exchanges_begun, METH_NOARGS, nullptr},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
   return PyModule_Create(&module);

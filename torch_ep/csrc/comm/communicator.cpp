@@ -68,6 +68,16 @@ const char* name_of(OpKind op) {
   return "an unknown op";
 }
 
+OpKind kind_of(const std::string& name) {
+  for (const auto op : {OpKind::plan, OpKind::dispatch, OpKind::combine, OpKind::low_latency_dispatch}) {
+    if (name == name_of(op)) {
+      return op;
+    }
+  }
+  TORCH_CHECK(name == name_of(OpKind::low_latency_combine), "torch_ep: expected the name of an operator, got ", name);
+  return OpKind::low_latency_combine;
+}
+
 void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
   TORCH_CHECK_VALUE(
       limit < 0 || got <= limit,

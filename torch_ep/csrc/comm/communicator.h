@@ -26,6 +26,7 @@ enum class OpKind : int64_t {
 };
 
 const char* name_of(OpKind op);
+OpKind kind_of(const std::string& name);  // of an operator
 
 // One rank's end of a group.
 struct Communicator {

@@ -44,7 +44,13 @@ uint64_t digest(int from, int to, int64_t rows) {
   return mix(mix(mix(static_cast<uint64_t>(from) + 1) + static_cast<uint64_t>(to)) + static_cast<uint64_t>(rows));
 }
 
+thread_local int64_t exchanges_begun = 0;
+
 }  // namespace
+
+int64_t Exchange::begun() {
+  return exchanges_begun;
+}
 
 Exchange::Exchange(
     std::shared_ptr<Communicator> comm,
@@ -63,6 +69,7 @@ Exchange::Exchange(
       failed_(failure.has_value()),
       deadline_(steady_clock::now() + comm_->timeout) {
   TORCH_INTERNAL_ASSERT(agreed.size() <= Header::kMaxAgreed);
+  ++exchanges_begun;
   check_closed();
   auto& channel = *comm_->channel;
   sequence_ = channel.sequence();

@@ -24,6 +24,9 @@ struct Agreed {
 // channel: the other ranks get a failure note instead of rows, and later calls on this rank raise.
 class Exchange {
  public:
+  // Exchanges that this thread has begun: whether an operator that failed had come to its own.
+  static int64_t begun();
+
   // Starts the headers and returns at once. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
   // that it expects from r, empty if only the headers will tell. `failure`: this rank's own error, for its peers.
   Exchange(
