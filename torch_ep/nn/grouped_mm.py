@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 __all__ = ["grouped_mm"]
 
@@ -30,3 +34,14 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
     if a.dtype == torch.bfloat16 and b.is_contiguous() and b.shape[1] % 8 == 0 and b.shape[2] % 8 == 0:
         return F.grouped_mm(a, b, offs=offsets)  # bfloat16, rows of multiples of 16 bytes
     return torch.ops.ep.grouped_mm(a, b, offsets)
+
+
+def _grouped_mm_flop(a_shape: Sequence[int], b_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of grouped products of matrices that share a dimension or have one of groups; no group is padded."""
+    groups = a_shape[0] if len(a_shape) == len(b_shape) == 3 else 1
+    return 2 * groups * a_shape[-2] * a_shape[-1] * b_shape[-1]
+
+
+for _op in (torch.ops.ep.grouped_mm, torch.ops.aten._grouped_mm):
+    if _op not in flop_registry:  # torch 2.13 has none for its own
+        register_flop_formula(_op)(_grouped_mm_flop)

@@ -6,24 +6,27 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..comm import Group, local_group, process_group, resolve
+from ..comm import Group, local_group
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, Plan, _recv_map
 from .checks import check_int
 from .feed_forward import Activation, check_activation, feed_forward
 from .grouped_mm import grouped_mm
+from .groups import RankGroup, data_parallel_groups, groups_of
+from .initialization import new_values
+from .router_stats import RouterStats, checkpointable
 from .routing import check_expert_groups, group_limited_topk
-from .sharding import shard_experts
+from .sharding import mark_experts
 
-__all__ = ["MoE", "RouterStats"]
+__all__ = ["MoE"]
 
 
 _GROUP_CHANNELS = 128  # that share a scale, in quantised rows
@@ -31,17 +34,6 @@ _GROUP_CHANNELS = 128  # that share a scale, in quantised rows
 _OP = "torch_ep.nn.MoE"  # in messages
 # Names of earlier versions, in which `shared_expert` was `shared`.
 _RENAMED = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-
-
-class RouterStats(NamedTuple):
-    """What a forward pass tells about its routing; tensors on the device, no wait."""
-
-    #: [] the Switch auxiliary loss of this rank's tokens, E * sum(f_e * p_e): 1 for an even load (arXiv:2101.03961).
-    aux_loss: Tensor
-    #: [num_experts] int64: how often this rank's tokens chose each expert.
-    tokens_per_expert: Tensor
-    #: [] int32: rows that found no place within `capacity` on this rank.
-    num_dropped: Tensor
 
 
 def _autocasts(device_type: str) -> bool:
@@ -58,6 +50,11 @@ def _autocast_dtype(t: Tensor) -> torch.dtype:
 def _autocast(t: Tensor) -> Tensor:
     dtype = _autocast_dtype(t)
     return t if t.dtype == dtype else t.to(dtype)
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's experts where `distribute_experts` has made them a DTensor."""
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -198,7 +195,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.group_name, self.world_size = resolve(group)
+        self._group, self._replicas = RankGroup(group), data_parallel_groups(group)
+        self.world_size = self._group.size
         check_int(_OP, "hidden", hidden, 1)
         check_int(_OP, "num_experts", num_experts, 1)
         if num_experts % self.world_size:
@@ -237,10 +235,37 @@ class MoE(nn.Module):
         self.register_parameter("router_bias", nn.Parameter(torch.empty(num_experts, **kwargs)) if bias else None)
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
+        mark_experts(self, self._group, self.EXPERT_PARAMETERS)
+        self.reset_parameters()  # before those of modules inside, as loops over `modules()` do
         self.shared_expert = None
         if shared_intermediate:
             self.shared_expert = SharedExpert(hidden, shared_intermediate, bias=bias, activation=activation, **kwargs)
-        self.reset_parameters()
+
+    @property
+    def group_name(self) -> str:
+        """Name of the group that shares the experts; "" for one rank."""
+        return self._group.name
+
+    @group_name.setter
+    def group_name(self, name: str) -> None:
+        self.set_group(name)
+
+    def set_group(self, group: Group) -> None:
+        """Exchanges over another group from now on: in another process, a pickled layer does not have its own.
+
+        Raises:
+            ValueError: this is another rank in that group, so that the layer has the experts of another rank.
+        """
+        new = RankGroup(group)
+        if new.position != self._group.position:
+            (rank, size), (new_rank, new_size) = self._group.position, new.position
+            raise ValueError(
+                f"torch_ep.nn.MoE.set_group: expected a group where this is rank {rank} of {size}, whose experts the "
+                f"layer has, got one where it is rank {new_rank} of {new_size}: make a new layer, and load the state "
+                "of torch_ep.nn.full_state_dict(layer) into it"
+            )
+        self._group, self._replicas = new, data_parallel_groups(group) or self._replicas
+        mark_experts(self, self._group, self.EXPERT_PARAMETERS)
 
     def _make_experts(self, intermediate: int | None, bias: bool, **kwargs: Any) -> None:
         intermediate = check_int(_OP, "intermediate", intermediate, 1)
@@ -293,27 +318,34 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in +-1/sqrt(fan-in). Draws every rank's experts and keeps its own, so ranks stay in step.
-
-        Biases are zero.
-        """
-        nn.init.uniform_(self.router, -1 / math.sqrt(self.hidden), 1 / math.sqrt(self.hidden))
-        rank = 0
-        if self.world_size > 1:
-            rank = process_group(self.group_name).rank()
+        """Uniform in +-1/sqrt(fan-in), biases of zeros. Draws every rank's experts and keeps its own."""
+        bound, rank = 1 / math.sqrt(self.hidden), self._group.rank
+        with new_values(self, "router") as router:
+            router.uniform_(-bound, bound)
         if self.router_bias is not None:
-            nn.init.zeros_(self.router_bias)
+            with new_values(self, "router_bias") as bias:
+                bias.zero_()
         for name in self.EXPERT_PARAMETERS:
-            weight = getattr(self, name)
-            if name.endswith("_bias"):
-                nn.init.zeros_(weight)
-                continue
-            bound = 1 / math.sqrt(weight.shape[1])
-            draw = torch.empty_like(weight[0])
-            for expert in range(self.num_experts):
-                draw.uniform_(-bound, bound)
-                if expert // self.num_local_experts == rank:
-                    weight[expert % self.num_local_experts] = draw
+            with new_values(self, name) as weight:
+                if name.endswith("_bias"):
+                    weight.zero_()
+                    continue
+                bound = 1 / math.sqrt(weight.shape[1])
+                draw = torch.empty_like(weight[0])
+                for expert in range(self.num_experts):
+                    draw.uniform_(-bound, bound)
+                    if expert // self.num_local_experts == rank:
+                        weight[expert % self.num_local_experts] = draw
+        if self.selection_bias is not None:
+            self.selection_bias.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        """The bias stays in float32, where small updates still move it; it goes to another device with the rest."""
+        bias = self.selection_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.selection_bias is not None and self.selection_bias.dtype != torch.float32:
+            self.selection_bias = bias.to(self.selection_bias.device, torch.float32)
+        return self
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """topk_idx, topk_weights [num_tokens, num_topk]; the scores [num_tokens, num_experts] behind them."""
@@ -366,8 +398,8 @@ class MoE(nn.Module):
 
         def project(t: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")
-            bias = None if bias is None else _autocast(bias)
-            return grouped_mm(t, _autocast(getattr(self, name)), offsets, bias=bias)
+            bias = None if bias is None else _autocast(_local(bias))
+            return grouped_mm(t, _autocast(_local(getattr(self, name))), offsets, bias=bias)
 
         return feed_forward(rows, project, self.activation)
 
@@ -424,7 +456,8 @@ class MoE(nn.Module):
             y = combine(done, p)
         else:
             y = self._experts_of_plan(rows, row_weights, p)
-        return self._with_shared(y, tokens).view(x.shape), RouterStats(aux_loss, load, p.num_dropped)
+        stats = RouterStats(aux_loss, load, p.num_dropped)
+        return self._with_shared(y, tokens).view(x.shape), checkpointable(stats, self.router.requires_grad)
 
     def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan) -> Tensor:
         if self.scale_before_experts:
@@ -507,24 +540,33 @@ class MoE(nn.Module):
 
         def project(t: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")
-            product = torch.bmm(t, getattr(self, name))
-            return product if bias is None else product + _autocast(bias)[:, None]
+            product = torch.bmm(t, _local(getattr(self, name)))
+            return product if bias is None else product + _autocast(_local(bias))[:, None]
 
         return feed_forward(rows, project, self.activation)
 
     @torch.no_grad()
-    def update_selection_bias(self, tokens_per_expert: Tensor, rate: float = 1e-3) -> None:
-        """Moves the bias of every expert by `rate` towards an even load. Collective over the layer's group.
+    def update_selection_bias(
+        self, tokens_per_expert: Tensor, rate: float = 1e-3, *, group: Group | Literal["auto"] = "auto"
+    ) -> None:
+        """Moves the bias of every expert by `rate` towards an even load. Collective over the layer's group and `group`.
 
         Args:
             tokens_per_expert: [num_experts] of this rank, as `RouterStats` has it, or a sum over steps.
+            rate: how far the bias of each expert moves.
+            group: ranks with replicas of the layer, over which the load is summed as well, so that they keep one bias:
+                the data-parallel group, or a DeviceMesh of any number of dimensions; it may include the layer's own
+                group. "": no other ranks. "auto": the dimensions whose names begin with "dp" of the DeviceMesh of
+                which the layer's group is another dimension.
         """
         if self.selection_bias is None:
             raise RuntimeError("torch_ep.nn.MoE: expected a layer made with selection_bias=True")
+        replicas = self._replicas if group == "auto" else groups_of(group)
         load = tokens_per_expert.to(torch.float32)
-        if self.world_size > 1:
-            load = load.clone()
-            dist.all_reduce(load, group=process_group(self.group_name))
+        for ranks in (self._group, *replicas):
+            load = ranks.all_reduce(load)
+        if self.selection_bias.dtype != torch.float32:  # cast by what goes around `_apply`
+            self.selection_bias = self.selection_bias.float()
         self.selection_bias += rate * torch.sign(load.mean() - load)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -536,12 +578,12 @@ class MoE(nn.Module):
             ):
                 if old_key in state_dict:
                     state_dict[new_key] = state_dict.pop(old_key)
-        # A full state dict (see `full_state_dict`) has all experts: take this rank's. Leaves the caller's dict alone.
-        for name in self.EXPERT_PARAMETERS:
-            key = prefix + name
-            if key in state_dict and state_dict[key].shape[:1] == (self.num_experts,) and self.world_size > 1:
-                state_dict = {**state_dict, key: shard_experts(state_dict[key], self.group_name)}
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        # Hooks take this rank's experts out of what comes: leave the caller's dict alone, except for modules inside.
+        own = dict(state_dict)
+        if isinstance(own.get(prefix + "selection_bias"), Tensor):
+            own[prefix + "selection_bias"] = own[prefix + "selection_bias"].float()
+        super()._load_from_state_dict(own, prefix, *args)
+        state_dict.update((key, value) for key, value in own.items() if "." in key.removeprefix(prefix))
 
     def extra_repr(self) -> str:
         return (
