@@ -140,9 +140,9 @@ class GraphModule(torch.nn.Module):
 
         inner: "f32[u0, 4]" = silu * grouped_mm_1
 
-        grouped_mm_2: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets)
+        value: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets)
 
-        y: "f32[5, 8]" = torch.ops.ep.combine.weighted(grouped_mm_2, weights_2, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
+        y: "f32[5, 8]" = torch.ops.ep.combine.weighted(value, weights_2, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
 
         view: "f32[5, 8]" = y.view((5, 8))
         return (view, aux_loss, load, num_dropped)
@@ -340,8 +340,8 @@ plan_1 = torch.ops.ep.plan(recv_map, 2, 'expert_major', 1, 1, '', None, None)
 dispatch_1 = torch.ops.ep.dispatch(rows, weights_2, None, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
 grouped_mm: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_proj_, offsets_1)
 grouped_mm_1: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_proj_, offsets_1)
-grouped_mm_2: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets_1)
-done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(grouped_mm_2, weights_3, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
+value: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets_1)
+done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(value, weights_3, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
 combine = torch.ops.ep.combine(done, None, None, send_slot, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
         )
 
@@ -437,9 +437,9 @@ class GraphModule(torch.nn.Module):
         recv_row: "i32[6, 2]" = low_latency_dispatch[5]
         row_weights: "f32[4, 6]" = low_latency_dispatch[6]
 
-        relu: "f32[4, 6, 8]" = rows.relu()
+        value: "f32[4, 6, 8]" = rows.relu()
 
-        low_latency_combine = torch.ops.ep.low_latency_combine(relu, l_topk_idx_, row_weights, recv_row, 4, 1, '', None)
+        low_latency_combine = torch.ops.ep.low_latency_combine(value, l_topk_idx_, row_weights, recv_row, 4, 1, '', None)
         out: "f32[5, 8]" = low_latency_combine[0]
         return (out,)
 """,
@@ -568,7 +568,7 @@ class TestLowLatencyTwoRanks(TestCase):
             self.ranks[0][0],
             """\
 low_latency_dispatch = torch.ops.ep.low_latency_dispatch(l_x_, l_topk_idx_, l_weights_, '', 4, 6, 2, '0', None)
-low_latency_combine = torch.ops.ep.low_latency_combine(relu, l_topk_idx_, row_weights, recv_row, 4, 2, '0', None)""",
+low_latency_combine = torch.ops.ep.low_latency_combine(value, l_topk_idx_, row_weights, recv_row, 4, 2, '0', None)""",
         )
 
     def test_aot(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import skip_code
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
@@ -42,7 +43,6 @@ def register_derivatives(
     op = torch._library.utils.lookup_op(f"ep::{name}")
     reverse = make_autograd_impl(op, Info(backward, setup_context))
 
-    @torch.compiler.disable(recursive=False)  # where a graph breaks, Dynamo would try to trace it
     def autograd(keys: Any, *args: Any) -> Any:
         if not _C.has_tangent(*args[:num_inputs]):
             return reverse(keys, *args)
@@ -70,6 +70,9 @@ def register_derivatives(
             result if tangent is None else forward_ad.make_dual(result, tangent, level=_LEVEL)
             for result, tangent in zip(results, result_tangents, strict=True)
         )
+
+    # Where a graph breaks, Dynamo would try to trace it. torch.compiler.disable does this too, but not in torch.export.
+    skip_code(autograd.__code__)
 
     def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple:
         if info.batch_size == 0:
