@@ -299,7 +299,8 @@ Payloads dispatch_payloads(
   };
   Payloads result{place_rows(wire_x), std::nullopt, std::nullopt};
   if (wire_weights) {
-    std::get<1>(result) = plan.expert_major ? local.expand_slots(*wire_weights, plan.recv_map) : place_rows(*wire_weights);
+    std::get<1>(result) =
+        plan.expert_major ? local.expand_slots(*wire_weights, plan.recv_map) : place_rows(*wire_weights);
   }
   if (wire_scales) {
     std::get<2>(result) = place_rows(*wire_scales);
