@@ -3,7 +3,7 @@
 #include "ops.h"
 
 #include "comm/transport.h"
-#include "local.h"
+#include "local/permute.h"
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
