@@ -27,10 +27,10 @@ CSRC = ROOT / "torch_ep" / "csrc"
 CUDA = CSRC / "cuda"
 NVCC = shutil.which("nvcc")
 
-KERNELS = sorted(CUDA.rglob("*.cu"))
+KERNELS = sorted(CSRC.rglob("*.cu"))
 # Programs of tests, no part of the package.
 PROGRAMS = sorted((ROOT / "test" / "sanitizer").glob("*.cu"))
-DEVICE_HEADERS = sorted(CUDA.rglob("*.cuh"))
+DEVICE_HEADERS = sorted(CSRC.rglob("*.cuh"))
 HOST_FILES = sorted(p for p in CSRC.rglob("*.cpp") if CUDA in p.parents or "TORCH_EP_CUDA" in p.read_text())
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")

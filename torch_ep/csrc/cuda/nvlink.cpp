@@ -1,10 +1,10 @@
 // The nvlink transport on the host: tensors to kernel arguments.
 #include "nvlink.h"
 
+#include "../core/cuda_stream.h"
+#include "../core/cuda_tensors.h"
 #include "failures.h"
 #include "low_latency_host.h"
-#include "stream.h"
-#include "tensors.h"
 
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
