@@ -93,6 +93,10 @@ void force_aten(bool on) {
   ep::force_aten = on;
 }
 
+void force_parts(bool on) {
+  ep::force_parts = on;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(ep, m) {
@@ -190,6 +194,7 @@ TORCH_LIBRARY(ep, m) {
   m.def("_masked_nvlink(str group_name) -> int", &masked_nvlink);
   m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask_nvlink);
   m.def("_force_aten(bool on) -> ()", &force_aten);
+  m.def("_force_parts(bool on) -> ()", &force_parts);
 }
 
 namespace {
