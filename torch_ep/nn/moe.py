@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..comm import Group, local_group, process_group, resolve
+from ..comm import Group, process_group, resolve
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, Plan, _recv_map
@@ -415,7 +415,7 @@ class MoE(nn.Module):
             local = plan(
                 _recv_map(p),
                 self.num_local_experts,
-                local_group(self.group_name, self.capacity),
+                "",
                 capacity=self._local_capacity(),
                 alignment=self.alignment,
             )
