@@ -3,8 +3,8 @@
 The extension runs only with the torch that it is built with, so torch is no build requirement, which an installer would
 fetch for the build alone: it is taken from the environment that torch_ep is installed into.
 
-With a torch that has CUDA, and nvcc where torch looks for it (CUDA_HOME, then PATH, then /usr/local/cuda), what is in
-torch_ep/csrc/cuda is built too: the nvlink transport. It is built for TORCH_CUDA_ARCH_LIST, Hopper if that is not set;
+With a torch that has CUDA, and nvcc where torch looks for it (CUDA_HOME, then PATH, then /usr/local/cuda), the sources
+that need CUDA are built too: see `needs_cuda`. They are built for TORCH_CUDA_ARCH_LIST, Hopper if that is not set;
 CUDAHOSTCXX names nvcc's host compiler.
 """
 
@@ -23,7 +23,6 @@ from setuptools import Extension, setup
 OLDEST_SETUPTOOLS = 77
 OLDEST_TORCH = (2, 11)
 CSRC = Path("torch_ep/csrc")
-CUDA = CSRC / "cuda"
 
 # Without contraction every machine sums to the same bits as the reference.
 CXX_FLAGS = ["-std=c++20", "-O3", "-ffp-contract=off", "-Wall", "-Wno-deprecated-declarations"]
@@ -99,15 +98,19 @@ def has_headers(toolkit: str) -> bool:
     return os.path.exists(os.path.join(toolkit, "include", "cuda_runtime_api.h"))
 
 
+def needs_cuda(path: Path) -> bool:
+    return path.suffix == ".cu" or path.parent == CSRC / "cuda" or path.stem.endswith("_cuda")
+
+
 def sources(cuda: bool) -> list[str]:
-    paths = sorted([*CSRC.rglob("*.cpp"), *CUDA.rglob("*.cu")])
+    paths = sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")])
     # Checked in every build, so that one without CUDA finds what would break one with it.
     taken: dict[Path, Path] = {}
     for path in paths:
         other = taken.setdefault(path.with_suffix(".o"), path)
         if other != path:
             sys.exit(f"torch_ep: {other} and {path} would be compiled to one object file: rename one of them")
-    return [str(path) for path in paths if cuda or CUDA not in path.parents]
+    return [str(path) for path in paths if cuda or not needs_cuda(path)]
 
 
 def extension() -> Extension:
@@ -140,7 +143,7 @@ class build_ext(BuildExtension):
 def describe(paths: list[str], use_ninja: bool) -> str:
     """What is built, with what, and how long it takes."""
     reason = why_no_cuda()
-    what = f"with CUDA {torch.version.cuda}" if reason is None else f"without NVLink kernels ({reason})"
+    what = f"with CUDA {torch.version.cuda}" if reason is None else f"without CUDA kernels ({reason})"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if use_ninja:
         max_jobs = os.environ.get("MAX_JOBS", "")  # which torch heeds

@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args.ranks = [max((n for n in range(2, gpus + 1) if args.experts % n == 0), default=2)]
     for ranks in args.ranks:
         if ranks < 2:
-            p.error(f"--ranks: expected at least 2, got {ranks}: one rank exchanges nothing")
+            p.error(f"--ranks: expected at least 2, got {ranks}: one rank exchanges nothing, see one_rank.py")
         if args.experts % ranks:
             p.error(f"--experts: expected a multiple of the {ranks} ranks, got {args.experts}")
         if args.device == "cuda" and ranks > gpus:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from harness import LIMIT_S, random_topk, seeded, world
 
+import torch_ep
 from torch_ep import reference
 
 ROOT = Path(__file__).parent.parent
@@ -698,3 +699,43 @@ def test_low_latency_run_on_gpus_has_a_row_for_every_case(tmp_path: Path) -> Non
     assert [(row["tokens"], row["op"]) for row in results["rows"]] == cases
     assert [row["op"] for row in results["overlap"]] == list(low_latency.OVERLAPPED_OPS)
     assert (tmp_path / "gpu.png").stat().st_size > 0
+
+
+def test_torch_gives_the_same_on_one_rank() -> None:
+    one_rank = module("one_rank")
+    g = seeded(1)
+    x, weights = torch.randn(20, 8, generator=g), torch.rand(20, 3, generator=g)
+    idx = random_topk(20, 3, 6, g, holes=0.0)
+    theirs = one_rank.ByTorch(x, idx, weights, 6)
+    routing = theirs.plan()
+    plan = torch_ep.plan(idx, 6, "")
+    rows, row_weights = torch_ep.dispatch(x, plan, topk_weights=weights)
+    assert torch.equal(theirs.dispatch(routing), rows)
+    assert torch.equal(routing.offsets.int(), plan.offsets)
+    torch.testing.assert_close(theirs.combine(rows, routing), torch_ep.combine(rows, plan, row_weights=row_weights))
+
+
+def test_one_rank_table_has_the_columns_of_its_head() -> None:
+    one_rank = module("one_rank")
+    times = one_rank.summary([float(us) for us in range(101)])
+    assert times == {"median_us": 50, "p5_us": 5, "p95_us": 95, "min_us": 0, "max_us": 100}
+    row = {"shape": (4096, 7168, 8, 256), "op": "plan, capacity", "floor_us": None, "ours": times}
+    assert _bars(one_rank.line(row)) == _bars(one_rank.HEAD)
+
+
+def test_one_rank_refuses_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        module("one_rank").parse(["--shape", "4", "8", "5", "2"])
+    assert "expected at most the 2 experts per token, got 5" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_one_rank_run_has_a_row_for_every_case(tmp_path: Path) -> None:
+    done = run_script(
+        "one_rank.py", "--shape", "40", "64", "3", "6", "--iterations", "3", "--output", str(tmp_path / "out")
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["op"] for row in rows] == ["plan", "plan, capacity", "dispatch", "combine"]
+    assert all({"ours", "with init"} <= row.keys() for row in rows)

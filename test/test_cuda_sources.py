@@ -27,11 +27,15 @@ CSRC = ROOT / "torch_ep" / "csrc"
 CUDA = CSRC / "cuda"
 NVCC = shutil.which("nvcc")
 
-KERNELS = sorted(CUDA.rglob("*.cu"))
+KERNELS = sorted(CSRC.rglob("*.cu"))
 # Programs of tests, no part of the package.
 PROGRAMS = sorted((ROOT / "test" / "sanitizer").glob("*.cu"))
-DEVICE_HEADERS = sorted(CUDA.rglob("*.cuh"))
-HOST_FILES = sorted(p for p in CSRC.rglob("*.cpp") if CUDA in p.parents or "TORCH_EP_CUDA" in p.read_text())
+# What kernels and the host share.
+KERNEL_HEADERS = [CUDA / "launch.h", CSRC / "local" / "permute_kernels.h"]
+DEVICE_HEADERS = sorted(CSRC.rglob("*.cuh"))
+# Host files that a build without CUDA leaves out.
+CUDA_HOST_FILES = [p for p in CSRC.rglob("*.cpp") if CUDA in p.parents or p.stem.endswith("_cuda")]
+HOST_FILES = sorted({*CUDA_HOST_FILES, *(p for p in CSRC.rglob("*.cpp") if "TORCH_EP_CUDA" in p.read_text())})
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 
@@ -116,13 +120,13 @@ def test_host_file_of_a_cuda_build_is_valid(compiled: Callable[[Path], str], pat
     assert compiled(path) == ""
 
 
-@pytest.mark.parametrize("path", [*KERNELS, *DEVICE_HEADERS, CUDA / "launch.h", *PROGRAMS], ids=relative)
+@pytest.mark.parametrize("path", [*KERNELS, *DEVICE_HEADERS, *KERNEL_HEADERS, *PROGRAMS], ids=relative)
 def test_device_code_includes_no_torch_header(path: Path) -> None:
     assert torch_includes(path) == []
 
 
 def test_there_are_files_of_each_kind_to_check() -> None:
-    assert KERNELS and PROGRAMS and DEVICE_HEADERS and [p for p in HOST_FILES if CUDA in p.parents]
+    assert KERNELS and PROGRAMS and DEVICE_HEADERS and CUDA_HOST_FILES
 
 
 SOUND_KERNEL = """
@@ -247,7 +251,7 @@ def test_build_without_cuda_takes_nothing_of_cuda(build: Build, cuda: str | None
     if cuda is None:
         build.add_nvcc()
     extension = build.extension(cuda=cuda)
-    assert sorted(extension.sources) == in_tree([p for p in CSRC.rglob("*.cpp") if CUDA not in p.parents])
+    assert sorted(extension.sources) == in_tree([p for p in CSRC.rglob("*.cpp") if p not in CUDA_HOST_FILES])
     assert "-DTORCH_EP_CUDA" not in extension.extra_compile_args
 
 
@@ -265,7 +269,7 @@ def test_build_finds_the_toolkit_of_an_nvcc_elsewhere(build: Build, tmp_path: Pa
 
 def test_build_says_when_only_nvcc_is_missing(build: Build) -> None:
     build.extension()
-    news = "without NVLink kernels (no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda)"
+    news = "without CUDA kernels (no nvcc in CUDA_HOME, on PATH or in /usr/local/cuda)"
     assert news in build.namespace["describe"]([], use_ninja=True)
 
 

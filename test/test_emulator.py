@@ -22,7 +22,7 @@ from test_cuda_sources import cuda_include_folders, needs_nvcc
 pytestmark = needs_nvcc
 
 # Random ones of each program, besides fourteen larger ones of virtual_ranks that are always run.
-CASES = {"virtual_ranks": 48, "low_latency": 40}
+CASES = {"virtual_ranks": 48, "low_latency": 40, "permute": 60}
 
 
 def build(
@@ -114,6 +114,27 @@ FAULTS = {
     "low latency: two packed rows in one place": Fault(
         "low_latency", "layout.h", "token * bytes;", "token / 2 * bytes;"
     ),
+    "permute plan: rows that come before": Fault(
+        "permute", "permute_plan.cu", "before += b < block_", "before += b <= block_"
+    ),
+    "permute plan: tokens in words before": Fault(
+        "permute", "permute_plan.cu", "for (int w = 0; w < word; ++w)", "for (int w = 1; w < word; ++w)"
+    ),
+    "permute plan: an expert without padding": Fault(
+        "permute", "permute_plan.cu", "const int most = a_.alignment - 1;", "const int most = a_.alignment - 2;"
+    ),
+    "permute: an entry that nothing confirms": Fault(
+        "permute", "permute_kernels.cu", "map_.recv_slot[row] == pair_of(k)", "map_.recv_slot[row] >= 0"
+    ),
+    "permute: a row of padding": Fault(
+        "permute", "permute_kernels.cu", "is_padding = from < 0", "is_padding = from < -1"
+    ),
+    "permute: a row with slots in two groups": Fault(
+        "permute", "permute_kernels.cu", "k < group && is_first", "k < 0 && is_first"
+    ),
+    "unpermute: a zero of a sum of nothing": Fault(
+        "permute", "permute_kernels.cu", "terms == 0 ? Raw{} :", "terms < 0 ? Raw{} :"
+    ),
     "low latency: what a pack holds": Fault(
         "low_latency", "device/packs.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
     ),
@@ -124,7 +145,7 @@ def build_faulty(fault: Fault, folder: Path) -> Path:
     planted = []
 
     def change(path: str, text: str) -> str:
-        if not path.endswith(f"csrc/cuda/{fault.file}"):
+        if not path.endswith(f"/{fault.file}"):
             return text
         planted.append(fault.right in text)
         return text.replace(fault.right, fault.wrong)

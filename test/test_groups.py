@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torchrun_case import HIDDEN, NUM_EXPERTS, NUM_TOPK, check_against_reference
 
 import torch_ep
-from torch_ep.comm import local_group
 
 TIMEOUT = PATIENCE
 
@@ -168,25 +167,6 @@ def test_init_of_one_rank_forgets_the_transport_before(monkeypatch: pytest.Monke
     monkeypatch.setitem(torch_ep.comm.communicators, "", before)
     torch_ep.init(transport="c10d")
     assert "" not in torch_ep.comm.communicators
-
-
-def test_rows_that_came_over_nvlink_stay_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As much of it as there is without a GPU: which group nn.MoE takes for them."""
-    started = []
-    monkeypatch.setattr(torch_ep.comm, "_local_buffers", lambda count, nbytes: [nbytes])
-    monkeypatch.setattr(torch_ep.comm, "_start_nvlink", lambda *arguments, **_: started.append(arguments))
-    assert local_group("g", None) == ""
-    torch_ep.comm._start_local(torch_ep.Communicator("g", 2, 4, TIMEOUT, 100, 8, 2, 12, transport="nvlink"))
-    try:
-        name = local_group("g", None)
-        assert name != "" and local_group("g", 400) == name and local_group("g", 401) == ""
-        assert torch_ep.comm.resolve(name) == (name, 1)
-        ((alone, nbytes),) = started
-        assert (alone.max_tokens_per_rank, alone.hidden, alone.num_topk, alone.num_experts) == (400, 8, 2, 3)
-        assert nbytes > 0
-    finally:
-        torch_ep.comm._forget("g")
-    assert local_group("g", None) == ""
 
 
 def _message(group: Any) -> str:

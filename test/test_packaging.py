@@ -96,8 +96,8 @@ def test_uv_builds_with_the_torch_that_it_installs_beside(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("cuda", "ninja", "max_jobs", "news"),
     [
-        (None, True, "", "without NVLink kernels (this torch has no CUDA): about 3 minutes on 4 cores"),
-        (None, True, "1", "without NVLink kernels (this torch has no CUDA): about 10 minutes on 1 core"),
+        (None, True, "", "without CUDA kernels (this torch has no CUDA): about 3 minutes on 4 cores"),
+        (None, True, "1", "without CUDA kernels (this torch has no CUDA): about 10 minutes on 1 core"),
         ("13.0", False, "", "with CUDA 13.0: about 10 minutes on 1 core of 4, since ninja is not installed"),
     ],
     ids=["four-cores", "one-job", "cuda-without-ninja"],
@@ -120,7 +120,7 @@ def test_a_build_says_what_it_does_and_how_long(
 
 # The log of a build without CUDA, cut in the middle of a line and with commands shortened.
 LOG = """\
-torch_ep: building 11 files with torch 2.13.0+cpu, without NVLink kernels (this torch has no CUDA): about 2 minutes
+torch_ep: building 11 files with torch 2.13.0+cpu, without CUDA kernels (this torch has no CUDA): about 2 minutes
 building 'torch_ep._C' extension
 [1/11] c++ -MMD -MF torch_ep/csrc/aten/local.o.d -c -c torch_ep/csrc/aten/local.cpp
 torch_ep/csrc/aten/local.cpp:1:1: note: as [9/9] declared here

@@ -44,7 +44,7 @@ def last_lines(command: list[str]) -> tuple[int, str]:
     return done.returncode, "\n".join(done.stdout.splitlines()[-60:])
 
 
-@pytest.fixture(scope="module", params=["virtual_ranks", "low_latency"])
+@pytest.fixture(scope="module", params=["virtual_ranks", "low_latency", "permute"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("sanitizer") / request.param
     target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-lineinfo"]

@@ -68,9 +68,8 @@ _buffers: dict[str, symmetric.Buffer] = {}
 _still_running: list[symmetric.Buffer] = []
 # What `init` was called with, by group name.
 _arguments_of: dict[str, tuple[dist.ProcessGroup | None, dict[str, Any]]] = {}
-# Names of communicators without a process group: of ranks that all live in this process, and of one rank alone.
+# Names of communicators without a process group: of ranks that all live in this process.
 _virtual: set[str] = set()
-_local: set[str] = set()
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
@@ -95,7 +94,7 @@ def resolve(group: Group) -> tuple[str, int]:
     elif isinstance(group, str):
         if group == "":
             return "", 1
-        if group in communicators and (torch.compiler.is_compiling() or group in _virtual or group in _local):
+        if group in communicators and (torch.compiler.is_compiling() or group in _virtual):
             return group, communicators[group].world_size  # Dynamo cannot trace the look-up below
         group = process_group(group)
     if not isinstance(group, dist.ProcessGroup):
@@ -141,8 +140,9 @@ def init(
 
     Calling it again with the same arguments returns what is there after one small exchange, so every layer may call it.
     With other arguments it replaces the communicator of that group: with larger limits, buffers grow. Without a process
-    group, or with a group of one rank, no other rank has to be prepared for; the operators work without `init`, and
-    with it, given all limits, on a CUDA device without ever waiting for it.
+    group, or with a group of one rank, no other rank has to be prepared for: plan, dispatch and combine run the same
+    with and without `init`. The low-latency pair needs it, with all limits, to run in kernels of its own on a CUDA
+    device.
 
     The ranks connect over TCP, by a gloo backend of torch_ep's own. The program's collectives on the same group and
     torch_ep's exchanges on the CPU cannot disturb each other. On a CUDA device with transport "c10d", rows travel over
@@ -342,40 +342,7 @@ def _init_nvlink(
         reason = "every GPU of the group can write into every other"
     communicator = communicator._replace(transport="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
     _start_nvlink(communicator, buffer, groupless=process is None)
-    if process is not None:
-        _start_local(communicator)
     return communicator
-
-
-def _local_name(group_name: str) -> str:
-    return f"{group_name}, this rank alone"
-
-
-def _start_local(communicator: Communicator) -> None:
-    """A communicator of this rank alone, for the rows that it receives from that group: `local_group`."""
-    name, world_size = _local_name(communicator.group_name), communicator.world_size
-    alone = communicator._replace(
-        group_name=name,
-        rank=0,
-        world_size=1,
-        max_tokens_per_rank=world_size * (communicator.max_tokens_per_rank or 0),
-        num_experts=(communicator.num_experts or 0) // world_size,
-        low_latency_tokens=None,
-    )
-    buffer = _local_buffers(1, torch.ops.ep._nvlink_bytes(1, _limits(alone), alone.num_sms))[0]
-    _start_nvlink(alone, buffer, groupless=True)
-    communicators[name] = alone
-    _local.add(name)
-
-
-def local_group(group_name: str, num_tokens: int | None) -> str:
-    """The group of this rank alone for `num_tokens` rows that came by that one, None: for as many as can come.
-
-    Where that one is on nvlink this one is too, so that nothing waits for the device. Else "", as for too many rows.
-    """
-    alone = communicators.get(_local_name(group_name))
-    fits = alone is not None and (num_tokens is None or num_tokens <= (alone.max_tokens_per_rank or 0))
-    return alone.group_name if alone is not None and fits else ""
 
 
 def _local_buffers(count: int, nbytes: int) -> list[symmetric.Buffer]:
@@ -405,13 +372,9 @@ def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, group
 
 def _forget(group_name: str) -> None:
     """Ends the nvlink transport of a group, if it has one. Its memory stays while a kernel still runs."""
-    alone = _local_name(group_name)
-    communicators.pop(alone, None)
-    _local.discard(alone)
-    for name in (group_name, alone):
-        buffer = _buffers.pop(name, None)
-        if buffer is not None and not torch.ops.ep._destroy_nvlink(name):
-            _still_running.append(buffer)
+    buffer = _buffers.pop(group_name, None)
+    if buffer is not None and not torch.ops.ep._destroy_nvlink(group_name):
+        _still_running.append(buffer)
 
 
 def init_virtual(
@@ -553,5 +516,5 @@ def _forget_orphans() -> None:
 def _destroy_all() -> None:
     """Closes connections while the threads that serve them still can."""
     for group_name in [*communicators]:
-        if group_name not in _virtual and group_name not in _local:
+        if group_name not in _virtual:
             torch.ops.ep._destroy(group_name)

@@ -1,4 +1,4 @@
-// Just enough of CUDA to run the kernels of torch_ep/csrc/cuda on a CPU: slowly, but where there is no GPU.
+// Just enough of CUDA to run the kernels of torch_ep/csrc on a CPU: slowly, but where there is no GPU.
 //
 // A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
 // they please, and shared memory is thread-local. A row of a grid is a rank, whose kernels follow each other as if in a

@@ -1,4 +1,4 @@
-// Takes the place of device/launch.cuh: here kernels run one after the other.
+// Takes the place of core/device/launch.cuh: here kernels run one after the other.
 #pragma once
 
 namespace ep::cuda {

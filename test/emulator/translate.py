@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-KERNELS = Path("torch_ep/csrc/cuda")
+KERNELS = Path("torch_ep/csrc")
 PROGRAMS = Path("test/sanitizer")
 
 # What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
@@ -34,7 +34,7 @@ def translate(program: str, destination: Path, change: Callable[[str, str], str]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     here = Path(__file__).parent
-    for name in ("memory.cuh", "launch.cuh"):
-        shutil.copy(here / name, destination / KERNELS / "device" / name)
+    for name in ("cuda/device/memory.cuh", "core/device/launch.cuh"):
+        shutil.copy(here / Path(name).name, destination / KERNELS / name)
     shutil.copy(here / "emulator.h", destination / "emulator.h")
     return destination / PROGRAMS / f"{program}.cu"

@@ -1,8 +1,8 @@
 // What the programs that run several ranks on one GPU share: errors, memory, random numbers.
 #pragma once
 
+#include "../../torch_ep/csrc/core/device/launch.cuh"
 #include "../../torch_ep/csrc/cuda/device/counter.cuh"
-#include "../../torch_ep/csrc/cuda/device/launch.cuh"
 #include "../../torch_ep/csrc/cuda/device/low_latency_receive.cuh"
 #include "../../torch_ep/csrc/cuda/device/quantize.cuh"
 #include "../../torch_ep/csrc/cuda/device/rows.cuh"

@@ -5,7 +5,7 @@
 #include "checks.h"
 #include "comm/transport.h"
 #include "host.h"
-#include "local.h"
+#include "local/permute.h"
 #include "low_latency_rows.h"
 #include "ops.h"
 

@@ -1,7 +1,7 @@
 #include "low_latency_rows.h"
 
 #include "host.h"
-#include "local.h"
+#include "local/permute.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/constant_pad_nd.h>

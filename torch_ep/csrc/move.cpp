@@ -4,7 +4,7 @@
 #include "checks.h"
 #include "comm/transport.h"
 #include "host.h"
-#include "local.h"
+#include "local/permute.h"
 #include "ops.h"
 
 #include <ATen/ops/arange.h>
@@ -333,6 +333,9 @@ Payloads dispatch(
   if (const auto transport = transport_of(plan, group_name, OpKind::dispatch)) {
     return transport->dispatch(plan, x, topk_weights, scales);
   }
+  if (const auto* alone = one_rank_kernels(x, send_counts.size(0))) {
+    return alone->dispatch(plan, x, topk_weights, scales);
+  }
 
   Move move(OpKind::dispatch, plan, group_name, x, agreed_of(x, topk_weights, scales));
   return move.run([&] { return dispatch_payloads(move, plan, x, topk_weights, scales); });
@@ -364,6 +367,9 @@ Payloads combine(
   if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
     return transport->combine(plan, y, std::nullopt, topk_weights, scales);
   }
+  if (const auto* alone = one_rank_kernels(y, send_counts.size(0))) {
+    return alone->combine(plan, y, std::nullopt, topk_weights, scales);
+  }
 
   return combine_rows(plan, group_name, y, std::nullopt, topk_weights, scales);
 }
@@ -390,6 +396,9 @@ at::Tensor combine_weighted(
   });
   if (const auto transport = transport_of(plan, group_name, OpKind::combine)) {
     return std::get<0>(transport->combine(plan, y, row_weights, std::nullopt, std::nullopt));
+  }
+  if (const auto* alone = one_rank_kernels(y, send_counts.size(0))) {
+    return std::get<0>(alone->combine(plan, y, row_weights, std::nullopt, std::nullopt));
   }
 
   return std::get<0>(combine_rows(plan, group_name, y, row_weights, std::nullopt, std::nullopt));

@@ -3,7 +3,7 @@
 #include "ops.h"
 
 #include "comm/transport.h"
-#include "local.h"
+#include "local/permute.h"
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -91,6 +91,10 @@ void mask_nvlink(std::string group_name, int64_t ranks) {
 
 void force_aten(bool on) {
   ep::force_aten = on;
+}
+
+void force_parts(bool on) {
+  ep::force_parts = on;
 }
 
 }  // namespace
@@ -190,6 +194,7 @@ TORCH_LIBRARY(ep, m) {
   m.def("_masked_nvlink(str group_name) -> int", &masked_nvlink);
   m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask_nvlink);
   m.def("_force_aten(bool on) -> ()", &force_aten);
+  m.def("_force_parts(bool on) -> ()", &force_parts);
 }
 
 namespace {

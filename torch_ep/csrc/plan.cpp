@@ -5,7 +5,7 @@
 #include "checks.h"
 #include "comm/transport.h"
 #include "host.h"
-#include "local.h"
+#include "local/permute.h"
 #include "ops.h"
 
 #include <ATen/ops/empty.h>
@@ -61,6 +61,20 @@ PlanResult make_plan(
   if (const auto transport = find_transport(group, world_size, topk_idx, OpKind::plan)) {
     return transport->plan(topk_idx, {num_experts, expert_major, alignment, capacity, max_tokens_per_rank});
   }
+  const auto check_num_tokens = [&] {
+    TORCH_CHECK_VALUE(
+        !max_tokens_per_rank || topk_idx.size(0) <= *max_tokens_per_rank,
+        kOp,
+        ": expected at most max_tokens_per_rank = ",
+        max_tokens_per_rank.value_or(0),
+        " tokens, got ",
+        topk_idx.size(0));
+  };
+  const PlacementOptions options{expert_major, num_experts / world_size, alignment, capacity, topk_idx.scalar_type()};
+  if (const auto* alone = one_rank_kernels(topk_idx, world_size)) {
+    check_num_tokens();
+    return alone->plan(topk_idx, options);
+  }
   const auto comm = find_communicator(group, world_size, OpKind::plan);
   const auto& local = local_kernels(topk_idx);
   const int64_t num_topk = topk_idx.size(1);
@@ -69,13 +83,7 @@ PlanResult make_plan(
       check_limit(OpKind::plan, "num_topk", comm->max_topk, num_topk);
       check_limit(OpKind::plan, "num_experts", comm->max_experts, num_experts);
     }
-    TORCH_CHECK_VALUE(
-        !max_tokens_per_rank || topk_idx.size(0) <= *max_tokens_per_rank,
-        kOp,
-        ": expected at most max_tokens_per_rank = ",
-        max_tokens_per_rank.value_or(0),
-        " tokens, got ",
-        topk_idx.size(0));
+    check_num_tokens();
     return local.route(kOp, topk_idx, num_experts, world_size);
   });
 
@@ -91,8 +99,7 @@ PlanResult make_plan(
   } else {
     recv_rows = {wire_topk.size(0)};
   }
-  auto placement = local.place(
-      wire_topk, recv_rows, {expert_major, num_experts / world_size, alignment, capacity, topk_idx.scalar_type()});
+  auto placement = local.place(wire_topk, recv_rows, options);
   const auto recv_counts = at::tensor(recv_rows, at::kInt).to(topk_idx.device());
   return {
       routed.send_slot,

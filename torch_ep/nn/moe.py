@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..comm import Group, local_group
+from ..comm import Group
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, Plan, _recv_map
@@ -447,7 +447,7 @@ class MoE(nn.Module):
             local = plan(
                 _recv_map(p),
                 self.num_local_experts,
-                local_group(self.group_name, self.capacity),
+                "",
                 capacity=self._local_capacity(),
                 alignment=self.alignment,
             )

@@ -3,7 +3,7 @@
 //   receive   the others: chunks of every peer: arrived row -> shared memory -> its places in the result; and, while
 //             there is none, this rank's own rows. The first of these warps meets the peers.
 // Blocks that have sent everything join in the own rows.
-#include "device/launch.cuh"
+#include "../core/device/launch.cuh"
 #include "device/rows.cuh"
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 #include "failures.h"
 
 #include "../comm/communicator.h"
-#include "stream.h"
+#include "../core/cuda_stream.h"
 
 #include <c10/core/ScalarType.h>
 

@@ -1,6 +1,7 @@
 // The kernels as the host sees them: their arguments, and a function that launches each. No torch header here.
 #pragma once
 
+#include "../core/element.h"
 #include "layout.h"
 
 #include <cuda_runtime_api.h>
@@ -186,8 +187,6 @@ struct DispatchArgs {
   char* out_weights;
   char* out_scales;
 };
-
-enum class Element : int { f64, f32, bf16, f16 };
 
 struct CombineArgs {
   Comm comm;

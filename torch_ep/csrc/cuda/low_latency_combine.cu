@@ -4,7 +4,7 @@
 // Rows are summed where the experts are, so that one crosses the link for each (token, rank); the order and the width
 // of the sums are those of ep::combine. Sums of few tokens travel in packs (Note [Packed rows]), a chunk to a warp; of
 // many by bulk copies, some of their columns to a warp, followed by a flag.
-#include "device/launch.cuh"
+#include "../core/device/launch.cuh"
 #include "device/low_latency.cuh"
 #include "device/packs.cuh"
 #include "device/rows.cuh"

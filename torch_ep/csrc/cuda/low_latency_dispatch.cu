@@ -7,8 +7,8 @@
 // Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
 // before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
 // many by bulk copies, each followed by a flag.
+#include "../core/device/launch.cuh"
 #include "device/counter.cuh"
-#include "device/launch.cuh"
 #include "device/low_latency_receive.cuh"
 #include "device/quantize.cuh"
 

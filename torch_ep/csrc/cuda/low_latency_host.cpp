@@ -1,6 +1,6 @@
 #include "low_latency_host.h"
 
-#include "tensors.h"
+#include "../core/cuda_tensors.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>

@@ -1,10 +1,11 @@
 // The nvlink transport on the host: tensors to kernel arguments.
 #include "nvlink.h"
 
+#include "../core/cuda_stream.h"
+#include "../core/cuda_tensors.h"
+#include "../local/permute.h"
 #include "failures.h"
 #include "low_latency_host.h"
-#include "stream.h"
-#include "tensors.h"
 
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -156,6 +157,14 @@ class Nvlink final : public Transport {
     const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
     check_limit(kOp, "num_topk", max_topk_, num_topk);
     check_limit(kOp, "num_experts", max_experts_, options.num_experts);
+    const int64_t most_tokens = std::min(options.max_tokens_per_rank.value_or(max_tokens_), max_tokens_);
+    if (const auto* alone = one_rank_kernels(topk_idx, layout_.world_size)) {
+      throw_failure();
+      TORCH_CHECK_VALUE(num_tokens <= most_tokens, refusal(num_tokens, most_tokens));
+      return alone->plan(
+          topk_idx,
+          {options.expert_major, options.num_experts, options.alignment, options.capacity, topk_idx.scalar_type()});
+    }
     const bool exact = !options.capacity;
     const c10::cuda::CUDAGuard guard(device_);
     TORCH_CHECK(
@@ -163,7 +172,6 @@ class Nvlink final : public Transport {
         "ep::plan: expected a capacity while a CUDA graph is captured: an exact plan waits for the number of rows");
     const auto stream = enter();
 
-    const int64_t most_tokens = std::min(options.max_tokens_per_rank.value_or(max_tokens_), max_tokens_);
     const int64_t num_local_experts = options.num_experts / layout_.world_size;
     int64_t rows = options.capacity.value_or(layout_.world_size * most_tokens);
     if (exact && options.expert_major) {
@@ -223,6 +231,10 @@ class Nvlink final : public Transport {
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
     check_limit(OpKind::dispatch, "hidden", max_hidden_, x.size(1));
+    if (const auto* alone = one_rank_kernels(x, layout_.world_size)) {
+      throw_failure();
+      return alone->dispatch(plan, x, topk_weights, scales);
+    }
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_slot.size(1), rows = plan.recv_map.size(0);
@@ -261,6 +273,10 @@ class Nvlink final : public Transport {
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
     check_limit(OpKind::combine, "hidden", max_hidden_, y.size(1));
+    if (const auto* alone = one_rank_kernels(y, layout_.world_size)) {
+      throw_failure();
+      return alone->combine(plan, y, row_weights, topk_weights, scales);
+    }
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_slot.size(1), num_tokens = plan.send_slot.size(0);

@@ -10,21 +10,11 @@
 //   - when all of its blocks have read what came for it, tells every peer that it is done with e.
 #pragma once
 
+#include "../../core/device/warp.cuh"
 #include "../launch.h"
 #include "memory.cuh"
 
 namespace ep::cuda {
-
-constexpr uint32_t kFullWarp = 0xffffffff;
-constexpr int kWarp = 32;
-
-__device__ __forceinline__ int lane_id() {
-  return static_cast<int>(threadIdx.x) % kWarp;
-}
-
-__device__ __forceinline__ int warp_id() {
-  return static_cast<int>(threadIdx.x) / kWarp;
-}
 
 template <class T>
 __device__ __forceinline__ volatile T& fresh(T& value) {

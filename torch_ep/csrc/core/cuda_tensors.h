@@ -1,7 +1,7 @@
 // Tensors as the kernels take them.
 #pragma once
 
-#include "launch.h"
+#include "element.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>

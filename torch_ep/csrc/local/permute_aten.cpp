@@ -1,6 +1,6 @@
 // The local kernels out of torch's own operators: any device that has them, CUDA above all. The reference that faster
 // kernels are compared with on the device; deterministic, since no scatter here writes a place twice.
-#include "../local.h"
+#include "permute.h"
 
 #include "../host.h"
 

@@ -1,6 +1,6 @@
 // The local kernels on the CPU. Work is cut into chunks of tokens or rows; the counting passes take two rounds (count,
 // then write at the prefix sums), so that the order of the result never depends on the number of threads.
-#include "../local.h"
+#include "permute.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

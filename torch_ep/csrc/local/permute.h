@@ -5,7 +5,8 @@
 // token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
 #pragma once
 
-#include "checks.h"
+#include "../checks.h"
+#include "../ops.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -76,14 +77,53 @@ inline void check_num_rows(int64_t rows, int64_t indexed) {
   check_at_most("ep::plan", "received (row, slot) pairs on one rank", indexed, kMaxSize);
 }
 
+// Whole operators of one rank, each in one pass over its rows. They do not wait for the device, except that an exact
+// plan waits for its number of rows. What only the device can see is raised by the next call.
+struct OneRankKernels {
+  // Throws as LocalKernels::route does.
+  PlanResult (*plan)(const at::Tensor& topk_idx, const PlacementOptions&);
+  Payloads (*dispatch)(
+      const PlanTensors&,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
+  Payloads (*combine)(
+      const PlanTensors&,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
+};
+
 extern const LocalKernels cpu_kernels;   // threads of torch
 extern const LocalKernels aten_kernels;  // any device, out of torch's own operators
 
-// For tests: lets CPU tensors take the way of other devices, so that it is checked where there is none.
-inline std::atomic<bool> force_aten{false};
+// Of CUDA, in a build that has them.
+struct CudaKernels {
+  LocalKernels parts;
+  OneRankKernels one_rank;
+  bool (*run_on)(const at::Tensor& t);  // whether they were built for the device of a CUDA tensor
+};
+inline const CudaKernels* cuda_kernels = nullptr;
+
+// For tests: tensors of any device take the kernels out of torch's own operators; one rank takes the path of several.
+inline std::atomic<bool> force_aten{false}, force_parts{false};
+
+inline const CudaKernels* cuda_kernels_for(const at::Tensor& t) {
+  return cuda_kernels != nullptr && !force_aten && t.is_cuda() && cuda_kernels->run_on(t) ? cuda_kernels : nullptr;
+}
 
 inline const LocalKernels& local_kernels(const at::Tensor& t) {
+  if (const auto* cuda = cuda_kernels_for(t)) {
+    return cuda->parts;
+  }
   return t.is_cpu() && !force_aten ? cpu_kernels : aten_kernels;
+}
+
+// nullptr: an operator is composed of local_kernels.
+inline const OneRankKernels* one_rank_kernels(const at::Tensor& t, int64_t world_size) {
+  const auto* cuda = world_size == 1 && !force_parts ? cuda_kernels_for(t) : nullptr;
+  return cuda != nullptr ? &cuda->one_rank : nullptr;
 }
 
 }  // namespace ep

@@ -1,0 +1,19 @@
+// Where a thread is in its block.
+#pragma once
+
+#include <cstdint>
+
+namespace ep::cuda {
+
+constexpr uint32_t kFullWarp = 0xffffffff;
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ int lane_id() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+
+__device__ __forceinline__ int warp_id() {
+  return static_cast<int>(threadIdx.x) / kWarp;
+}
+
+}  // namespace ep::cuda

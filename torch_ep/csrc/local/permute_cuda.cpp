@@ -1,0 +1,606 @@
+// The local kernels on CUDA: tensors to the arguments of permute_kernels.h.
+#include "permute.h"
+
+#include "../core/cuda_stream.h"
+#include "../core/cuda_tensors.h"
+#include "../host.h"
+#include "permute_kernels.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <chrono>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <sstream>
+#include <thread>
+
+namespace ep {
+namespace {
+
+using namespace cuda;
+
+constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
+// Below which indices stay when a thread steps beyond its last one.
+constexpr int64_t kMostPairs = kMostInt - 64 * 1024;
+
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+std::string describe(const PermuteReport& report) {
+  std::ostringstream message;
+  if (report.kind == PermuteReport::bad_plan) {
+    message << (report.is_combine != 0 ? "ep::combine" : "ep::dispatch") << ": expected "
+            << (report.tensor == PermuteReport::send_slot ? "send_slot" : "recv_slot") << " of this plan in [-1, "
+            << report.bound << "), got " << report.value;
+  } else if (report.earlier_slot < 0) {
+    message << "ep::plan: expected topk_idx in [-1, " << report.bound << "), got " << report.value << " at token "
+            << report.token << ", slot " << report.slot;
+  } else {
+    message << "ep::plan: expected different experts in one token, got expert " << report.value << " at token "
+            << report.token << ", slots " << report.earlier_slot << " and " << report.slot;
+  }
+  return message.str();
+}
+
+// What the kernels of one device share with the host. Never destroyed: the process may exit while kernels run.
+class Device {
+ public:
+  static Device& of(const at::Tensor& t) {
+    static auto* devices = new std::map<c10::DeviceIndex, std::unique_ptr<Device>>();
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
+    auto& device = (*devices)[t.get_device()];
+    if (device == nullptr) {
+      const c10::cuda::CUDAGuard guard(t.device());
+      // The first call may be one that is captured.
+      const c10::cuda::CUDAStreamCaptureModeGuard may_allocate(cudaStreamCaptureModeRelaxed);
+      device = std::make_unique<Device>();
+    }
+    return *device;
+  }
+
+  Device() : runs_(prepare_permute_plan() == cudaSuccess) {
+    if (!runs_) {
+      static_cast<void>(cudaGetLastError());
+      return;
+    }
+    reporter_.report = allocate_on_host<PermuteReport>();
+    C10_CUDA_CHECK(cudaMalloc(&reporter_.claimed, sizeof(unsigned)));
+    const unsigned zero = 0;
+    Stream().copy(reporter_.claimed, &zero, sizeof(zero));
+  }
+
+  bool runs() const { return runs_; }
+  const Reporter& reporter() const { return reporter_; }
+
+  // Throws what a kernel reported since the last call.
+  void throw_reported() {
+    std::atomic_ref<int64_t> kind(reporter_.report->kind);
+    if (kind.load(std::memory_order_acquire) == PermuteReport::none || is_capturing()) {
+      return;
+    }
+    const std::lock_guard lock(mutex_);
+    const PermuteReport report = *reporter_.report;
+    if (report.kind != PermuteReport::none) {
+      kind.store(PermuteReport::none, std::memory_order_release);
+      C10_CUDA_CHECK(
+          cudaMemsetAsync(reporter_.claimed, 0, sizeof(unsigned), c10::cuda::getCurrentCUDAStream().stream()));
+      TORCH_CHECK_VALUE(false, describe(report));
+    }
+  }
+
+  // Each waiting plan has a word of its own.
+  PlanReply* take_reply() {
+    const std::lock_guard lock(mutex_);
+    if (replies_.empty()) {
+      return allocate_on_host<PlanReply>();
+    }
+    auto* reply = replies_.back();
+    replies_.pop_back();
+    return reply;
+  }
+  void give_back(PlanReply* reply) {
+    const std::lock_guard lock(mutex_);
+    replies_.push_back(reply);
+  }
+
+ private:
+  template <class T>
+  static T* allocate_on_host() {
+    void* memory = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(T), cudaHostAllocPortable | cudaHostAllocMapped));
+    return new (memory) T{};
+  }
+
+  const bool runs_;
+  Reporter reporter_{};
+  std::mutex mutex_;
+  std::vector<PlanReply*> replies_;
+};
+
+// The host's end of an exact plan: the one number that it waits for.
+class Reply {
+ public:
+  explicit Reply(Device& device) : device_(device), word_(device.take_reply()) { *word_ = 0; }
+  Reply(const Reply&) = delete;
+  Reply& operator=(const Reply&) = delete;
+  // If the kernel has not answered it may still do so: the word is not used again.
+  ~Reply() {
+    if (*word_ != 0) {
+      device_.give_back(word_);
+    }
+  }
+
+  PlanReply* word() const { return word_; }
+
+  // Number of rows; nothing if an index is bad.
+  std::optional<int64_t> await(const char* op, cudaStream_t stream) const {
+    using std::chrono::steady_clock;
+    // For a kernel that never begins, or ends without an answer.
+    constexpr auto kQueryEvery = std::chrono::milliseconds(10);
+    auto next_query = steady_clock::now() + kQueryEvery;
+    std::atomic_ref<PlanReply> word(*word_);
+    PlanReply reply = 0;
+    while ((reply = word.load(std::memory_order_acquire)) == 0) {
+      if (steady_clock::now() < next_query) {
+        continue;
+      }
+      next_query += kQueryEvery;
+      const auto status = cudaStreamQuery(stream);
+      if (status != cudaErrorNotReady) {
+        C10_CUDA_CHECK(status);
+        TORCH_CHECK(word.load(std::memory_order_acquire) != 0, op, ": the kernel ended without a result");
+      }
+      std::this_thread::yield();
+    }
+    if ((reply & kPlanBad) != 0) {
+      return std::nullopt;
+    }
+    return static_cast<int64_t>(reply & ~kPlanReady);
+  }
+
+ private:
+  Device& device_;
+  PlanReply* word_;
+};
+
+// Of a tensor that nobody else has yet.
+void set_rows(const at::Tensor& t, int64_t rows) {
+  auto sizes = t.sizes().vec();
+  sizes[0] = rows;
+  t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+}
+
+// --- plans ---
+
+PermutePlanArgs
+plan_args(const Device& device, const at::Tensor& topk_idx, int64_t num_experts, const PlacementOptions& options) {
+  PermutePlanArgs args{};
+  args.topk_idx = topk_idx.const_data_ptr();
+  args.wide_idx = topk_idx.scalar_type() == at::kLong;
+  args.expert_major = options.expert_major;
+  args.num_tokens = static_cast<int>(std::min(topk_idx.size(0), kMostInt));
+  args.num_topk = static_cast<int>(std::min(topk_idx.size(1), kMostInt));
+  args.num_experts = static_cast<int>(std::min(num_experts, kMostInt - 1));
+  args.num_local_experts = static_cast<int>(std::min(options.num_local_experts, kMostInt - 1));
+  args.alignment = static_cast<int>(std::min(options.alignment, kMostInt));
+  args.capacity = options.capacity.value_or(-1);
+  args.reporter = device.reporter();
+  return args;
+}
+
+// The most rows that tokens or wire rows can take, padding included.
+int64_t most_rows(const PermutePlanArgs& args) {
+  const int64_t slots = std::min(args.num_topk, args.num_experts), pairs = args.num_tokens * slots;
+  return args.expert_major ? pairs + std::min<int64_t>(args.num_experts, pairs) * (args.alignment - 1)
+                           : args.num_tokens;
+}
+
+// Whether the kernels' integers and shared memory are large enough.
+bool fits(const PermutePlanArgs& args) {
+  return int64_t{args.num_tokens} * args.num_topk <= kMostPairs && most_rows(args) + args.alignment <= kMostPairs &&
+         permute_plan_scratch(args) > 0;
+}
+
+// Launches with scratch of its own. Number of rows; nothing where the host need not wait.
+std::optional<int64_t> run_plan(
+    const char* op,
+    Device& device,
+    PermutePlanArgs args,
+    const at::Tensor& topk_idx,
+    int64_t num_experts,
+    bool waits) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto scratch = empty({permute_plan_scratch(args)}, topk_idx, at::kInt);
+  args.scratch = mutable_data<int32_t>(scratch);
+  if (!waits) {
+    C10_CUDA_CHECK(launch_permute_plan(args, stream));
+    return std::nullopt;
+  }
+  const Reply reply(device);
+  args.reply = reply.word();
+  C10_CUDA_CHECK(launch_permute_plan(args, stream));
+  const auto rows = reply.await(op, stream);
+  if (!rows) {
+    // The CPU's check finds the first offender and words the error.
+    cpu_kernels.route(op, topk_idx.cpu(), num_experts, 1);
+  }
+  TORCH_CHECK(rows, op, ": the kernel found a bad index where the host finds none");
+  return rows;
+}
+
+Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+  const c10::cuda::CUDAGuard guard(topk_idx.device());
+  auto& device = Device::of(topk_idx);
+  PlacementOptions options{};
+  options.num_local_experts = num_experts / world_size;
+  options.alignment = 1;
+  auto args = plan_args(device, topk_idx, num_experts, options);
+  args.route = true;
+  if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMostPairs / topk_idx.size(1)) {
+    return aten_kernels.route(op, topk_idx, num_experts, world_size);
+  }
+  const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
+  const Route result{
+      empty({num_tokens, num_topk}, topk_idx, at::kInt),
+      empty({world_size}, topk_idx, at::kInt),
+      empty({num_tokens * std::min(num_topk, world_size), num_topk}, topk_idx, at::kInt)};
+  args.send_slot = mutable_data<int32_t>(result.send_slot);
+  args.send_counts = mutable_data<int32_t>(result.send_counts);
+  args.wire_topk = mutable_data<int32_t>(result.wire_topk);
+  set_rows(result.wire_topk, *run_plan(op, device, args, topk_idx, num_experts, true));
+  return result;
+}
+
+// Results of either form of a plan; an exact one has room for as many rows as could come.
+Placement make_placement(PermutePlanArgs& args, const at::Tensor& topk_idx) {
+  const int64_t rows = args.capacity < 0 ? most_rows(args) : args.capacity;
+  Placement placement;
+  placement.recv_map = args.expert_major ? empty({rows}, topk_idx, at::kInt) : empty({rows, args.num_topk}, topk_idx);
+  placement.offsets = empty({args.expert_major ? args.num_experts : 1}, topk_idx, at::kInt);
+  placement.tokens_per_expert = empty({args.num_experts}, topk_idx, at::kInt);
+  placement.num_dropped = empty({}, topk_idx, at::kInt);
+  args.recv_map = placement.recv_map.mutable_data_ptr();
+  args.offsets = mutable_data<int32_t>(placement.offsets);
+  args.tokens_per_expert = mutable_data<int32_t>(placement.tokens_per_expert);
+  args.num_dropped = mutable_data<int32_t>(placement.num_dropped);
+  return placement;
+}
+
+Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
+  constexpr const char* kOp = "ep::plan";
+  const c10::cuda::CUDAGuard guard(wire_topk.device());
+  auto& device = Device::of(wire_topk);
+  auto args = plan_args(device, wire_topk, options.num_local_experts, options);
+  if (!fits(args)) {
+    return aten_kernels.place(wire_topk, recv_rows, options);
+  }
+  if (!options.expert_major && !options.capacity) {
+    args.capacity = wire_topk.size(0);
+  }
+  auto placement = make_placement(args, wire_topk);
+  const bool waits = args.capacity < 0;
+  const auto rows = run_plan(kOp, device, args, wire_topk, options.num_local_experts, waits);
+  if (waits) {
+    set_rows(placement.recv_map, *rows);
+  }
+  if (!options.expert_major) {
+    placement.recv_map = placement.recv_map.to(options.index_dtype);
+    auto ends = recv_rows;
+    for (size_t rank = 0; rank < ends.size(); ++rank) {
+      ends[rank] += rank == 0 ? 0 : ends[rank - 1];
+    }
+    placement.offsets = to_device(ends, wire_topk).clamp_max(args.capacity).to(at::kInt);
+  }
+  return placement;
+}
+
+PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
+  constexpr const char* kOp = "ep::plan";
+  const c10::cuda::CUDAGuard guard(topk_idx.device());
+  auto& device = Device::of(topk_idx);
+  device.throw_reported();
+  TORCH_CHECK(
+      options.capacity || !is_capturing(),
+      kOp,
+      ": expected a capacity while a CUDA graph is captured: an exact plan waits for the number of rows");
+  const int64_t num_experts = options.num_local_experts;
+  auto args = plan_args(device, topk_idx, num_experts, options);
+  if (!fits(args)) {
+    const auto routed = aten_kernels.route(kOp, topk_idx, num_experts, 1);
+    const auto placed = aten_kernels.place(routed.wire_topk, {routed.wire_topk.size(0)}, options);
+    return {
+        routed.send_slot,
+        routed.send_counts,
+        routed.send_counts.clone(),
+        placed.recv_map,
+        placed.offsets,
+        placed.tokens_per_expert,
+        placed.num_dropped};
+  }
+  const auto send_slot = empty(topk_idx.sizes(), topk_idx, at::kInt);
+  const auto send_counts = empty({1}, topk_idx, at::kInt), recv_counts = empty({1}, topk_idx, at::kInt);
+  args.send_slot = mutable_data<int32_t>(send_slot);
+  args.send_counts = mutable_data<int32_t>(send_counts);
+  args.recv_counts = mutable_data<int32_t>(recv_counts);
+  const auto placement = make_placement(args, topk_idx);
+  if (const auto rows = run_plan(kOp, device, args, topk_idx, num_experts, !options.capacity)) {
+    set_rows(placement.recv_map, *rows);
+  }
+  return {
+      send_slot,
+      send_counts,
+      recv_counts,
+      placement.recv_map,
+      placement.offsets,
+      placement.tokens_per_expert,
+      placement.num_dropped};
+}
+
+// --- rows ---
+
+// A map of rows, and what it needs on the device until its kernels are launched.
+struct Map {
+  RowMap map;
+  at::Tensor row_of;
+};
+
+// `wire`: wire rows, at most.
+Map make_map(
+    bool is_combine,
+    const at::Tensor* send_slot,
+    const at::Tensor* recv_slot,
+    int64_t wire_rows,
+    int64_t rows,
+    int64_t num_topk,
+    const PlanTensors* plan = nullptr) {
+  const at::Tensor& of = send_slot != nullptr ? *send_slot : *recv_slot;
+  Map result{};
+  RowMap& map = result.map;
+  map.items = static_cast<int>(send_slot != nullptr ? send_slot->size(0) : wire_rows);
+  map.wire_rows = static_cast<int>(wire_rows);
+  map.rows = static_cast<int>(rows);
+  map.num_topk = static_cast<int>(num_topk);
+  map.reporter = Device::of(of).reporter();
+  map.is_combine = is_combine;
+  if (plan != nullptr) {
+    map.send_count = data<int32_t>(plan->send_counts);
+    map.recv_count = data<int32_t>(plan->recv_counts);
+  }
+  if (send_slot != nullptr) {
+    map.send_slot = data<int32_t>(*send_slot);
+  }
+  if (recv_slot != nullptr) {
+    map.recv_slot = data<int32_t>(*recv_slot);
+    result.row_of = empty({wire_rows * num_topk}, of, at::kInt);
+    map.row_of = mutable_data<int32_t>(result.row_of);
+    C10_CUDA_CHECK(launch_invert_recv_slot(map, c10::cuda::getCurrentCUDAStream()));
+  }
+  return result;
+}
+
+Map make_map(bool is_combine, const PlanTensors& plan) {
+  const auto& slots = plan.send_slot;
+  return make_map(
+      is_combine,
+      &slots,
+      plan.expert_major ? &plan.recv_map : nullptr,
+      slots.size(0),
+      plan.recv_map.size(0),
+      slots.size(1),
+      &plan);
+}
+
+// Rows, weights or both.
+void permute(
+    const RowMap& map,
+    const at::Tensor* x,
+    const at::Tensor* out,
+    const at::Tensor* weights = nullptr,
+    const at::Tensor* out_weights = nullptr) {
+  PermuteArgs args{};
+  args.map = map;
+  if (x != nullptr) {
+    args.x = data<char>(*x);
+    args.out = mutable_data<char>(*out);
+    args.row_bytes = x->size(1) * static_cast<int64_t>(x->element_size());
+  }
+  if (weights != nullptr) {
+    args.weights = data<char>(*weights);
+    args.out_weights = mutable_data<char>(*out_weights);
+    args.weight_bytes = static_cast<int>(weights->element_size());
+  }
+  C10_CUDA_CHECK(launch_permute_rows(args, c10::cuda::getCurrentCUDAStream()));
+}
+
+void unpermute(
+    const RowMap& map,
+    const at::Tensor* y,
+    const at::Tensor* out,
+    const at::Tensor* row_weights,
+    const at::Tensor* weights = nullptr,
+    const at::Tensor* out_weights = nullptr) {
+  UnpermuteArgs args{};
+  args.map = map;
+  at::Tensor wide_weights;
+  if (y != nullptr) {
+    args.element = element_of(y->scalar_type());
+    args.y = data<char>(*y);
+    args.out = mutable_data<char>(*out);
+    args.hidden = y->size(1);
+    if (row_weights != nullptr) {
+      wide_weights = row_weights->to(y->scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+      args.row_weights = wide_weights.const_data_ptr();
+    }
+  }
+  if (weights != nullptr) {
+    args.weights = data<char>(*weights);
+    args.out_weights = mutable_data<char>(*out_weights);
+    args.weight_bytes = static_cast<int>(weights->element_size());
+  }
+  C10_CUDA_CHECK(launch_unpermute_rows(args, c10::cuda::getCurrentCUDAStream()));
+}
+
+const at::Tensor* pointer(const std::optional<at::Tensor>& t) {
+  return t ? &*t : nullptr;
+}
+
+Payloads dispatch(
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  Device::of(x).throw_reported();
+  const auto [map, row_of] = make_map(false, plan);
+  Payloads result{empty({map.rows, x.size(1)}, x), std::nullopt, std::nullopt};
+  auto& [rows, row_weights, row_scales] = result;
+  if (topk_weights) {
+    row_weights = empty(plan.recv_map.sizes(), *topk_weights);
+  }
+  permute(map, &x, &rows, pointer(topk_weights), pointer(row_weights));
+  if (scales) {
+    row_scales = empty({map.rows, scales->size(1)}, *scales);
+    permute(map, &*scales, &*row_scales);
+  }
+  return result;
+}
+
+Payloads combine(
+    const PlanTensors& plan,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  Device::of(y).throw_reported();
+  const auto [map, row_of] = make_map(true, plan);
+  Payloads result{empty({map.items, y.size(1)}, y), std::nullopt, std::nullopt};
+  auto& [sums, weights, scale_sums] = result;
+  if (topk_weights) {
+    weights = empty(plan.send_slot.sizes(), *topk_weights);
+  }
+  unpermute(map, &y, &sums, pointer(row_weights), pointer(topk_weights), pointer(weights));
+  if (scales) {
+    scale_sums = empty({map.items, scales->size(1)}, *scales);
+    unpermute(map, &*scales, &*scale_sums, nullptr);
+  }
+  return result;
+}
+
+// --- the parts of an exchange ---
+
+void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
+  aten_kernels.check_send_slot(op, send_slot, wire_rows);
+}
+
+void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
+  aten_kernels.check_recv_slot(op, recv_slot, pairs);
+}
+
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto wire = empty({wire_rows, x.size(1)}, x);
+  permute(make_map(false, &send_slot, nullptr, wire_rows, wire_rows, send_slot.size(1)).map, &x, &wire);
+  return wire;
+}
+
+at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows) {
+  const c10::cuda::CUDAGuard guard(w.device());
+  const auto wire = empty({wire_rows, send_slot.size(1)}, w);
+  const auto map = make_map(false, &send_slot, nullptr, wire_rows, wire_rows, send_slot.size(1));
+  permute(map.map, nullptr, nullptr, &w, &wire);
+  return wire;
+}
+
+at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk) {
+  const c10::cuda::CUDAGuard guard(wire.device());
+  const auto rows = empty({recv_slot.size(0), wire.size(1)}, wire);
+  permute(make_map(false, nullptr, &recv_slot, wire.size(0), rows.size(0), num_topk).map, &wire, &rows);
+  return rows;
+}
+
+at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
+  const c10::cuda::CUDAGuard guard(wire.device());
+  const auto rows = empty({recv_slot.size(0)}, wire);
+  const auto map = make_map(false, nullptr, &recv_slot, wire.size(0), rows.size(0), wire.size(1));
+  permute(map.map, nullptr, nullptr, &wire, &rows);
+  return rows;
+}
+
+at::Tensor fold_rows(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const at::Tensor& recv_slot,
+    int64_t wire_rows,
+    int64_t num_topk) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const auto wire = empty({wire_rows, y.size(1)}, y);
+  const auto map = make_map(true, nullptr, &recv_slot, wire_rows, recv_slot.size(0), num_topk);
+  unpermute(map.map, &y, &wire, pointer(row_weights));
+  return wire;
+}
+
+at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk) {
+  const c10::cuda::CUDAGuard guard(w.device());
+  const auto wire = empty({wire_rows, num_topk}, w);
+  const auto map = make_map(true, nullptr, &recv_slot, wire_rows, recv_slot.size(0), num_topk);
+  unpermute(map.map, nullptr, nullptr, nullptr, &w, &wire);
+  return wire;
+}
+
+at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
+  const c10::cuda::CUDAGuard guard(wire.device());
+  const auto tokens = empty({send_slot.size(0), wire.size(1)}, wire);
+  const auto map = make_map(true, &send_slot, nullptr, wire.size(0), wire.size(0), send_slot.size(1));
+  unpermute(map.map, &wire, &tokens, nullptr);
+  return tokens;
+}
+
+at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
+  const c10::cuda::CUDAGuard guard(wire.device());
+  const auto tokens = empty(send_slot.sizes(), wire);
+  const auto map = make_map(true, &send_slot, nullptr, wire.size(0), wire.size(0), send_slot.size(1));
+  unpermute(map.map, nullptr, nullptr, nullptr, &wire, &tokens);
+  return tokens;
+}
+
+bool run_on(const at::Tensor& t) {
+  return Device::of(t).runs();
+}
+
+constexpr CudaKernels kKernels{
+    .parts =
+        {
+            .route = route,
+            .place = place,
+            .check_send_slot = check_send_slot,
+            .check_recv_slot = check_recv_slot,
+            .pack_rows = pack_rows,
+            .pack_slots = pack_slots,
+            .expand_rows = expand_rows,
+            .expand_slots = expand_slots,
+            .fold_rows = fold_rows,
+            .fold_slots = fold_slots,
+            .sum_rows = sum_rows,
+            .gather_slots = gather_slots,
+        },
+    .one_rank = {.plan = plan, .dispatch = dispatch, .combine = combine},
+    .run_on = run_on,
+};
+
+// Loading the library is what registers them.
+[[maybe_unused]] const bool is_registered = [] {
+  cuda_kernels = &kKernels;
+  return true;
+}();
+
+}  // namespace
+}  // namespace ep
