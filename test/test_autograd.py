@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from devices import Ranks
-from harness import random_topk, seeded
+from harness import random_topk, seeded, world
 from moe_cases import dense_self, fill_biases
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -284,3 +284,16 @@ def test_layer_gradients_equal_the_dense_ones(device: str, world_size: int, opti
             # The auxiliary loss counts in float32, and only the router and the input see it.
             rtol, atol = (1e-6, 1e-7) if name in ("router", "router_bias", "x") else (1e-9, 1e-12)
             torch.testing.assert_close(got, want, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def _gradient_of_a_sum(rank: int, world_size: int) -> bool:
+    """A sum's gradient has strides of zero, also where there are no tokens."""
+    num_tokens = 3 if rank else 0
+    x = torch.ones(num_tokens, 4, requires_grad=True)
+    plan = torch_ep.plan(torch.arange(world_size).repeat(num_tokens, 1), world_size)
+    torch_ep.combine(torch_ep.dispatch(x, plan), plan).sum().backward()
+    return torch.equal(x.grad, torch.full_like(x, world_size))
+
+
+def test_gradient_of_a_sum_on_a_rank_without_tokens() -> None:
+    assert world(2).run(_gradient_of_a_sum) == [True, True]

@@ -1,5 +1,6 @@
 #include "exchange.h"
 
+#include <ATen/ops/empty.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include <algorithm>
@@ -42,6 +43,13 @@ uint64_t mix(uint64_t x) {  // the finalizer of splitmix64
 
 uint64_t digest(int from, int to, int64_t rows) {
   return mix(mix(mix(static_cast<uint64_t>(from) + 1) + static_cast<uint64_t>(to)) + static_cast<uint64_t>(rows));
+}
+
+// Rows of bytes: nobody needs to know their dtype. Rows that are none may have strides of zero, which no view takes.
+at::Tensor as_bytes(const at::Tensor& rows) {
+  return rows.numel() > 0
+             ? rows.view(at::kByte)
+             : at::empty({rows.size(0), rows.size(1) * rows.element_size()}, rows.options().dtype(at::kByte));
 }
 
 thread_local int64_t exchanges_begun = 0;
@@ -229,9 +237,7 @@ void Exchange::start(const at::Tensor& output, const at::Tensor& input, const st
     return;  // rows of width zero, on every rank: the headers agreed
   }
   run([&] {
-    // As rows of bytes, nobody needs to know their dtype.
-    auto out = output.view(at::kByte);
-    auto in = input.view(at::kByte);
+    auto out = as_bytes(output), in = as_bytes(input);
     if (!out.is_cpu()) {
       auto output_splits = recv_rows;
       auto input_splits = send_rows_;
