@@ -1,4 +1,4 @@
-"""How much memory backward takes at its peak, counted by torch's allocator: the same on every run."""
+"""How much memory the operators take at their peak, counted by torch's allocator: the same on every run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from harness import random_topk, same_bits, seeded
+from harness import random_topk, same_bits, seeded, world
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,3 +61,18 @@ def test_gradients_by_blocks_have_the_bits_of_the_whole(layout: torch_ep.Layout,
     by_blocks = torch.autograd.grad(out, inputs, grad, retain_graph=True)
     whole = torch.autograd.grad(out, inputs, grad, create_graph=True)
     assert all(same_bits(a, b.detach()) for a, b in zip(by_blocks, whole, strict=True))
+
+
+def _dispatch_peak(rank: int, world_size: int) -> tuple[int, int, int]:
+    """(peak, bytes of the received wire rows, bytes of the result)"""
+    topk_idx = random_topk(TOKENS, TOPK, EXPERTS, seeded(rank), holes=0)
+    plan = torch_ep.plan(topk_idx, EXPERTS, world_size=world_size)
+    x = torch.randn(TOKENS, HIDDEN, generator=seeded(1))
+    rows = torch_ep.dispatch(x, plan)
+    peak = peak_bytes(lambda: torch_ep.dispatch(x, plan))
+    return peak, int(plan.recv_counts.sum()) * x[0].nbytes, rows.nbytes
+
+
+def test_the_send_buffer_is_gone_before_received_rows_are_expanded() -> None:
+    for peak, wire, result in world(2).run(_dispatch_peak):
+        assert wire + result <= peak <= wire + result + 2**16

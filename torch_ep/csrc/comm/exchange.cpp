@@ -270,6 +270,10 @@ void Exchange::finish() {
       fail(Phase::rows, *failure);
     }
   });
+  // What follows, such as expanding the received rows, may use the memory of the send buffers.
+  transfers_ = {};
+  tensors_.clear();
+  device_transfers_.clear();
   is_over_ = true;
 }
 
