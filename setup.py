@@ -99,7 +99,7 @@ def has_headers(toolkit: str) -> bool:
 
 
 def needs_cuda(path: Path) -> bool:
-    return path.suffix == ".cu" or path.parent == CSRC / "cuda" or path.stem.endswith("_cuda")
+    return path.suffix == ".cu" or path.parent == CSRC / "nvlink" or path.stem.endswith("_cuda")
 
 
 def sources(cuda: bool) -> list[str]:
@@ -120,6 +120,7 @@ def extension() -> Extension:
             "torch_ep._C",
             sources(cuda=False),
             depends=depends,
+            include_dirs=[str(CSRC.resolve())],
             extra_compile_args=CXX_FLAGS,
             extra_link_args=SANITIZE_FLAGS,
         )
@@ -130,7 +131,9 @@ def extension() -> Extension:
         "cxx": [*CXX_FLAGS, "-DTORCH_EP_CUDA"],
         "nvcc": [*NVCC_FLAGS, *(["-ccbin", host_compiler] if host_compiler else [])],
     }
-    return CUDAExtension("torch_ep._C", sources(cuda=True), depends=depends, extra_compile_args=flags)
+    return CUDAExtension(
+        "torch_ep._C", sources(cuda=True), depends=depends, include_dirs=[str(CSRC.resolve())], extra_compile_args=flags
+    )
 
 
 class build_ext(BuildExtension):

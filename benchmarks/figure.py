@@ -51,20 +51,20 @@ def draw_cpu(results: dict[str, Any], path: Path) -> None:
     )
     for column, ranks in enumerate(worlds):
         times, ratios, peaks = grid[:, column]
-        for op, colour in zip(ops, COLOURS, strict=False):
+        for op, color in zip(ops, COLOURS, strict=False):
             of_op = sorted((r for r in rows if r["ranks"] == ranks and r["op"] == op), key=lambda r: r["tokens"])
             tokens = _columns(of_op, "tokens")
             for side, style, marker in (("ours", "-", "o"), ("theirs", "--", "s")):
                 median, low, high = (
                     [us / 1000 for us in _columns(of_op, side, key)] for key in ("median_us", "min_us", "max_us")
                 )
-                times.plot(tokens, median, style, marker=marker, markersize=4, color=colour)
-                times.fill_between(tokens, low, high, color=colour, alpha=0.12, linewidth=0)
-            ratios.plot(tokens, _columns(of_op, "ratio"), "-o", markersize=4, color=colour)
+                times.plot(tokens, median, style, marker=marker, markersize=4, color=color)
+                times.fill_between(tokens, low, high, color=color, alpha=0.12, linewidth=0)
+            ratios.plot(tokens, _columns(of_op, "ratio"), "-o", markersize=4, color=color)
             ours, theirs = (_columns(of_op, side, "peak_bytes") for side in ("ours", "theirs"))
             # Tiny sizes need less than what can be measured.
             shares = [a / b if b else math.nan for a, b in zip(ours, theirs, strict=True)]
-            peaks.plot(tokens, shares, "-o", markersize=4, color=colour)
+            peaks.plot(tokens, shares, "-o", markersize=4, color=color)
         for axes in (times, ratios, peaks):
             _token_axis(axes, sorted({row["tokens"] for row in rows}))
         times.set_yscale("log")
@@ -76,7 +76,7 @@ def draw_cpu(results: dict[str, Any], path: Path) -> None:
     labels = ("ms a call (median; band: min to max)", "time, ours / by hand", "peak memory, ours / by hand")
     for axes, label in zip(grid[:, 0], labels, strict=True):
         axes.set_ylabel(label)
-    handles = [Line2D([], [], color=colour, label=op) for op, colour in zip(ops, COLOURS, strict=False)]
+    handles = [Line2D([], [], color=color, label=op) for op, color in zip(ops, COLOURS, strict=False)]
     handles.append(Line2D([], [], color="black", marker="o", markersize=4, label="torch_ep"))
     handles.append(Line2D([], [], color="black", marker="s", markersize=4, linestyle="--", label="by hand"))
     grid[0, 0].legend(handles=handles, fontsize=8.5, loc="upper left")
@@ -118,7 +118,7 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
     figure, grid = plt.subplots(
         2, len(worlds), figsize=(12 * len(worlds), 9.6), sharey="row", squeeze=False, layout="constrained"
     )
-    colours = dict(zip(ops, plt.get_cmap("tab20").colors, strict=False))
+    colors = dict(zip(ops, plt.get_cmap("tab20").colors, strict=False))
     for column, ranks in enumerate(worlds):
         bars, times = grid[:, column]
         of_world = [row for row in rows if row["ranks"] == ranks]
@@ -127,8 +127,8 @@ def draw_gpu(results: dict[str, Any], path: Path) -> None:
         for op in ops:
             of_op = sorted((row for row in of_world if row["op"] == op), key=lambda row: row["tokens"])
             tokens = _columns(of_op, "tokens")
-            times.plot(tokens, _columns(of_op, "ours", "median_us"), "-o", markersize=4, color=colours[op], label=op)
-            times.plot(tokens, _columns(of_op, "theirs", "median_us"), "--", linewidth=0.8, color=colours[op])
+            times.plot(tokens, _columns(of_op, "ours", "median_us"), "-o", markersize=4, color=colors[op], label=op)
+            times.plot(tokens, _columns(of_op, "theirs", "median_us"), "--", linewidth=0.8, color=colors[op])
         _token_axis(times, sorted({row["tokens"] for row in of_world}))
         times.set_yscale("log")
         times.set_xlabel("tokens a rank")
@@ -153,22 +153,22 @@ LINES = {
 }
 
 
-def _latencies(axes: Axes, rows: list[dict[str, Any]], ops: list[str], colours: dict[str, Any]) -> None:
+def _latencies(axes: Axes, rows: list[dict[str, Any]], ops: list[str], colors: dict[str, Any]) -> None:
     """Each op against the tokens, beside its baselines, over its floor."""
     for op in ops:
         of_op = sorted((row for row in rows if row["op"] == op), key=lambda row: row["tokens"])
         tokens = _columns(of_op, "tokens")
         for side, (style, marker, _) in LINES.items():
             widths = {"markersize": 4} if side == "ours" else {"linewidth": 0.9}
-            axes.plot(tokens, _columns(of_op, side, "median_us"), style, marker=marker, color=colours[op], **widths)
-        axes.plot(tokens, _columns(of_op, "floor_us"), ":", color=colours[op])
+            axes.plot(tokens, _columns(of_op, side, "median_us"), style, marker=marker, color=colors[op], **widths)
+        axes.plot(tokens, _columns(of_op, "floor_us"), ":", color=colors[op])
         goals = [row for row in of_op if row["goal_us"] is not None]
-        axes.plot(_columns(goals, "tokens"), _columns(goals, "goal_us"), "*", markersize=11, color=colours[op], mec="k")
+        axes.plot(_columns(goals, "tokens"), _columns(goals, "goal_us"), "*", markersize=11, color=colors[op], mec="k")
     _token_axis(axes, sorted({row["tokens"] for row in rows}))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("tokens a rank")
-    handles = [Line2D([], [], color=colours[op], marker="o", markersize=4, label=op) for op in ops]
+    handles = [Line2D([], [], color=colors[op], marker="o", markersize=4, label=op) for op in ops]
     handles += [Line2D([], [], color="black", linestyle=style, label=label) for style, _, label in LINES.values()]
     handles.append(Line2D([], [], color="black", linestyle=":", label="floor: remote bytes / link rate, and signals"))
     if any(row["goal_us"] is not None for row in rows if row["op"] in ops):
@@ -196,7 +196,7 @@ def draw_low_latency(results: dict[str, Any], path: Path) -> None:
     settings, hardware = results["settings"], results["hardware"]
     worlds = sorted({row["ranks"] for row in rows})
     ops = list(dict.fromkeys(row["op"] for row in rows))
-    colours = dict(zip(ops, plt.get_cmap("tab10").colors, strict=False))
+    colors = dict(zip(ops, plt.get_cmap("tab10").colors, strict=False))
     panels = [group for pair in (False, True) if (group := [op for op in ops if op.startswith("pair") == pair])]
     height = len(panels) + bool(overlap)
     figure, grid = plt.subplots(
@@ -205,7 +205,7 @@ def draw_low_latency(results: dict[str, Any], path: Path) -> None:
     for column, ranks in enumerate(worlds):
         of_world = [row for row in rows if row["ranks"] == ranks]
         for axes, group in zip(grid[:, column], panels, strict=False):
-            _latencies(axes, of_world, group, colours)
+            _latencies(axes, of_world, group, colors)
             axes.set_title(f"{ranks} GPUs")
         if overlap:
             _overlap(grid[-1, column], [row for row in overlap if row["ranks"] == ranks])

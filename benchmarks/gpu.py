@@ -87,7 +87,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
     return replay
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x in fp8, and the scales [tokens, hidden / 128] float32 to multiply it with."""
     blocks = x.float().view(len(x), -1, SCALE_BLOCK)
     scales = blocks.abs().amax(2).clamp_min(1e-4) / FP8_MAX
@@ -99,7 +99,7 @@ class Case:
 
     def __init__(self, rank: int, ranks: int, tokens: int, args: argparse.Namespace, device: torch.device) -> None:
         self.inputs = random_inputs(rank, tokens, args.hidden, args.topk, args.experts, torch.bfloat16, device)
-        self.fp8, self.scales = quantise(self.inputs.x)
+        self.fp8, self.scales = quantize(self.inputs.x)
         self.by_hand = ByHandPairs(self.inputs)
         # Bits are what moves, and gathers are faster in words.
         self.by_hand_fp8 = ByHandPairs(self.inputs._replace(x=self.fp8.view(torch.int32)), self.scales)
@@ -372,7 +372,7 @@ def hardware() -> dict[str, Any]:
 
 
 def describe(communicator: torch_ep.Communicator) -> dict[str, Any]:
-    return {name: getattr(communicator, name) for name in ("transport", "reason", "symmetric_bytes", "num_sms")}
+    return {name: getattr(communicator, name) for name in ("backend", "reason", "symmetric_bytes", "num_sms")}
 
 
 def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Connection) -> None:
@@ -385,7 +385,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         num_topk=args.topk,
         num_experts=args.experts,
         timeout=TIMEOUT,
-        transport="nvlink",
+        backend="nvlink",
         num_sms=args.num_sms,
     )
     stopwatch = Stopwatch(device)

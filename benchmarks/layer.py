@@ -148,7 +148,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         num_topk=args.topk,
         num_experts=args.experts,
         timeout=COMPILE_TIMEOUT,
-        transport="nvlink",
+        backend="nvlink",
         num_sms=args.num_sms,
     )
     stopwatch = gpu.Stopwatch(device)

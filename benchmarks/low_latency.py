@@ -66,7 +66,7 @@ class Case:
         scores = torch.rand(self.repetitions, tokens, args.experts, generator=generator)
         self.topk_idx = scores.topk(args.topk, 2).indices.to(device)
         self.plans = [self.dispatch(i)[1] for i in range(self.repetitions)]
-        self.y = torch.randn(*self.plans[0].recv_slot.shape, args.hidden, dtype=torch.bfloat16, device=device)
+        self.y = torch.randn(*self.plans[0].recv_pair.shape, args.hidden, dtype=torch.bfloat16, device=device)
         self.logical_rows, self.wire_rows = self.count_rows()
         # Of which nothing is dropped.
         self.capacity = ranks * tokens * min(args.topk, args.experts // ranks)
@@ -103,7 +103,7 @@ class Case:
         return torch_ep.low_latency_combine_send(self.y, self.plans[i])
 
     def pair(self, i: int, quantize: Quantize | None = None) -> Tensor:
-        """Combines the rows as they came; quantised ones are no results of an expert, and others take their place."""
+        """Combines the rows as they came; quantized ones are no results of an expert, and others take their place."""
         rows, plan = self.dispatch(i, quantize)
         return torch_ep.low_latency_combine(self.y if quantize else rows, plan)
 
@@ -154,7 +154,7 @@ OPS = {
         torch_ep.low_latency_dispatch_recv,
     ),
     "dispatch-fp8": Op(
-        "fp8 and scales, quantised on the way",
+        "fp8 and scales, quantized on the way",
         partial(Case.dispatch, quantize="fp8"),
         partial(Case.throughput_dispatch, fp8=True),
         (gpu.fp8_bytes,),
@@ -187,7 +187,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def filled(t: Tensor, plan: torch_ep.LowLatencyPlan) -> Tensor:
     """The rows of t [local experts, rows, ...] that a dispatch filled, one expert after the other."""
-    kept = plan.recv_slot >= 0
+    kept = plan.recv_pair >= 0
     return t.view(torch.uint8)[kept].view(t.dtype) if t.dtype == torch.float8_e4m3fn else t[kept]
 
 
@@ -197,7 +197,7 @@ def contents(result: Any) -> list[Tensor]:
         return [result]
     rows, plan = result
     results = [rows] if isinstance(rows, Tensor) else rows
-    fields = (plan.tokens_per_expert, plan.source_offsets, plan.recv_slot, plan.recv_row)
+    fields = (plan.tokens_per_expert, plan.source_offsets, plan.recv_pair, plan.recv_row)
     return [*fields, *(filled(t, plan) for t in (*results, plan.row_weights))]
 
 
@@ -512,7 +512,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         num_experts=args.experts,
         low_latency_tokens=args.max_tokens_per_rank or most,
         timeout=gpu.TIMEOUT,
-        transport="nvlink",
+        backend="nvlink",
         num_sms=args.num_sms,
     )
     graphs = Graphs(device)

@@ -274,7 +274,7 @@ def decode(args: argparse.Namespace, ranks: demo.Ranks) -> None:
     if not args.eager:
         progress.say("compiling: up to a minute, next to nothing the next time")
         # A CUDA graph can hold the exchanges only where they do not wait for the host.
-        mode = "reduce-overhead" if communicator.transport == "nvlink" else None
+        mode = "reduce-overhead" if communicator.backend == "nvlink" else None
         step = torch.compile(decoder, fullgraph=True, dynamic=False, mode=mode)
     for _ in range(WARM_UP_STEPS):
         step()
@@ -306,7 +306,7 @@ def decode(args: argparse.Namespace, ranks: demo.Ranks) -> None:
             "compiled": not args.eager,
             "world_size": args.ranks,
             "device": args.device,
-            "transport": communicator.transport,
+            "backend": communicator.backend,
             "symmetric_bytes": communicator.symmetric_bytes,
             "threads_per_rank": args.threads,
             "checkpoint": str(args.checkpoint),

@@ -577,7 +577,7 @@ def summary(trainer: Trainer, communicator: torch_ep.Communicator, seconds: floa
         "model": asdict(trainer.config),
         "world_size": ranks.world_size,
         "device": ranks.device.type,
-        "transport": communicator.transport,
+        "backend": communicator.backend,
         "symmetric_bytes": communicator.symmetric_bytes,
         "threads_per_rank": torch.get_num_threads(),
         "compiled": not args.eager,
@@ -837,14 +837,14 @@ def limits(args: argparse.Namespace) -> dict[str, int]:
 
 def init_exchanges(device: str, limits: dict[str, int]) -> torch_ep.Communicator:
     """With its limits known, torch_ep takes NVLink by itself where the GPUs have it. Collective."""
-    transport = "auto" if device == "cuda" else "c10d"
-    return torch_ep.init(timeout=PEER_TIMEOUT, transport=transport, **limits)
+    backend = "auto" if device == "cuda" else "c10d"
+    return torch_ep.init(timeout=PEER_TIMEOUT, backend=backend, **limits)
 
 
 def describe_exchanges(args: argparse.Namespace, communicator: torch_ep.Communicator) -> str:
     if args.device == "cpu":
         return "exchanges: " + ("over gloo" if args.ranks > 1 else "none, there is one rank")
-    what = f"exchanges: transport {communicator.transport} ({communicator.reason})"
+    what = f"exchanges: backend {communicator.backend} ({communicator.reason})"
     if communicator.symmetric_bytes:
         what += f", {communicator.symmetric_bytes / 2**20:.1f} MiB of symmetric memory a rank"
     return what

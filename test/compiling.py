@@ -112,7 +112,7 @@ def record_exchanges(fn: Callable[[], Any]) -> list[tuple[str, int]]:
     seen = []
     for event in sorted(calls, key=lambda e: e.time_range.start):
         two_dimensional = [s for s in event.input_shapes if len(s) == 2]
-        # plan: topk_idx. dispatch, combine: send_slot, after the rows; weights, where given, are in between.
+        # plan: topk_idx. dispatch, combine: send_row, after the rows; weights, where given, are in between.
         shape = two_dimensional[0] if event.name == "ep::plan" else two_dimensional[1]
         seen.append((event.name.removeprefix("ep::"), shape[1]))
     return seen

@@ -10,6 +10,6 @@ from devices import CUDA, one_rank_on
 
 @pytest.fixture(params=["cpu", CUDA])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Either "cpu", or "cuda" with the nvlink transport for one rank: see devices.py."""
+    """Either "cpu", or "cuda" with the nvlink backend for one rank: see devices.py."""
     with one_rank_on(request.param):
         yield request.param

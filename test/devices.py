@@ -33,7 +33,7 @@ def one_rank_on(device: str, *, timeout: timedelta = TIMEOUT, **changes: int) ->
     if device == "cpu":
         yield
         return
-    torch_ep.init("", transport="nvlink", timeout=timeout, **{**LIMITS, **changes})
+    torch_ep.init("", backend="nvlink", timeout=timeout, **{**LIMITS, **changes})
     try:
         yield
     finally:

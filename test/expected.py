@@ -54,7 +54,7 @@ def route(
     world_size, num_topk = len(topk_idx), topk_idx[0].shape[1]
     num_local = num_experts // world_size
     device = topk_idx[0].device
-    send_slot, send_counts, visits = [], [], []
+    send_row, send_counts, visits = [], [], []
     for idx in topk_idx:
         idx = idx.long()
         to = torch.where(idx >= 0, idx // num_local, world_size)
@@ -63,7 +63,7 @@ def route(
         counts = visited.sum(0)
         row = visited.cumsum(0) - 1 + _exclusive(counts)
         row = torch.cat([row, row.new_full((len(idx), 1), -1)], 1)
-        send_slot.append(row.gather(1, to))
+        send_row.append(row.gather(1, to))
         send_counts.append(counts)
         visits.append(visited.bool())
 
@@ -78,7 +78,7 @@ def route(
         n = len(local)
         recv_counts = torch.stack([counts[rank] for counts in send_counts])
         here = local >= 0
-        recv_topk_idx = recv_slot = None
+        recv_topk_idx = recv_pair = None
         if layout == "rank_major":
             rows = n if capacity is None else capacity
             kept = min(n, rows)
@@ -101,20 +101,20 @@ def route(
             place = begins[experts] + torch.arange(len(pairs), device=device) - _exclusive(counts)[experts]
             rows = int(ends[-1]) if capacity is None else capacity
             kept_pairs = place < rows
-            recv_slot = pairs.new_full((rows,), -1)
-            recv_slot[place[kept_pairs]] = pairs[kept_pairs]
+            recv_pair = pairs.new_full((rows,), -1)
+            recv_pair[place[kept_pairs]] = pairs[kept_pairs]
             row_of = local.new_full((n * num_topk,), -1)
             row_of[pairs] = torch.where(kept_pairs, place, -1)
             row_of = row_of.view(n, num_topk)
             tokens_per_expert = torch.minimum(counts, (rows - begins).clamp(min=0))
             num_dropped = int((~kept_pairs).sum())
-            recv_slot = recv_slot.int()
+            recv_pair = recv_pair.int()
         plan = torch_ep.Plan(
-            send_slot=send_slot[rank].int(),
+            send_row=send_row[rank].int(),
             send_counts=send_counts[rank].int(),
             recv_counts=recv_counts.int(),
             recv_topk_idx=recv_topk_idx,
-            recv_slot=recv_slot,
+            recv_pair=recv_pair,
             offsets=ends.clamp(max=rows).int(),
             tokens_per_expert=tokens_per_expert.int(),
             num_dropped=torch.tensor(num_dropped, dtype=torch.int32, device=device),
@@ -134,12 +134,12 @@ def _joined(tensors: Sequence[Tensor], r: Received) -> Tensor:
 def _moved(wire: Tensor, r: Received) -> Tensor:
     """The wire rows where the result has them, zeros elsewhere."""
     out = wire.new_zeros(r.plan.num_rows, wire.shape[1])
-    if r.plan.recv_slot is None:
+    if r.plan.recv_pair is None:
         kept = min(wire.shape[0], out.shape[0])
         out[:kept] = wire[:kept]
     else:
-        valid = r.plan.recv_slot >= 0
-        out[valid] = wire[r.plan.recv_slot[valid].long() // r.plan.send_slot.shape[1]]
+        valid = r.plan.recv_pair >= 0
+        out[valid] = wire[r.plan.recv_pair[valid].long() // r.plan.send_row.shape[1]]
     return out
 
 
@@ -156,9 +156,9 @@ def dispatch_weights(routing: Routing, rank: int, topk_weights: Sequence[Tensor]
     wire = _joined(topk_weights, r)
     if r.plan.recv_topk_idx is not None:
         return torch.where(r.plan.recv_topk_idx >= 0, _moved(wire, r), 0)
-    assert r.plan.recv_slot is not None
+    assert r.plan.recv_pair is not None
     flat = torch.cat([wire.flatten(), wire.new_zeros(1)])
-    return flat[torch.where(r.plan.recv_slot >= 0, r.plan.recv_slot.long(), len(flat) - 1)]
+    return flat[torch.where(r.plan.recv_pair >= 0, r.plan.recv_pair.long(), len(flat) - 1)]
 
 
 def _sum_in_order(terms: Tensor, total: Tensor, first: Tensor, has: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def _wire_sums(r: Received, y: Tensor, row_weights: Tensor | None) -> Tensor:
     total = torch.zeros(n, y.shape[1], dtype=wide, device=y.device)
     y = torch.cat([y, y.new_zeros(1, y.shape[1])])  # for rows that are not there
     row_of = r.row_of
-    if r.plan.recv_slot is None:  # one row, however many experts
+    if r.plan.recv_pair is None:  # one row, however many experts
         row_of, num_topk = row_of.amax(1, keepdim=True), 1
     seen = torch.zeros(n, dtype=torch.bool, device=y.device)
     for k in range(num_topk):
@@ -197,11 +197,11 @@ def combine(routing: Routing, rank: int, y: Sequence[Tensor], row_weights: Seque
         mine = r.source == rank
         part = r._replace(row_of=r.row_of[mine])
         wire[r.send_row[mine]] = _wire_sums(part, y[i], None if row_weights is None else row_weights[i])
-    num_tokens, num_topk = own.send_slot.shape
+    num_tokens, num_topk = own.send_row.shape
     total = torch.zeros(num_tokens, y[0].shape[1], dtype=wide, device=y[0].device)
     for k in range(num_topk):
-        row = own.send_slot[:, k]
-        before = own.send_slot[:, :k]
+        row = own.send_row[:, k]
+        before = own.send_row[:, :k]
         has = (row >= 0) & ~(before == row[:, None]).any(1)
         total = _sum_in_order(wire[row.long()].to(wide), total, (before < 0).all(1), has)
     return total.to(y[0].dtype)
@@ -210,20 +210,20 @@ def combine(routing: Routing, rank: int, y: Sequence[Tensor], row_weights: Seque
 def combine_weights(routing: Routing, rank: int, topk_weights: Sequence[Tensor]) -> Tensor:
     """[tokens, K] weights that come home to `rank`. topk_weights: of each rank [R, K] or [R]."""
     own = routing.ranks[rank].plan
-    num_tokens, num_topk = own.send_slot.shape
+    num_tokens, num_topk = own.send_row.shape
     wire = topk_weights[0].new_zeros(int(own.send_counts.sum()), num_topk)
     for r, weights in zip(routing.ranks, topk_weights, strict=True):
         mine = r.source == rank
         rows = r.row_of[mine]
         padded = torch.cat([weights, weights.new_zeros(1, *weights.shape[1:])])
-        if r.plan.recv_slot is None:
+        if r.plan.recv_pair is None:
             slots = torch.arange(num_topk, device=rows.device).expand_as(rows)
             values = padded[rows, slots]
         else:
             values = padded[rows]
         wire[r.send_row[mine]] = values
-    valid = own.send_slot >= 0
+    valid = own.send_row >= 0
     home = topk_weights[0].new_zeros(num_tokens, num_topk)
     token, slot = valid.nonzero(as_tuple=True)
-    home[token, slot] = wire[own.send_slot[valid].long(), slot]
+    home[token, slot] = wire[own.send_row[valid].long(), slot]
     return home

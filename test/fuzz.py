@@ -118,7 +118,7 @@ def check_combine(
 ) -> None:
     dtype, kind, has_grad = rng.choice(SUM_TYPES), rng.choice(("rows", "weights", "weighted")), rng.random() < 0.4
     y = case.rows([(p.num_rows, case.hidden) for p in plans], dtype)
-    maps = [p.recv_slot if p.recv_topk_idx is None else p.recv_topk_idx for p in plans]
+    maps = [p.recv_pair if p.recv_topk_idx is None else p.recv_topk_idx for p in plans]
     w = case.rows([tuple(m.shape) for m in maps], rng.choice(SUM_TYPES))
     row_w = case.rows([(p.num_rows,) for p in plans], rng.choice((dtype, torch.promote_types(dtype, torch.float32))))
     # Whatever nobody sent holds NaN: it must not be read.
@@ -519,9 +519,9 @@ def check_edited_plans(rank: int, world_size: int, seed: int) -> list[str]:
     a, bad = Arguments(rng, rank), rng.randrange(world_size)
     plan, is_combine = a.plan(), rng.random() < 0.5
     other = plan
-    name = rng.choice(("send_slot", "send_counts", "recv_counts", "recv_map"))
+    name = rng.choice(("send_row", "send_counts", "recv_counts", "recv_map"))
     if name == "recv_map":
-        name = "recv_topk_idx" if a.layout == "rank_major" else "recv_slot"
+        name = "recv_topk_idx" if a.layout == "rank_major" else "recv_pair"
     if rank == bad:
         other = plan._replace(**{name: edited(rng, getattr(plan, name))})
     rows = torch.ones(plan.num_rows if is_combine else len(a.x), 4)

@@ -43,15 +43,15 @@ def answer_jobs(rank: int, world_size: int, pipe: Connection) -> None:
 
 
 def _serve(
-    rank: int, pipe: Connection, world_size: int, port: int, timeout: timedelta, backend: str, init: dict[str, Any]
+    rank: int, pipe: Connection, world_size: int, port: int, timeout: timedelta, c10d_backend: str, init: dict[str, Any]
 ) -> None:
     import torch_ep
 
     torch.set_num_threads(1)
-    if "cuda" in backend:
+    if "cuda" in c10d_backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(
-        backend,
+        c10d_backend,
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
         world_size=world_size,
@@ -117,8 +117,8 @@ class Workers:
 class World(Workers):
     """`world_size` ranks with the default group initialized for torch_ep; `init`: further arguments of `init`."""
 
-    def __init__(self, world_size: int, timeout: timedelta = PATIENCE, backend: str = "gloo", **init: Any) -> None:
-        super().__init__(world_size, _serve, world_size, free_port(), timeout, backend, init)
+    def __init__(self, world_size: int, timeout: timedelta = PATIENCE, c10d_backend: str = "gloo", **init: Any) -> None:
+        super().__init__(world_size, _serve, world_size, free_port(), timeout, c10d_backend, init)
 
 
 _worlds: dict[int, World] = {}

@@ -93,7 +93,7 @@ def plan(routing: Routing, rank: int, weights: Tensor | None) -> dict[str, Tenso
     here = (routing.experts >= 0) & (routing.experts // num_local == rank)
     recv_row = torch.where(here, routing.experts % num_local * room + routing.position, -1)
     row_weights = torch.ones_like(pair, dtype=F32) if weights is None else weights.flatten()[pair.clamp(min=0)]
-    ints = {"tokens_per_expert": ends[:, -1], "source_offsets": ends, "recv_slot": pair, "recv_row": recv_row}
+    ints = {"tokens_per_expert": ends[:, -1], "source_offsets": ends, "recv_pair": pair, "recv_row": recv_row}
     own = {name: t.to(torch.int32, memory_format=torch.contiguous_format) for name, t in ints.items()}
     return {**own, "row_weights": row_weights}
 
@@ -151,7 +151,7 @@ MOST_NUMBERS = 2**19  # of the rows of a rank
 
 
 def fits(hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the nvlink transport takes such rows, with the limits of `virtual.limits`."""
+    """Whether the nvlink backend takes such rows, with the limits of `virtual.limits`."""
     row_bytes = hidden * dtype.itemsize
     return row_bytes % 16 == 0 and row_bytes <= MOST_ROW_BYTES
 
@@ -221,7 +221,7 @@ def many_numbers(shape: tuple[int, ...], dtype: torch.dtype, *seeds: int) -> Ten
 
 
 def rows_of(case: Case, rank: int) -> Tensor:
-    """x of one rank: any bits where they are copied; where they are quantised, numbers of very different sizes."""
+    """x of one rank: any bits where they are copied; where they are quantized, numbers of very different sizes."""
     shape = (case.tokens[rank], case.hidden)
     if case.quantize is None:
         return random_bits(shape, case.dtype, case.seed, rank, 2)
@@ -343,7 +343,7 @@ class Checked:
         else:
             result, got = torch_ep.low_latency_dispatch_recv(self._flight, statistics=self.statistics)
             self._flight = None
-        filled = want["recv_slot"] >= 0
+        filled = want["recv_pair"] >= 0
         if scales is None:
             self._expect_filled("rows", result, rows, rows.stride(), filled)
         else:
@@ -456,8 +456,8 @@ def check_without(rank: int, world_size: int, group: str | None, lost: int, step
         sums = torch_ep.low_latency_combine(y[rank].to(DEVICE), got)
         compare = Comparison(f"step {step} without rank {lost}")
         want = plan(routing, rank, None)
-        filled = want["recv_slot"] >= 0
-        for name in ("tokens_per_expert", "source_offsets", "recv_slot", "recv_row"):
+        filled = want["recv_pair"] >= 0
+        for name in ("tokens_per_expert", "source_offsets", "recv_pair", "recv_row"):
             compare.expect(name, getattr(got, name), want[name])
         compare.expect("rows", rows.cpu()[filled], dispatch(routing, rank, pad(x, max_tokens))[filled])
         compare.expect("sums", sums, combine(routing, rank, y, None))

@@ -1,4 +1,4 @@
-"""Random problems for a transport, and what every rank finds wrong with its results: for the tests of nvlink.
+"""Random problems for a backend, and what every rank finds wrong with its results: for the tests of nvlink.
 
 Everything of a case follows from its numbers, so that every rank can work out the whole of it. Without a GPU the cases
 run on CPU tensors, over gloo: the results are the same.
@@ -161,11 +161,11 @@ def make_problem(case: Case) -> Problem:
     ranks = range(len(case.tokens))
     empty, maps = [], []
     for received in routing.ranks:
-        recv_map = received.plan.recv_slot if received.plan.recv_topk_idx is None else received.plan.recv_topk_idx
+        recv_map = received.plan.recv_pair if received.plan.recv_topk_idx is None else received.plan.recv_topk_idx
         assert recv_map is not None
         maps.append(recv_map)
-        if received.plan.recv_slot is not None:
-            empty.append(received.plan.recv_slot < 0)
+        if received.plan.recv_pair is not None:
+            empty.append(received.plan.recv_pair < 0)
         else:
             empty.append(torch.arange(received.plan.num_rows) >= len(received.source))
     sum_type = BF16 if case.dtype == FP8 else case.dtype

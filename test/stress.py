@@ -38,7 +38,7 @@ from torch_ep.low_latency import Quantize
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 HIDDEN = (8, 24, 5, 64, 515, 1000, 2880, 7168)
-LOW_LATENCY_HIDDEN = (16, 48, 128, 272, 640, 1008, 2880, 4096, 7168)  # rows of 16 bytes, also where they are quantised
+LOW_LATENCY_HIDDEN = (16, 48, 128, 272, 640, 1008, 2880, 4096, 7168)  # rows of 16 bytes, also where they are quantized
 MIB = 2**20
 # What may come and go outside of torch's allocator, in the driver and in other contexts.
 SLACK_BYTES = 64 * MIB
@@ -160,8 +160,8 @@ class Checked:
         self.routing = expected.route(self.topk_idx, a.num_experts, **a.options)
         self.own = self.routing.ranks[rank]
         num_topk = a.num_topk
-        if self.own.plan.recv_slot is not None:
-            slots = self.own.plan.recv_slot.long()
+        if self.own.plan.recv_pair is not None:
+            slots = self.own.plan.recv_pair.long()
             self.wire, self.slot = slots // num_topk, slots % num_topk
             self.valid = slots >= 0
         else:
@@ -202,7 +202,7 @@ class Checked:
             kept, token = r.row_of[mine] >= 0, r.token[mine]
             if weighted:
                 amount = torch.where(kept, weight_of(r.source[mine][:, None], token[:, None], slots), 0).sum(1)
-            elif r.plan.recv_slot is None:
+            elif r.plan.recv_pair is None:
                 amount = kept.any(1).float()
             else:
                 amount = kept.sum(1).float()
@@ -352,7 +352,7 @@ class LowLatencyChecked:
             result, plan = torch_ep.low_latency_dispatch_recv(self.flight)
         self.flight, self.plan = None, plan
         want = low_latency_cases.plan(self.routing, self.rank, self.weights)
-        filled = want["recv_slot"] >= 0
+        filled = want["recv_pair"] >= 0
         moved = {"rows": (result, self.rows)} if self.scales is None else {}
         if self.scales is not None:
             moved = {"rows": (result[0], self.rows), "scales": (result[1], self.scales)}

@@ -37,7 +37,7 @@ def _inputs(rank: int, device: str, tokens: int, mode: str) -> tuple[torch_ep.Pl
     topk_idx = random_topk(tokens, NUM_TOPK, NUM_EXPERTS, generator)
     topk_idx[0] = torch.tensor([0, NUM_EXPERTS - 1, 1])  # whatever is drawn, one token goes to every rank
     plan = torch_ep.plan(topk_idx.to(device), NUM_EXPERTS, **MODES[mode])
-    recv_map = plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx
+    recv_map = plan.recv_pair if plan.recv_topk_idx is None else plan.recv_topk_idx
     shapes = {
         "x": (tokens, HIDDEN),
         "topk_weights": (tokens, NUM_TOPK),
@@ -161,8 +161,8 @@ def test_first_and_second_gradients_over_two_ranks(device: str, mode: str, funct
 @every_mode
 def test_padding_does_not_reach_gradients(device: str, mode: str) -> None:
     plan, inputs = _inputs(0, device, 5, mode)
-    if plan.recv_slot is not None:
-        padding = plan.recv_slot < 0
+    if plan.recv_pair is not None:
+        padding = plan.recv_pair < 0
     else:
         padding = torch.arange(plan.num_rows, device=device) >= plan.recv_counts.sum()
     y, row_weights = inputs["y"], inputs["row_weights"]
@@ -210,7 +210,7 @@ def test_gradients_with_strides_of_zero(device: str, layout: str) -> None:
         copies = torch_ep.combine(torch.ones(plan.num_rows, 1, dtype=torch.float64, device=device), plan)
     assert torch.equal(x.grad, copies.expand_as(x))
     torch_ep.combine(y, plan).sum().backward()
-    recv_map = plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0].clamp(min=0)
+    recv_map = plan.recv_pair if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0].clamp(min=0)
     real = (recv_map >= 0).to(torch.float64)
     assert torch.equal(y.grad, real[:, None].expand_as(y))
     torch_ep.combine(y.detach(), plan, row_weights=row_weights).sum().backward()

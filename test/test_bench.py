@@ -305,9 +305,9 @@ def test_a_wrong_bit_of_fp8_is_not_timed(wrong: int, name: str) -> None:
         assert error == f"dispatch-fp8: the two sides returned different {name}"
 
 
-def test_quantised_rows_are_the_rows_up_to_rounding() -> None:
+def test_quantized_rows_are_the_rows_up_to_rounding() -> None:
     x = torch.randn(6, 256, generator=seeded(0)).to(torch.bfloat16)
-    fp8, scales = module("gpu").quantise(x)
+    fp8, scales = module("gpu").quantize(x)
     back = fp8.float() * scales.repeat_interleave(128, 1)
     assert scales.shape == (6, 2)
     torch.testing.assert_close(back, x.float(), rtol=2**-3, atol=1e-2)
@@ -513,7 +513,7 @@ def _check_wrong_low_latency(rank: int, world_size: int, wrong: str) -> str:
         of = {"rows": None if quantize else rows, "fp8": rows if quantize else None, "scales": scales}
         touched = plan.row_weights if wrong == "weights" else of.get(wrong)
         if touched is not None and i == 1:
-            last = (plan.recv_slot >= 0).nonzero()[-1]
+            last = (plan.recv_pair >= 0).nonzero()[-1]
             touched[last[0], last[1]] = 3 * touched[last[0], last[1]].float() + 1
         return result, plan
 

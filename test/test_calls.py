@@ -174,7 +174,7 @@ def test_the_short_way_leaves_the_rest_to_the_long_one(name: str, changes: dict[
 
 
 @pytest.mark.parametrize(
-    "field, value", [("send_slot", None), ("recv_slot", None), ("layout", "rank_major"), ("group_name", 1)]
+    "field, value", [("send_row", None), ("recv_pair", None), ("layout", "rank_major"), ("group_name", 1)]
 )
 def test_plans_that_are_not_whole_too(field: str, value: Any) -> None:
     plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")

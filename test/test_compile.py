@@ -312,7 +312,7 @@ def _too_many_tokens(rank: int, world_size: int, device: str, marked: bool) -> t
     group = dist.new_group(list(range(world_size)))
     others = {} if device == "cpu" else {"hidden": HIDDEN, "num_topk": TOPK, "num_experts": EXPERTS}
     communicator = torch_ep.init(group, max_tokens_per_rank=4, **others)
-    assert communicator.transport == ("c10d" if device == "cpu" else "nvlink")
+    assert communicator.backend == ("c10d" if device == "cpu" else "nvlink")
 
     def fn(x: Tensor, topk_idx: Tensor) -> Tensor:
         plan = torch_ep.plan(topk_idx, EXPERTS, group)

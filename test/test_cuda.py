@@ -1,4 +1,4 @@
-"""The operators on CUDA tensors by transport c10d, over NCCL where there are several GPUs: equal to the reference."""
+"""The operators on CUDA tensors by backend c10d, over NCCL where there are several GPUs: equal to the reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[World]:
     count = torch.cuda.device_count()
     if count < 2:
         pytest.skip("one GPU: several ranks over NCCL need several")
-    own = World(count, backend=request.param, transport="c10d")
+    own = World(count, c10d_backend=request.param, backend="c10d")
     yield own
     own.close()
 

@@ -24,17 +24,17 @@ from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "torch_ep" / "csrc"
-CUDA = CSRC / "cuda"
+NVLINK = CSRC / "nvlink"
 NVCC = shutil.which("nvcc")
 
 KERNELS = sorted(CSRC.rglob("*.cu"))
 # Programs of tests, no part of the package.
 PROGRAMS = sorted((ROOT / "test" / "sanitizer").glob("*.cu"))
 # What kernels and the host share.
-KERNEL_HEADERS = [CUDA / "launch.h", CSRC / "local" / "permute_kernels.h"]
+KERNEL_HEADERS = [NVLINK / "params.h", CSRC / "local" / "permute_kernels.h"]
 DEVICE_HEADERS = sorted(CSRC.rglob("*.cuh"))
 # Host files that a build without CUDA leaves out.
-CUDA_HOST_FILES = [p for p in CSRC.rglob("*.cpp") if CUDA in p.parents or p.stem.endswith("_cuda")]
+CUDA_HOST_FILES = [p for p in CSRC.rglob("*.cpp") if p.parent == NVLINK or p.stem.endswith("_cuda")]
 HOST_FILES = sorted({*CUDA_HOST_FILES, *(p for p in CSRC.rglob("*.cpp") if "TORCH_EP_CUDA" in p.read_text())})
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
@@ -54,9 +54,9 @@ def errors_of(command: list[str]) -> str:
 def compile_kernel(path: Path) -> str:
     """Without torch's include folders; with the macros that torch's builds define for nvcc."""
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
-    # Programs, which are these kernels once more, only as far as PTX and not optimised: that takes a sixth of the time.
+    # Programs, which are these kernels once more, only as far as PTX and not optimized: that takes a sixth of the time.
     code, effort = ("compute_90a", "-G") if path in PROGRAMS else ("sm_90a", "-O3")
-    target = [f"-gencode=arch=compute_90a,code={code}", "-std=c++20", effort, "-Werror", "all-warnings"]
+    target = [f"-I{CSRC}", f"-gencode=arch=compute_90a,code={code}", "-std=c++20", effort, "-Werror", "all-warnings"]
     flags = [*target, *cpp_extension.COMMON_NVCC_FLAGS, *host_compiler]
     with tempfile.TemporaryDirectory() as folder:
         return errors_of([str(NVCC), *flags, "-c", str(path), "-o", f"{folder}/kernel.o"])
@@ -80,7 +80,7 @@ def check_host_file(path: Path) -> str:
         generated.parent.mkdir(parents=True)
         generated.touch()
         includes = [word for folder in (*headers, stand_ins) for word in ("-isystem", folder)]
-        return errors_of([*compiler, *flags, "-Wno-deprecated-declarations", *includes, str(path)])
+        return errors_of([*compiler, *flags, "-Wno-deprecated-declarations", f"-I{CSRC}", *includes, str(path)])
 
 
 def torch_includes(path: Path, seen: set[Path] | None = None) -> list[str]:
@@ -90,8 +90,8 @@ def torch_includes(path: Path, seen: set[Path] | None = None) -> list[str]:
     for header in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.M):
         if re.match(r"(torch|ATen|c10|caffe2|pybind11)/|Python\.h", header):
             found.append(f"{path.name}: {header}")
-        ours = (path.parent / header).resolve()
-        if ours.is_file() and ours not in seen:
+        ours = next((p for p in ((path.parent / header).resolve(), CSRC / header) if p.is_file()), None)
+        if ours is not None and ours not in seen:
             seen.add(ours)
             found += torch_includes(ours, seen)
     return found
@@ -274,11 +274,13 @@ def test_build_says_when_only_nvcc_is_missing(build: Build) -> None:
 
 
 def test_two_sources_with_one_object_file_are_refused(build: Build, tmp_path: Path) -> None:
-    folder = tmp_path / "tree" / "torch_ep" / "csrc" / "cuda"
+    folder = tmp_path / "tree" / "torch_ep" / "csrc" / "nvlink"
     folder.mkdir(parents=True)
     (folder / "plan.cpp").touch()
     (folder / "plan.cu").touch()
-    with pytest.raises(SystemExit, match=r"cuda/plan\.cpp and torch_ep/csrc/cuda/plan\.cu would be compiled to one"):
+    with pytest.raises(
+        SystemExit, match=r"nvlink/plan\.cpp and torch_ep/csrc/nvlink/plan\.cu would be compiled to one"
+    ):
         build.extension(root=tmp_path / "tree", cuda=None)
 
 

@@ -119,7 +119,7 @@ def _quantized(rank: int, world_size: int, device: str, quantize: Any) -> tuple[
 
 @pytest.mark.parametrize("quantize", ["fp8", "fp8_pow2", "fp8_ue8m0"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_experts_get_quantised_rows_widened(device: str, world_size: int, quantize: str) -> None:
+def test_experts_get_quantized_rows_widened(device: str, world_size: int, quantize: str) -> None:
     for decoded, want in on(device, world_size, _quantized, device, quantize):
         assert_rows_close(decoded, want)
 

@@ -263,21 +263,21 @@ def test_figures_are_those_of_the_run(finished: Path) -> None:
     )
 
 
-def test_the_transport_is_told_and_kept(finished: Path) -> None:
+def test_the_backend_is_told_and_kept(finished: Path) -> None:
     assert "exchanges: over gloo" in (finished / "stdout").read_text().splitlines()
     figures = json.loads((finished / demo.FIGURES).read_text())
-    assert (figures["transport"], figures["symmetric_bytes"]) == ("c10d", 0)
+    assert (figures["backend"], figures["symmetric_bytes"]) == ("c10d", 0)
 
 
-def test_a_transport_of_gpus_is_told_with_its_reason_and_memory(tmp_path: Path) -> None:
+def test_a_backend_of_gpus_is_told_with_its_reason_and_memory(tmp_path: Path) -> None:
     args = tiny(tmp_path)
     args.device = "cuda"
-    nvlink = torch_ep.Communicator("", 0, 2, demo.PEER_TIMEOUT, transport="nvlink", reason="R", symmetric_bytes=3 << 19)
+    nvlink = torch_ep.Communicator("", 0, 2, demo.PEER_TIMEOUT, backend="nvlink", reason="R", symmetric_bytes=3 << 19)
     assert demo.describe_exchanges(args, nvlink) == (
-        "exchanges: transport nvlink (R), 1.5 MiB of symmetric memory a rank"
+        "exchanges: backend nvlink (R), 1.5 MiB of symmetric memory a rank"
     )
-    nccl = nvlink._replace(transport="c10d", symmetric_bytes=0)
-    assert demo.describe_exchanges(args, nccl) == "exchanges: transport c10d (R)"
+    nccl = nvlink._replace(backend="c10d", symmetric_bytes=0)
+    assert demo.describe_exchanges(args, nccl) == "exchanges: backend c10d (R)"
 
 
 def test_the_curves_are_drawn(finished: Path) -> None:

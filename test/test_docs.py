@@ -82,7 +82,7 @@ def test_code_for_gpus_runs(path: str) -> None:
     for gpus, codes in by_count.items():
         if torch.cuda.device_count() < gpus:
             pytest.skip(f"expected {gpus} GPUs, got {torch.cuda.device_count()}")
-        own = World(gpus, backend=NCCL)
+        own = World(gpus, c10d_backend=NCCL)
         try:
             own.run(execute_in_turn, codes, path)
         finally:

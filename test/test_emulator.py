@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulator.translate import translate
+from emulator.translate import KERNELS, translate
 from harness import LIMIT_S
 from test_cuda_sources import cuda_include_folders, needs_nvcc
 
@@ -26,16 +26,26 @@ CASES = {"virtual_ranks": 48, "low_latency": 40, "permute": 60}
 
 
 def build(
-    name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text, optimise: str = "-O1"
+    name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text, optimize: str = "-O1"
 ) -> Path:
     """A program of test/sanitizer. `change(file name, text)`: what to compile instead."""
     source = translate(name, folder, change)
     program = folder / name
-    flags = ["-x", "c++", "-std=c++20", optimise, "-w", "-pthread", "-ffp-contract=off"]
+    flags = ["-x", "c++", "-std=c++20", optimize, "-w", "-pthread", "-ffp-contract=off"]
     flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]  # as device code is compiled
     includes = [word for path in cuda_include_folders() for word in ("-isystem", path)]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    command = [*compiler, *flags, *includes, "-include", str(folder / "emulator.h"), str(source), "-o", str(program)]
+    command = [
+        *compiler,
+        *flags,
+        *includes,
+        f"-I{folder / KERNELS}",
+        "-include",
+        str(folder / "emulator.h"),
+        str(source),
+        "-o",
+        str(program),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return program
@@ -62,7 +72,7 @@ FAULTS = {
         "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"
     ),
     "combine: rows of the own rank": Fault(
-        "virtual_ranks", "device/sums.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
+        "virtual_ranks", "device/reduce.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
     ),
     "combine: columns of a part": Fault(
         "virtual_ranks", "combine.cu", "(part + 1) * pieces() / cut.parts}", "part * pieces() / cut.parts + 1}"
@@ -86,7 +96,7 @@ FAULTS = {
         "chunk_of<few>(theirs, row, columns.begin)",
     ),
     "combine: rows read before they have come": Fault(
-        "virtual_ranks", "device/sums.cuh", "copy_wait<kDepth - 1>();", "copy_wait<kDepth>();"
+        "virtual_ranks", "device/reduce.cuh", "copy_wait<kDepth - 1>();", "copy_wait<kDepth>();"
     ),
     "low latency: a flag before its row": Fault(
         "low_latency", "low_latency_dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
@@ -124,7 +134,7 @@ FAULTS = {
         "permute", "permute_plan.cu", "const int most = a_.alignment - 1;", "const int most = a_.alignment - 2;"
     ),
     "permute: an entry that nothing confirms": Fault(
-        "permute", "permute_kernels.cu", "map_.recv_slot[row] == pair_of(k)", "map_.recv_slot[row] >= 0"
+        "permute", "permute_kernels.cu", "map_.recv_pair[row] == pair_of(k)", "map_.recv_pair[row] >= 0"
     ),
     "permute: a row of padding": Fault(
         "permute", "permute_kernels.cu", "is_padding = from < 0", "is_padding = from < -1"
@@ -136,7 +146,7 @@ FAULTS = {
         "permute", "permute_kernels.cu", "terms == 0 ? Raw{} :", "terms < 0 ? Raw{} :"
     ),
     "low latency: what a pack holds": Fault(
-        "low_latency", "device/packs.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
+        "low_latency", "device/packet.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
     ),
 }
 

@@ -77,7 +77,7 @@ def plan(error: type[Exception], message: str, *, fake: bool = True, **changes: 
 
 def move_arguments(layout: str) -> dict[str, Any]:
     """The plan of `topk()` on one rank, by the names that dispatch and combine use."""
-    names = ("send_slot", "send_counts", "recv_counts", "recv_map")
+    names = ("send_row", "send_counts", "recv_counts", "recv_map")
     return {
         **dict(zip(names, ops.plan(**plan_arguments(layout=layout)), strict=False)),
         "layout": layout,
@@ -306,15 +306,15 @@ CASES = {
         ": pass the tokens of the plan's topk_idx",
         scales=torch.ones(4, 1),
     ),
-    "dispatch-send_slot": dispatch(
-        "expected send_slot of dtype Int, got Long", error=TypeError, send_slot=torch.zeros(3, 2, dtype=torch.int64)
+    "dispatch-send_row": dispatch(
+        "expected send_row of dtype Int, got Long", error=TypeError, send_row=torch.zeros(3, 2, dtype=torch.int64)
     ),
     "dispatch-recv_counts": dispatch(
         "expected recv_counts of shape [1], got [2]: pass the plan as torch_ep.plan returned it",
         recv_counts=torch.zeros(2, dtype=torch.int32),
     ),
-    "dispatch-recv_slot": dispatch(
-        "expected recv_slot of shape [num_rows], got [5, 1]: pass the plan as torch_ep.plan returned it",
+    "dispatch-recv_pair": dispatch(
+        "expected recv_pair of shape [num_rows], got [5, 1]: pass the plan as torch_ep.plan returned it",
         recv_map=torch.zeros(5, 1, dtype=torch.int32),
     ),
     "dispatch-recv_topk_idx": dispatch(
@@ -322,24 +322,24 @@ CASES = {
         plan_layout="rank_major",
         recv_map=torch.zeros(3, 1, dtype=torch.int64),
     ),
-    "dispatch-send_slot-values": dispatch(
-        "expected send_slot of this plan in [-1, 3), got 3",
+    "dispatch-send_row-values": dispatch(
+        "expected send_row of this plan in [-1, 3), got 3",
         fake=False,
-        later="ep::dispatch: expected send_slot of this plan in [-1, 3), got 3",
-        send_slot=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
+        later="ep::dispatch: expected send_row of this plan in [-1, 3), got 3",
+        send_row=torch.tensor([[0, 0], [1, -1], [3, 3]], dtype=torch.int32),
     ),
-    "dispatch-send_slot-shared": dispatch(
-        "expected send_slot of this plan to name each row for one token, got tokens 0 and 2 for row 0",
+    "dispatch-send_row-shared": dispatch(
+        "expected send_row of this plan to name each row for one token, got tokens 0 and 2 for row 0",
         fake=False,
-        send_slot=int32([0, 0], [1, -1], [2, 0]),
+        send_row=int32([0, 0], [1, -1], [2, 0]),
     ),
-    "dispatch-send_slot-row-without-token": dispatch(
-        "expected send_slot of this plan to name each of the 3 rows of send_counts, got no token for row 1",
+    "dispatch-send_row-row-without-token": dispatch(
+        "expected send_row of this plan to name each of the 3 rows of send_counts, got no token for row 1",
         fake=False,
-        send_slot=int32([0, 0], [-1, -1], [2, 2]),
+        send_row=int32([0, 0], [-1, -1], [2, 2]),
     ),
-    "dispatch-send_slot-too-few": dispatch(
-        "expected send_slot of this plan to name each of the 7 rows of send_counts, got 6 slots",
+    "dispatch-send_row-too-few": dispatch(
+        "expected send_row of this plan to name each of the 7 rows of send_counts, got 6 slots",
         fake=False,
         send_counts=int32(7),
     ),
@@ -349,7 +349,7 @@ CASES = {
         recv_counts=int32(60),
     ),
     "dispatch-no-slot": dispatch(
-        "expected at least one expert per token, got 0", send_slot=int32([], [], []), recv_map=int32()
+        "expected at least one expert per token, got 0", send_row=int32([], [], []), recv_map=int32()
     ),
     "dispatch-recv_topk_idx-dtype": dispatch(
         "expected recv_topk_idx of dtype Int or Long, got Float",
@@ -363,16 +363,16 @@ CASES = {
         fake=False,
         x=freed(torch.ones(3, 4)),
     ),
-    "dispatch-recv_slot-values": dispatch(
-        "expected recv_slot of this plan in [-1, 6), got -2",
+    "dispatch-recv_pair-values": dispatch(
+        "expected recv_pair of this plan in [-1, 6), got -2",
         fake=False,
-        later="ep::dispatch: expected recv_slot of this plan in [-1, 6), got -2",
+        later="ep::dispatch: expected recv_pair of this plan in [-1, 6), got -2",
         recv_map=torch.tensor([0, -2, 1, 2, 4], dtype=torch.int32),
     ),
     "dispatch-counts-values": dispatch(
         "expected send_counts of this plan in [0, 2147483647), got -3",
         fake=False,
-        later="ep::dispatch: expected send_slot of this plan in [-1, 0), got #",
+        later="ep::dispatch: expected send_row of this plan in [-1, 0), got #",
         send_counts=torch.tensor([-3], dtype=torch.int32),
     ),
     "combine-rows": combine(
@@ -383,10 +383,10 @@ CASES = {
     "combine-dtype": combine(
         f"expected y of {FLOATS}, got Float8_e4m3fn", error=TypeError, y=torch.ones(5, 4).to(torch.float8_e4m3fn)
     ),
-    "combine-send_slot-shared": combine(
-        "expected send_slot of this plan to name each row for one token, got tokens 0 and 1 for row 0",
+    "combine-send_row-shared": combine(
+        "expected send_row of this plan to name each row for one token, got tokens 0 and 1 for row 0",
         fake=False,
-        send_slot=int32([0, 0], [0, -1], [2, 2]),
+        send_row=int32([0, 0], [0, -1], [2, 2]),
     ),
     "combine-strides": combine("expected contiguous y, got strides [0, 0]", y=torch.ones(()).expand(5, 4), fake=False),
     "combine-weights": combine(
@@ -482,7 +482,7 @@ CASES = {
         "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=2
     ),
     "low_latency-in_flight_rows": low_latency_dispatch(
-        "expected in_flight_rows = 3 on transport c10d, got 0",
+        "expected in_flight_rows = 3 on backend c10d, got 0",
         in_flight_rows=0,
         fake=False,
     ),
@@ -603,7 +603,7 @@ CASES = {
         fake=False,
     ),
     "low_latency-combine-in_flight_rows": low_latency_combine(
-        "expected in_flight_rows = 3 on transport c10d, got 4",
+        "expected in_flight_rows = 3 on backend c10d, got 4",
         in_flight_rows=4,
         fake=False,
     ),
@@ -658,10 +658,10 @@ ON_NVLINK = {
         "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=0
     ),
     "low_latency-in_flight_rows": low_latency_dispatch(
-        "expected in_flight_rows = 0 on transport nvlink, got 3", in_flight_rows=3
+        "expected in_flight_rows = 0 on backend nvlink, got 3", in_flight_rows=3
     ),
     "low_latency-combine-in_flight_rows": low_latency_combine(
-        "expected in_flight_rows = 0 on transport nvlink, got 4", in_flight_rows=4
+        "expected in_flight_rows = 0 on backend nvlink, got 4", in_flight_rows=4
     ),
 }
 # Of what c10d has in flight, of values that nvlink does not look at (see "On one GPU" below), or of tensors that cannot
@@ -671,11 +671,11 @@ C10D_ONLY = (
     "dispatch-freed",
     "grouped_mm-freed",
     "grouped_mm-device",
-    "dispatch-send_slot-shared",
-    "dispatch-send_slot-row-without-token",
-    "dispatch-send_slot-too-few",
+    "dispatch-send_row-shared",
+    "dispatch-send_row-row-without-token",
+    "dispatch-send_row-too-few",
     "dispatch-counts-of-one-rank",
-    "combine-send_slot-shared",
+    "combine-send_row-shared",
     "low_latency-recv-counts-negative",
     "low_latency-recv-same-token",
     "low_latency-recv-same-expert",
@@ -891,10 +891,10 @@ PYTHON_TYPES: dict[str, tuple[Callable, type[Exception], str]] = {
         TypeError,
         "ep::dispatch: expected x to be a dense Tensor, got one of layout torch.sparse_coo",
     ),
-    "plan.send_slot": (
-        lambda: torch_ep.dispatch(torch.ones(3, 4), plan_of_topk()._replace(send_slot=[0])),
+    "plan.send_row": (
+        lambda: torch_ep.dispatch(torch.ones(3, 4), plan_of_topk()._replace(send_row=[0])),
         TypeError,
-        "ep::dispatch: expected plan.send_slot to be a Tensor, got list: pass torch.tensor(...)",
+        "ep::dispatch: expected plan.send_row to be a Tensor, got list: pass torch.tensor(...)",
     ),
     "plan.group_name": (
         lambda: torch_ep.combine(torch.ones(5, 4), plan_of_topk()._replace(group_name=0)),
@@ -1025,13 +1025,13 @@ def test_init_timeout() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"transport": "ib"}, "expected transport 'auto', 'c10d' or 'nvlink', got 'ib'"),
+        ({"backend": "ib"}, "expected backend 'auto', 'c10d' or 'nvlink', got 'ib'"),
         ({"provider": "nccl"}, "expected provider 'torch' or 'nvshmem', got 'nccl'"),
         ({"on_timeout": "wait"}, "expected on_timeout 'raise' or 'mask', got 'wait'"),
         ({"num_sms": 0}, r"expected num_sms from \d to 128, got 0"),
         ({"num_sms": 129}, r"expected num_sms from \d to 128, got 129"),
     ],
-    ids=["transport", "provider", "on_timeout", "no-sms", "too-many-sms"],
+    ids=["backend", "provider", "on_timeout", "no-sms", "too-many-sms"],
 )
 def test_init_choices(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^torch_ep.init: {message}$"):
@@ -1060,10 +1060,10 @@ def test_init_says_why_not_nvlink(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ops, "_nvlink_runs", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     with pytest.raises(RuntimeError) as raised:
-        torch_ep.init(transport="nvlink", **limits)
-    assert str(raised.value) == f"torch_ep.init: transport 'nvlink' cannot be used: {reason}"
+        torch_ep.init(backend="nvlink", **limits)
+    assert str(raised.value) == f"torch_ep.init: backend 'nvlink' cannot be used: {reason}"
     chosen = torch_ep.init(**limits)
-    assert (chosen.transport, chosen.reason, chosen.symmetric_bytes) == ("c10d", reason, 0)
+    assert (chosen.backend, chosen.reason, chosen.symmetric_bytes) == ("c10d", reason, 0)
 
 
 class GroupOnCpu:
@@ -1092,7 +1092,7 @@ def test_why_ranks_cannot_use_nvlink(
 
 @pytest.mark.skipif(ops._has_nvlink(), reason="torch_ep was built with CUDA")
 def test_nvlink_of_a_build_without_it() -> None:
-    with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink transport"):
+    with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink backend"):
         ops._init_nvlink("", 0, 1, [0], [*LIMITS.values()], 8, 1000, True, False)
 
 
@@ -1101,24 +1101,24 @@ def test_limits_whose_buffers_would_overflow(name: str) -> None:
     limits = {**LIMITS, name: 2**62}
     with pytest.raises(ValueError) as raised:
         ops._nvlink_bytes(2, [*limits.values()], 8)
-    message = f"torch_ep.init: expected {name} of at most {2**24} on transport nvlink, got {2**62}"
+    message = f"torch_ep.init: expected {name} of at most {2**24} on backend nvlink, got {2**62}"
     assert str(raised.value).splitlines()[0] == message
 
 
 def test_only_nvlink_is_settled() -> None:
-    with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink transport"):
+    with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink backend"):
         ops._settle_nvlink("nowhere")
 
 
 def test_only_nvlink_masks() -> None:
-    message = "torch_ep.mask_ranks: expected a group on transport nvlink, got group ''"
+    message = "torch_ep.mask_ranks: expected a group on backend nvlink, got group ''"
     with pytest.raises(RuntimeError, match=message):
         torch_ep.mask_ranks([1])
     assert torch_ep.active_ranks() == [True]
 
 
 def test_who_can_be_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    communicator = torch_ep.Communicator("g", 1, 3, timedelta(seconds=1), transport="nvlink")
+    communicator = torch_ep.Communicator("g", 1, 3, timedelta(seconds=1), backend="nvlink")
     monkeypatch.setitem(torch_ep.comm.communicators, "g", communicator)
     monkeypatch.setattr(torch_ep.comm, "resolve", lambda group: ("g", 3))
     for ranks in ([1], [0, 3], [-1]):
@@ -1302,8 +1302,8 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
             ops.plan(idx, 3, "expert_major", 1, 3, torch_ep.comm.resolve(None)[0])
         elif which == "init differs":
             torch_ep.init(hidden=7 + rank)
-        elif which == "transport differs":
-            torch_ep.init(transport="c10d" if rank else "auto")
+        elif which == "backend differs":
+            torch_ep.init(backend="c10d" if rank else "auto")
         elif which == "provider differs":
             torch_ep.init(provider="nvshmem" if rank else "torch")
         elif which == "num_sms differs":
@@ -1403,12 +1403,12 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
             ),
         ),
         (
-            "transport differs",
+            "backend differs",
             ("DistError", "DistError"),
             (
-                "torch_ep.init: expected the same transport (0: auto, 1: c10d, 2: nvlink) on every rank, "
+                "torch_ep.init: expected the same backend (0: auto, 1: c10d, 2: nvlink) on every rank, "
                 "got 0 on rank 0 and 1 on rank 1",
-                "torch_ep.init: expected the same transport (0: auto, 1: c10d, 2: nvlink) on every rank, "
+                "torch_ep.init: expected the same backend (0: auto, 1: c10d, 2: nvlink) on every rank, "
                 "got 1 on rank 1 and 0 on rank 0",
             ),
         ),
@@ -1487,7 +1487,7 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
     ids=lambda value: value.replace(" ", "-") if " of " in value else "",
 )
 def test_a_bad_argument_on_one_rank_is_told_to_the_others(which: str, error: str, message: str) -> None:
-    """Over a process group, where nobody has to wait for the time-out."""
+    """Over a process group, where nobody has to wait for the timeout."""
     (other, told, others_work), (own, said, own_works) = world(2).run(caught, "cpu", which)
     assert (own, said) == (error, message)
     assert other == "DistError"
@@ -1682,9 +1682,9 @@ def test_reset_of_an_uninitialized_group() -> None:
 
 def beyond_limits(rank: int, world_size: int, device: str) -> list[tuple[str, str]]:
     _, before = torch_ep.comm._arguments_of[torch_ep.comm.resolve(None)[0]]
-    transport = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]].transport
-    assert transport == ("nvlink" if device == "cuda" else "c10d")
-    torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size, transport=transport)
+    backend = torch_ep.comm.communicators[torch_ep.comm.resolve(None)[0]].backend
+    assert backend == ("nvlink" if device == "cuda" else "c10d")
+    torch_ep.init(max_tokens_per_rank=4, hidden=8, num_topk=2, num_experts=2 * world_size, backend=backend)
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=device)
@@ -1738,7 +1738,7 @@ def test_limits_of_init(device: str) -> None:
 def broken_plan(rank: int, world_size: int) -> tuple[str, bool]:
     p = torch_ep.plan(torch.zeros(2, 1, dtype=torch.int64), world_size)
     try:
-        torch_ep.dispatch(torch.ones(2, 3), p._replace(send_slot=p.send_slot + 7) if rank == 1 else p)
+        torch_ep.dispatch(torch.ones(2, 3), p._replace(send_row=p.send_row + 7) if rank == 1 else p)
     except Exception as error:
         return str(error).splitlines()[0], works(rank, world_size, "cpu")
     return "no error", works(rank, world_size, "cpu")
@@ -1746,7 +1746,7 @@ def broken_plan(rank: int, world_size: int) -> tuple[str, bool]:
 
 def test_broken_plan_of_one_rank() -> None:
     (first, first_works), (second, second_works) = world(2).run(broken_plan)
-    assert second == "ep::dispatch: expected send_slot of this plan in [-1, 2), got 7"
+    assert second == "ep::dispatch: expected send_row of this plan in [-1, 2), got 7"
     assert first.startswith("ep::dispatch: rank 1 failed before exchange")
     assert first.endswith(second)
     assert first_works and second_works
@@ -1810,19 +1810,19 @@ def test_an_exact_plan_cannot_be_captured() -> None:
         (
             {"num_experts": 2**17},
             RuntimeError,
-            "transport 'nvlink' cannot be used: it takes at most 4266 experts on 1 ranks, and num_experts is 131072",
+            "backend 'nvlink' cannot be used: it takes at most 4266 experts on 1 ranks, and num_experts is 131072",
         ),
         (
             {"max_tokens_per_rank": 2**24 + 1, "hidden": 1, "num_topk": 1, "num_experts": 1},
             ValueError,
-            "expected max_tokens_per_rank of at most 16777216 on transport nvlink, got 16777217",
+            "expected max_tokens_per_rank of at most 16777216 on backend nvlink, got 16777217",
         ),
     ],
     ids=["num_experts", "max_tokens_per_rank"],
 )
 def test_init_limits_of_nvlink(limits: dict[str, int], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as raised:
-        torch_ep.init("", transport="nvlink", **{**LIMITS, **limits})
+        torch_ep.init("", backend="nvlink", **{**LIMITS, **limits})
     assert str(raised.value).splitlines()[0] == f"torch_ep.init: {message}"
     with one_rank_on("cuda"):
         assert works(0, 1, "cuda")
@@ -1857,7 +1857,7 @@ def test_low_latency_combine_by_another_plan_ends_by_the_time_out() -> None:
         low_latency_combine_on_cuda("low_latency-combine-other-plan")
         told = what_comes_later("cuda")
         assert told.startswith(
-            "ep::low_latency_combine: rank 0 waited in exchange 1 of group '' (rows, time-out 300 ms)"
+            "ep::low_latency_combine: rank 0 waited in exchange 1 of group '' (rows, timeout 300 ms)"
         )
         torch_ep.reset()
         assert works(0, 1, "cuda")

@@ -44,7 +44,7 @@ def test_expectation_equals_the_specification(
         for name, a, b in zip(want._fields, got, want, strict=True):
             assert a is b is None or (same_bits(a, b) if isinstance(b, Tensor) else a == b), name
 
-    maps = [p.recv_slot if p.recv_topk_idx is None else p.recv_topk_idx for p in want_plans]
+    maps = [p.recv_pair if p.recv_topk_idx is None else p.recv_topk_idx for p in want_plans]
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = _random([(n, HIDDEN) for n in tokens], dtype, 2)
         w = _random([tuple(t.shape) for t in idx], dtype, 3)
@@ -67,6 +67,6 @@ def test_expectation_equals_the_specification(
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_cases_of_the_gpu_tests_hold_over_gloo(world_size: int) -> None:
-    """So what fails on GPUs alone is the transport there."""
+    """So what fails on GPUs alone is the backend there."""
     for differences in open_world(f"gloo-{world_size}").run(check_seeds, 0, 60):
         assert not differences

@@ -445,7 +445,7 @@ ALONE: dict[str, tuple[str, Callable[[Tensor, torch_ep.Plan], Any]]] = {
     "float for int": ("plan", lambda x, p: torch_ep.plan(topk_of(WORLD_SIZE), float(EXPERTS))),
     "list for Tensor": ("dispatch", lambda x, p: torch_ep.dispatch(x.tolist(), p)),
     "no plan": ("dispatch", lambda x, p: torch_ep.dispatch(x, None)),
-    "plan with a field of None": ("dispatch", lambda x, p: torch_ep.dispatch(x, p._replace(recv_slot=None))),
+    "plan with a field of None": ("dispatch", lambda x, p: torch_ep.dispatch(x, p._replace(recv_pair=None))),
     "plan of another world size": (
         "dispatch",
         lambda x, p: torch_ep.dispatch(x, p._replace(send_counts=p.send_counts[:2], recv_counts=p.recv_counts[:2])),

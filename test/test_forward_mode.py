@@ -193,7 +193,7 @@ def test_rows_without_derivatives_have_weights_that_have_some() -> None:
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
 def test_padding_does_not_reach_tangents(layout: torch_ep.Layout) -> None:
     plan = make_plan(layout=layout, capacity=32)
-    recv_map = plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0]
+    recv_map = plan.recv_pair if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0]
     padding = recv_map < 0
     y, row_weights = numbers(32, HIDDEN).index_fill(0, padding.nonzero()[:, 0], torch.nan), numbers(32, seed=1)
     tangents = (y.clone().requires_grad_(), row_weights.clone().requires_grad_())

@@ -121,14 +121,14 @@ class GraphModule(torch.nn.Module):
         _assert_scalar_default = torch.ops.aten._assert_scalar.default(ge, "Runtime assertion failed for expression u0 >= 0 on node 'ge'")
         le: "Sym(u0 <= 10)" = sym_size_int <= 10
         _assert_scalar_default_1 = torch.ops.aten._assert_scalar.default(le, "Runtime assertion failed for expression u0 <= 10 on node 'le'")
-        send_slot: "i32[5, 2]" = plan[0]
+        send_row: "i32[5, 2]" = plan[0]
         send_counts: "i32[1]" = plan[1]
         recv_counts: "i32[1]" = plan[2]
         recv_map: "i32[u0]" = plan[3]
         offsets: "i32[4]" = plan[4]
         num_dropped: "i32[]" = plan[6]
 
-        dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
+        dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', None)
         rows: "f32[u0, 8]" = dispatch[0]
         weights_2: "f32[u0]" = dispatch[1]
 
@@ -142,7 +142,7 @@ class GraphModule(torch.nn.Module):
 
         value: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets)
 
-        y: "f32[5, 8]" = torch.ops.ep.combine.weighted(value, weights_2, send_slot, send_counts, recv_counts, recv_map, 'expert_major', '', None)
+        y: "f32[5, 8]" = torch.ops.ep.combine.weighted(value, weights_2, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', None)
 
         view: "f32[5, 8]" = y.view((5, 8))
         return (view, aux_loss, load, num_dropped)
@@ -335,14 +335,14 @@ class TestTwoRanks(TestCase):
             self.ranks[0][0],
             """\
 plan = torch.ops.ep.plan(topk_idx, 4, 'rank_major', 1, 2, '0', None, None)
-dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_slot, send_counts, recv_counts, recv_map, 'rank_major', '0', None)
+dispatch = torch.ops.ep.dispatch(tokens, weights_1, None, send_row, send_counts, recv_counts, recv_map, 'rank_major', '0', None)
 plan_1 = torch.ops.ep.plan(recv_map, 2, 'expert_major', 1, 1, '', None, None)
-dispatch_1 = torch.ops.ep.dispatch(rows, weights_2, None, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
+dispatch_1 = torch.ops.ep.dispatch(rows, weights_2, None, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
 grouped_mm: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_proj_, offsets_1)
 grouped_mm_1: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_proj_, offsets_1)
 value: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets_1)
-done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(value, weights_3, send_slot_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
-combine = torch.ops.ep.combine(done, None, None, send_slot, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
+done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(value, weights_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
+combine = torch.ops.ep.combine(done, None, None, send_row, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
         )
 
     def test_aot_forward(self) -> None:

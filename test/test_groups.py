@@ -162,10 +162,10 @@ def test_init_again_replaces_the_communicator() -> None:
     assert world(2).run(_check_init_twice) == [(2, 99)] * 2
 
 
-def test_init_of_one_rank_forgets_the_transport_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_of_one_rank_forgets_the_backend_before(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch_ep.Communicator("", 0, 1, TIMEOUT)
     monkeypatch.setitem(torch_ep.comm.communicators, "", before)
-    torch_ep.init(transport="c10d")
+    torch_ep.init(backend="c10d")
     assert "" not in torch_ep.comm.communicators
 
 

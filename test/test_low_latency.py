@@ -76,9 +76,9 @@ class Case(NamedTuple):
         """Results of the experts of every rank: NaN where there are no rows."""
         results = []
         for rank, plan in enumerate(plans):
-            values = torch.randn(*plan.recv_slot.shape, self.hidden, generator=seeded(self.seed, rank, 3))
+            values = torch.randn(*plan.recv_pair.shape, self.hidden, generator=seeded(self.seed, rank, 3))
             values[torch.rand(values.shape, generator=seeded(self.seed, rank, 4)) < 0.05] *= 0
-            values[plan.recv_slot < 0] = torch.nan
+            values[plan.recv_pair < 0] = torch.nan
             results.append(values.to(dtype))
         return results
 
@@ -177,12 +177,12 @@ def case_differs(rank: int, world_size: int, case: Case, quantize: Any, form: st
     args, kwargs = arguments(case, rank, quantize)
     result, plan = dispatch(*args, **kwargs)
     rows, scales = (result, None) if quantize is None else result
-    filled = want.recv_slot >= 0
+    filled = want.recv_pair >= 0
     found = rows_differ("rows", rows, want_rows, filled)
     if scales is not None and want_scales is not None:
         found += rows_differ("scales", scales, want_scales, filled)
     found += rows_differ("row_weights", plan.row_weights, want.row_weights, filled)
-    for field in ("topk_idx", "tokens_per_expert", "source_offsets", "recv_slot", "recv_row"):
+    for field in ("topk_idx", "tokens_per_expert", "source_offsets", "recv_pair", "recv_row"):
         found += differ(field, getattr(plan, field), getattr(want, field))
     # Undefined is undefined: nobody may read it.
     plan = plan._replace(row_weights=plan.row_weights.masked_fill(~filled, torch.nan))
@@ -222,7 +222,7 @@ def test_equals_the_reference(world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_equals_the_reference_with_rows_of_models(world_size: int) -> None:
-    # Each with every quantisation.
+    # Each with every quantization.
     cases = [case for case in wide_cases(world_size) for _ in QUANTIZE]
     assert_none(on_ranks(world_size, cases_differ, cases))
 
@@ -245,7 +245,7 @@ def _differs_from_plan(rank: int, world_size: int, cases: Sequence[Case]) -> lis
         packed, row_weights = torch_ep.dispatch(
             args[0], exact, topk_weights=torch.ones(args[1].shape) if weights is None else weights
         )
-        filled = plan.recv_slot >= 0
+        filled = plan.recv_pair >= 0
         found += differ("counts", plan.tokens_per_expert, exact.tokens_per_expert)
         found += differ("rows", rows[filled], packed)
         found += differ("weights", plan.row_weights[filled], row_weights)

@@ -53,7 +53,7 @@ def test_the_backward_of_a_weighted_combine_needs_little_beside_its_results(
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
 def test_gradients_by_blocks_have_the_bits_of_the_whole(layout: torch_ep.Layout, dtype: torch.dtype) -> None:
     plan, y, row_weights, grad = weighted(layout, dtype)
-    padding = (plan.recv_slot if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0]) < 0
+    padding = (plan.recv_pair if plan.recv_topk_idx is None else plan.recv_topk_idx[:, 0]) < 0
     assert padding.any()
     y[padding] = row_weights[padding] = torch.nan
     inputs = (y.requires_grad_(), row_weights.requires_grad_())

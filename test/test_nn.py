@@ -23,9 +23,9 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 OPTIONS = {
     "softmax": {},
-    "softmax, not normalised": {"normalize": False},
+    "softmax, not normalized": {"normalize": False},
     "sigmoid": {"score": "sigmoid"},
-    "sigmoid, not normalised": {"score": "sigmoid", "normalize": False},
+    "sigmoid, not normalized": {"score": "sigmoid", "normalize": False},
     "scaled": {"route_scale": 2.5},
     "biased choice": {"score": "sigmoid", "selection_bias": True, "route_scale": 0.5},
     "shared expert": {"shared_intermediate": 5},

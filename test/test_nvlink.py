@@ -1,4 +1,4 @@
-"""The nvlink transport equals the specification, bit by bit: on virtual ranks (one GPU) and on two to four GPUs."""
+"""The nvlink backend equals the specification, bit by bit: on virtual ranks (one GPU) and on two to four GPUs."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_every_path_of_the_kernels(which: str) -> None:
     no_differences("virtual-3", check_cases, [EVERY_PATH[which]])
 
 
-# --- equal to the other transport ---
+# --- equal to the other backend ---
 
 _c10d_groups: dict[int, Any] = {}
 
@@ -214,8 +214,8 @@ def equals_c10d(
     """At sizes of real layers, results of every operator and of the gradients, order included."""
     if world_size not in _c10d_groups:
         _c10d_groups[world_size] = dist.new_group(list(range(world_size)))
-        other = torch_ep.init(_c10d_groups[world_size], transport="c10d", **limits(world_size))
-        assert other.transport == "c10d"
+        other = torch_ep.init(_c10d_groups[world_size], backend="c10d", **limits(world_size))
+        assert other.backend == "c10d"
     num_experts, hidden, num_topk = 32 * world_size, 7168, 8
     num_tokens = (2048, 1500, 0, 777)[rank]
     topk_idx = random_topk(num_tokens, num_topk, num_experts, seeded(rank)).to(DEVICE)
@@ -264,7 +264,7 @@ def equals_c10d(
 @pytest.mark.parametrize("capacity", [None, 4096, 40000], ids=["exact", "drops", "tail"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", GPUS)
-def test_equals_the_c10d_transport(name: str, layout: torch_ep.Layout, capacity: int | None) -> None:
+def test_equals_the_c10d_backend(name: str, layout: torch_ep.Layout, capacity: int | None) -> None:
     no_differences(name, equals_c10d, layout, capacity)
 
 
@@ -613,19 +613,19 @@ def test_what_ranks_disagree_on_is_named(name: str, what: str) -> None:
 # --- the communicator ---
 
 
-def transports(rank: int, world_size: int, group: str | None) -> list[tuple[str, str, int]]:
+def backends(rank: int, world_size: int, group: str | None) -> list[tuple[str, str, int]]:
     """What `init` decides: asked for, by itself, and the other one."""
     found = []
-    for transport in ("nvlink", "auto", "c10d", "nvlink"):
-        c = torch_ep.init(transport=transport, timeout=TIMEOUT, **limits(world_size))
-        assert not works(rank, world_size, group), transport
-        found.append((c.transport, c.reason, c.symmetric_bytes))
+    for backend in ("nvlink", "auto", "c10d", "nvlink"):
+        c = torch_ep.init(backend=backend, timeout=TIMEOUT, **limits(world_size))
+        assert not works(rank, world_size, group), backend
+        found.append((c.backend, c.reason, c.symmetric_bytes))
     return found
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_transport_by_name_and_by_itself(name: str) -> None:
-    for asked, itself, other, _ in open_world(name).run(transports):
+def test_backend_by_name_and_by_itself(name: str) -> None:
+    for asked, itself, other, _ in open_world(name).run(backends):
         assert asked[0] == itself[0] == "nvlink"
         assert other[0] == "c10d"
         assert itself[1]  # says why

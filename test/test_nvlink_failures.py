@@ -1,4 +1,4 @@
-"""A peer that dies or stalls under the nvlink transport, and the life of its communicators. On GPUs, a process each.
+"""A peer that dies or stalls under the nvlink backend, and the life of its communicators. On GPUs, a process each.
 
 As a script, `python test_nvlink_failures.py RANK WORLD_SIZE PORT`, it is a rank that exits without `destroy`.
 """
@@ -29,7 +29,7 @@ import torch_ep
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 TIMEOUT = timedelta(seconds=5)
-# Beyond the time-out: to read what the others know, and for a busy host. This only stops a hang.
+# Beyond the timeout: to read what the others know, and for a busy host. This only stops a hang.
 SLACK_S = 300.0
 # Of whatever ranks do here. This only stops a hang.
 LIMIT_S = 900.0
@@ -188,7 +188,7 @@ def test_destroy_does_not_wait_for_a_peer_that_is_gone(ranks: Watched) -> None:
 
 
 def killed_while_others_decode(rank: int, world_size: int) -> tuple[list[str], list[bool]]:
-    torch_ep.init(timeout=TIMEOUT, transport="nvlink", on_timeout="mask", **limits(world_size))
+    torch_ep.init(timeout=TIMEOUT, backend="nvlink", on_timeout="mask", **limits(world_size))
     differences = check_seeds(rank, world_size, None, 0, 4)
     meet(None)
     if rank == world_size - 1:
@@ -214,11 +214,11 @@ def destroyed(rank: int, world_size: int) -> str:
         message = str(error).splitlines()[0]
     else:
         message = "no error"
-    torch_ep.init(timeout=TIMEOUT, transport="nvlink", **limits(world_size))
+    torch_ep.init(timeout=TIMEOUT, backend="nvlink", **limits(world_size))
     return message if not works(rank, world_size, None) else "does not work after init"
 
 
-def test_destroyed_then_initialised_again(ranks: Watched) -> None:
+def test_destroyed_then_initialized_again(ranks: Watched) -> None:
     for message in ranks.run(destroyed, limit_s=LIMIT_S):
         assert "expected an initialized group" in message
 
@@ -233,7 +233,7 @@ def exit_without_destroy(rank: int, world_size: int, port: int) -> None:
         world_size=world_size,
         timeout=PATIENCE,
     )
-    torch_ep.init(timeout=PATIENCE, transport="nvlink", **limits(world_size))
+    torch_ep.init(timeout=PATIENCE, backend="nvlink", **limits(world_size))
     for capacity in (None, 1024):
         exchange(128, 64, capacity)
     meet(None)  # the rank that keeps the group's store may leave only now
@@ -274,7 +274,7 @@ def larger(rank: int, world_size: int) -> tuple[list[str], list[int], list[str]]
     small = {"max_tokens_per_rank": 16, "hidden": 64, "num_topk": 2, "num_experts": 2 * world_size}
     symmetric, messages = [], []
     for given in (small, limits(world_size)):
-        communicator = torch_ep.init(timeout=TIMEOUT, transport="nvlink", **given)
+        communicator = torch_ep.init(timeout=TIMEOUT, backend="nvlink", **given)
         symmetric.append(communicator.symmetric_bytes)
         try:
             exchange(17, 64, None)
@@ -296,7 +296,7 @@ def test_init_again_with_larger_limits(ranks: Watched) -> None:
 def used_bytes(rank: int, world_size: int, times: int) -> int:
     """Of the device, once `init` was called so often."""
     for _ in range(times):
-        torch_ep.init(timeout=TIMEOUT, transport="nvlink", **limits(world_size))
+        torch_ep.init(timeout=TIMEOUT, backend="nvlink", **limits(world_size))
         exchange(64, 64, None)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -316,12 +316,12 @@ def test_init_again_frees_what_was_there(ranks: Watched) -> None:
 
 def reference_workload(rank: int, world_size: int) -> tuple[int, list[str]]:
     communicator = torch_ep.init(
-        timeout=TIMEOUT, transport="nvlink", max_tokens_per_rank=4096, hidden=7168, num_topk=8, num_experts=256
+        timeout=TIMEOUT, backend="nvlink", max_tokens_per_rank=4096, hidden=7168, num_topk=8, num_experts=256
     )
     assert communicator.num_sms <= 24
     exchange(4096, 7168, None)
     found = communicator.symmetric_bytes
-    torch_ep.init(timeout=TIMEOUT, transport="nvlink", **limits(world_size))
+    torch_ep.init(timeout=TIMEOUT, backend="nvlink", **limits(world_size))
     return found, works(rank, world_size, None)
 
 
@@ -338,7 +338,7 @@ def several(rank: int, world_size: int) -> list[str]:
     """Communicators of two groups of the same ranks, used in turn."""
     other: Any = dist.new_group(list(range(world_size)))
     given = {**limits(world_size), "max_tokens_per_rank": 256, "num_experts": 2 * EXPERTS_PER_RANK * world_size}
-    torch_ep.init(other, timeout=TIMEOUT, transport="nvlink", **given)
+    torch_ep.init(other, timeout=TIMEOUT, backend="nvlink", **given)
     differences: list[str] = []
     for _ in range(3):
         differences += works(rank, world_size, None) + works(rank, world_size, other.group_name)

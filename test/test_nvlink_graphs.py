@@ -1,4 +1,4 @@
-"""CUDA graphs over the nvlink transport: capacity mode is captured and replayed with new routing, forward and backward.
+"""CUDA graphs over the nvlink backend: capacity mode is captured and replayed with new routing, forward and backward.
 
 Epochs advance on the device, so a graph may hold any number of exchanges and be replayed in between anything else.
 """

@@ -1,4 +1,4 @@
-"""The low-latency pair on the nvlink transport: its bits, CUDA graphs, torch.compile, failures. Ranks: see virtual.py.
+"""The low-latency pair on the nvlink backend: its bits, CUDA graphs, torch.compile, failures. Ranks: see virtual.py.
 
     python test/test_nvlink_low_latency.py --count 10000 --gpus 4    # replays with new routing, every bit checked
     python test/test_nvlink_low_latency.py --count 10000 --virtual 4
@@ -112,7 +112,7 @@ def test_expectation_equals_the_specification(world_size: int) -> None:
         for rank, (rows, scales, want) in enumerate(dispatched):
             for name, got in low_latency_cases.plan(problem.routing, rank, problem.all_weights).items():
                 if name == "row_weights":
-                    got = torch.where(want.recv_slot >= 0, got, 0)
+                    got = torch.where(want.recv_pair >= 0, got, 0)
                 assert same_bits(got, getattr(want, name)), f"{case}: {name}"
             assert same_bits(low_latency_cases.dispatch(problem.routing, rank, problem.rows), rows), case
             if scales is not None:
@@ -127,7 +127,7 @@ def test_expectation_equals_the_specification(world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_transport_takes_all_cases(world_size: int) -> None:
+def test_the_backend_takes_all_cases(world_size: int) -> None:
     drawn = [draw(seed, world_size) for first in range(0, 1000 * BATCHES, 1000) for seed in range(first, first + BATCH)]
     for case in (*drawn, *every_kind(world_size)):
         assert fits(case.hidden, case.dtype if case.quantize is None else FP8), case
@@ -137,7 +137,7 @@ def test_the_transport_takes_all_cases(world_size: int) -> None:
 
 
 def test_cases_hold_over_gloo() -> None:
-    """So what fails on GPUs alone is the transport there."""
+    """So what fails on GPUs alone is the backend there."""
     no_differences("gloo-2", check_seeds, 0, 12)
 
 
@@ -148,7 +148,7 @@ def test_random_cases(name: str, batch: int) -> None:
 
 
 def every_kind(world_size: int) -> list[Case]:
-    """Each width with each type and quantisation, as far as there is room; experts a token and all else in turn."""
+    """Each width with each type and quantization, as far as there is room; experts a token and all else in turn."""
     tokens = (6, 0, 8, 1)[:world_size]
     cases = []
     for hidden in (8, 128, 144, 1000, *low_latency_cases.WIDE):
@@ -178,7 +178,7 @@ def every_kind(world_size: int) -> list[Case]:
 
 
 @every_world
-def test_every_width_type_and_quantisation(name: str) -> None:
+def test_every_width_type_and_quantization(name: str) -> None:
     ranks = ranks_of(name)
     no_differences(name, check_cases, every_kind(ranks.world_size))
 
@@ -375,7 +375,7 @@ class Steps:
             "rows",
             "scales",
             "row_weights",
-            "recv_slot",
+            "recv_pair",
             "recv_row",
             "tokens_per_expert",
             "source_offsets",
@@ -424,7 +424,7 @@ class Steps:
         routing = route(self.experts, self.num_experts, self.world_size)
         want_plan = low_latency_cases.plan(routing, self.rank, self.weights)
         want_sums = low_latency_cases.combine(routing, self.rank, self.y, self.weights)[: len(self.own[0])]
-        filled, counts = want_plan["recv_slot"] >= 0, []
+        filled, counts = want_plan["recv_pair"] >= 0, []
         for i, (result, plan, sums) in enumerate(results):
             how = QUANTIZE[i % 4]
             if how is None:
@@ -669,9 +669,9 @@ SHORT = timedelta(seconds=3)
 
 
 def in_own_world(name: str, fn: Callable, *args: Any, **changes: Any) -> list[Any]:
-    """`fn(rank, world_size, group, shared, *args)` on ranks with a short time-out and other limits.
+    """`fn(rank, world_size, group, shared, *args)` on ranks with a short timeout and other limits.
 
-    `shared`: a dict, the same one for all ranks of a process. Virtual ranks are made for it, as a time-out would end
+    `shared`: a dict, the same one for all ranks of a process. Virtual ranks are made for it, as a timeout would end
     them for all others; ranks that are processes call `init` again.
     """
     kind, _, count = name.partition("-")
@@ -692,9 +692,9 @@ def _on_own_virtual_ranks(
 def _after_another_init(
     rank: int, world_size: int, group: str | None, fn: Callable, args: tuple, changes: dict[str, Any]
 ) -> Any:
-    torch_ep.init(timeout=SHORT, transport="nvlink", **{**limits(world_size), **changes})
+    torch_ep.init(timeout=SHORT, backend="nvlink", **{**limits(world_size), **changes})
     answer = fn(rank, world_size, group, {}, *args)
-    torch_ep.init(timeout=TIMEOUT, transport="nvlink", **limits(world_size))
+    torch_ep.init(timeout=TIMEOUT, backend="nvlink", **limits(world_size))
     return answer
 
 
@@ -773,7 +773,7 @@ def goes_on_without(
     return differences, active, torch_ep.active_ranks(group), works(rank, world_size, group)
 
 
-@pytest.mark.parametrize("by_host", [True, False], ids=["masked by the host", "masked by a time-out"])
+@pytest.mark.parametrize("by_host", [True, False], ids=["masked by the host", "masked by a timeout"])
 @several_ranks
 def test_the_others_go_on_without_a_rank(name: str, by_host: bool) -> None:
     world_size = int(name.partition("-")[2])
@@ -871,7 +871,7 @@ def test_without_low_latency_tokens(name: str) -> None:
     for (kind, message), differences in in_own_world(name, without_room, low_latency_tokens=None):
         assert kind == "RuntimeError", message
         assert message.startswith(
-            "ep::low_latency_dispatch: expected low_latency_tokens of torch_ep.init to be given, on transport nvlink"
+            "ep::low_latency_dispatch: expected low_latency_tokens of torch_ep.init to be given, on backend nvlink"
         ), message
         assert not differences
 
@@ -956,8 +956,8 @@ def one_rank_is_wrong(rank: int, world_size: int, group: str | None, what: str, 
     sums = next_of(lambda: torch_ep.low_latency_combine(own, plan))
     compare = Comparison(what)
     want = low_latency_cases.plan(routing, rank, None)
-    filled = want["recv_slot"] >= 0
-    for name in ("recv_slot", "recv_row", "tokens_per_expert", "source_offsets"):
+    filled = want["recv_pair"] >= 0
+    for name in ("recv_pair", "recv_row", "tokens_per_expert", "source_offsets"):
         compare.expect(name, getattr(plan, name), want[name])
     moved = low_latency_cases.dispatch(routing, rank, pad(x, 6))
     compare.expect("rows", rows.cpu()[filled], moved[filled])
@@ -1039,11 +1039,11 @@ def test_beyond_the_limits(name: str) -> None:
         f"{there}: expected at most num_topk = {topk}, {told}, got {topk + 1}",
         f"{there}: expected at most num_experts = {experts}, {told}, got {experts + ranks.world_size}",
         f"{there}: expected at most hidden = {hidden}, {told}, got {hidden + 8}",
-        f"{there}: expected rows of a multiple of 16 bytes on transport nvlink, got 8",
-        f"{there}: expected rows of a multiple of 16 bytes on transport nvlink, got 24",
+        f"{there}: expected rows of a multiple of 16 bytes on backend nvlink, got 8",
+        f"{there}: expected rows of a multiple of 16 bytes on backend nvlink, got 24",
         f"{there}: expected rows of at most {wide}, got {4 * hidden + 16}: {too_little}",
         f"{back}: expected at most hidden = {hidden}, {told}, got {hidden + 8}",
-        f"{back}: expected rows of a multiple of 16 bytes on transport nvlink, got 8",
+        f"{back}: expected rows of a multiple of 16 bytes on backend nvlink, got 8",
         f"{back}: expected rows of at most {wide}, got {4 * hidden}: {too_little}",
     ]
     for errors, differences in ranks.run(beyond_limits):

@@ -124,7 +124,7 @@ torch_ep: building 11 files with torch 2.13.0+cpu, without CUDA kernels (this to
 building 'torch_ep._C' extension
 [1/11] c++ -MMD -MF torch_ep/csrc/aten/local.o.d -c -c torch_ep/csrc/aten/local.cpp
 torch_ep/csrc/aten/local.cpp:1:1: note: as [9/9] declared here
-[2/11] c++ -MMD -MF torch_ep/csrc/comm/transport.o.d -c"""
+[2/11] c++ -MMD -MF torch_ep/csrc/comm/backend.o.d -c"""
 
 
 def test_the_progress_of_a_build_is_read_from_its_log(setup_env: ModuleType) -> None:  # noqa: F811

@@ -99,10 +99,10 @@ def test_rows_beyond_32_bits(layout: torch_ep.Layout) -> None:
     x = torch.randint(0, 255, (tokens, hidden), dtype=torch.uint8, device="cuda")
     plan = torch_ep.plan(idx, 4, "", layout=layout)
     rows = torch_ep.dispatch(x, plan)
-    if plan.recv_slot is None:
+    if plan.recv_pair is None:
         assert torch.equal(rows, x)
     else:
-        for row, pair in enumerate(plan.recv_slot.tolist()):
+        for row, pair in enumerate(plan.recv_pair.tolist()):
             assert torch.equal(rows[row], x[pair // topk])
     del rows
     y = torch.ones(plan.num_rows, hidden, dtype=BF16, device="cuda")
@@ -246,13 +246,13 @@ def test_the_next_call_tells_of_bad_indices_with_a_capacity(name: str, layout: t
     assert not works(0, 1, "")
 
 
-@pytest.mark.parametrize("field", ["send_slot", "recv_slot"])
+@pytest.mark.parametrize("field", ["send_row", "recv_pair"])
 @pytest.mark.usefixtures("whole")
 def test_the_next_call_tells_of_a_plan_that_leads_outside(field: str) -> None:
     plan = torch_ep.plan(torch.tensor([[0, 1], [2, 3]], device="cuda"), 4, "")
     bad = getattr(plan, field).clone()
     bad.view(-1)[1] = 77
-    bound = {"send_slot": 2, "recv_slot": 4}[field]
+    bound = {"send_row": 2, "recv_pair": 4}[field]
     for op, width in (("dispatch", 2), ("combine", 4)):
         getattr(torch_ep, op)(torch.ones(width, 8, device="cuda"), plan._replace(**{field: bad}))
         torch.cuda.synchronize()

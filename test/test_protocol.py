@@ -181,7 +181,7 @@ def test_recvs_in_another_order_than_sends_lose_rows(shape: Callable[[], list[Ke
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_three_sends_without_a_recv_end_in_a_wait(world_size: int) -> None:
-    """Which a time-out ends: nothing was damaged."""
+    """Which a timeout ends: nothing was damaged."""
     found = outcome([three_sends()] * world_size)
     assert found.broken.keys() == {STUCK}, found
 

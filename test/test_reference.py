@@ -147,8 +147,8 @@ def on_ranks(world_size: int, fn: Callable, *args: Any) -> list[Any]:
 
 def padding(plan: torch_ep.Plan) -> Tensor:
     """[R] rows that nobody sent."""
-    if plan.recv_slot is not None:
-        return plan.recv_slot < 0
+    if plan.recv_pair is not None:
+        return plan.recv_pair < 0
     return torch.arange(plan.num_rows) >= int(plan.recv_counts.sum())
 
 
@@ -243,7 +243,7 @@ def _combine_equals(rank: int, world_size: int, case: Case) -> None:
         for dtype in SUM_TYPES:
             weight_dtype = torch.promote_types(dtype, torch.float32)
             y = case.rows([(p.num_rows, case.hidden) for p in plans], dtype)
-            maps = [p.recv_slot if p.recv_topk_idx is None else p.recv_topk_idx for p in plans]
+            maps = [p.recv_pair if p.recv_topk_idx is None else p.recv_topk_idx for p in plans]
             w = case.rows([tuple(m.shape) for m in maps], weight_dtype)
             # Whatever nobody sent holds NaN: it must not be read.
             for p, rows, m, weights in zip(plans, y, maps, w, strict=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import LIMIT_S
+from test_cuda_sources import CSRC
 from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "sanitizer"
@@ -47,7 +48,7 @@ def last_lines(command: list[str]) -> tuple[int, str]:
 @pytest.fixture(scope="module", params=["virtual_ranks", "low_latency", "permute"])
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("sanitizer") / request.param
-    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-lineinfo"]
+    target = [f"-I{CSRC}", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++20", "-O3", "-lineinfo"]
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
     # The host's sums without contraction, as the kernels'.
     flags = [*target, *host_compiler, "-Xcompiler", "-ffp-contract=off"]

@@ -262,7 +262,7 @@ def gpus(request: pytest.FixtureRequest) -> Iterator[World]:
     """One rank on each GPU. A world in which something was raised is not used again."""
     backend = getattr(request, "param", BACKENDS["gloo-nccl"])
     if backend not in _worlds:
-        _worlds[backend] = World(min(torch.cuda.device_count(), 8), backend=backend)
+        _worlds[backend] = World(min(torch.cuda.device_count(), 8), c10d_backend=backend)
     yield _worlds[backend]
     if _worlds[backend].failed or not all(process.is_alive() for process in _worlds[backend].processes):
         _worlds.pop(backend).close()

@@ -1,4 +1,4 @@
-"""Ranks of the nvlink transport for tests: virtual ones, several on one GPU, and real ones, a process and a GPU each.
+"""Ranks of the nvlink backend for tests: virtual ones, several on one GPU, and real ones, a process and a GPU each.
 
 open_world("virtual-3").run(fn, *args)    # fn(rank, world_size, group, *args) on every rank
 open_world("gpus-2").run(fn, *args)       # the same
@@ -36,7 +36,7 @@ TIMEOUT = timedelta(minutes=2)
 EXPERTS_PER_RANK = 64
 NCCL = "cpu:gloo,cuda:nccl"
 # How long a test's ranks may take, and their processes to start on a host that has just booted. These only bound hangs;
-# together they stay below the time-out of pytest, which could not say where the ranks are.
+# together they stay below the timeout of pytest, which could not say where the ranks are.
 LIMIT_S = 900.0
 START_S = 600.0
 # Until whoever waits for ranks gives up: so that they, who know where they are, do so before.
@@ -187,7 +187,7 @@ class VirtualWorld:
         return [answers[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """Ends the threads and the ranks. Not after a time-out: a thread may still be in an exchange."""
+        """Ends the threads and the ranks. Not after a timeout: a thread may still be in an exchange."""
         for jobs in self._jobs:
             jobs.put(None)
         for thread in self._threads:
@@ -392,7 +392,7 @@ def _close_all() -> None:
 
 def gpu_world(world_size: int, timeout: timedelta = TIMEOUT) -> Watched:
     """A rank on each of the first GPUs, over nvlink, with `limits`. `timeout`: of exchanges."""
-    init = {"transport": "nvlink", **limits(world_size)}
+    init = {"backend": "nvlink", **limits(world_size)}
     return Watched(world_size, _serve, world_size, free_port(), timeout, NCCL, init)
 
 

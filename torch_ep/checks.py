@@ -1,4 +1,4 @@
-"""Checks of arguments before they reach an operator: their Python types. The rest: csrc/checks.h and meta.py."""
+"""Checks of arguments before they reach an operator: their Python types. The rest: csrc/core/checks.h and meta.py."""
 
 from __future__ import annotations
 

@@ -20,15 +20,15 @@ from . import rendezvous, symmetric
 __all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
 Group = Union[dist.ProcessGroup, DeviceMesh, str, None]  # noqa: UP007 - evaluated, also on Python 3.10
-TransportChoice = Literal["auto", "c10d", "nvlink"]
+BackendChoice = Literal["auto", "c10d", "nvlink"]
 OnTimeout = Literal["raise", "mask"]
 
-_TRANSPORTS = ("auto", "c10d", "nvlink")
+_BACKENDS = ("auto", "c10d", "nvlink")
 _PROVIDERS = ("torch", "nvshmem")
 _ON_TIMEOUT = ("raise", "mask")
 _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
 _NO_LIMIT = -1
-# Of the nvlink kernels (csrc/cuda/layout.h, csrc/cuda/launch.h).
+# Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
 _MAX_RANKS = 8
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
@@ -50,14 +50,14 @@ class Communicator(NamedTuple):
     num_experts: int | None = None
     low_latency_tokens: int | None = None
     #: How rows of CUDA tensors travel: "c10d" or "nvlink". Those of other tensors always travel by c10d.
-    transport: str = "c10d"
+    backend: str = "c10d"
     #: Why that one.
     reason: str = ""
     #: Bytes of symmetric memory that this rank holds for it.
     symmetric_bytes: int = 0
     #: Blocks of each nvlink kernel: one occupies a streaming multiprocessor.
     num_sms: int = 0
-    #: What a time-out of the low-latency pair does on nvlink.
+    #: What a timeout of the low-latency pair does on nvlink.
     on_timeout: OnTimeout = "raise"
 
 
@@ -131,7 +131,7 @@ def init(
     num_experts: int | None = None,
     low_latency_tokens: int | None = None,
     timeout: timedelta = timedelta(minutes=5),
-    transport: TransportChoice = "auto",
+    backend: BackendChoice = "auto",
     num_sms: int = 24,
     provider: symmetric.Provider = "torch",
     on_timeout: OnTimeout = "raise",
@@ -145,43 +145,43 @@ def init(
     device.
 
     The ranks connect over TCP, by a gloo backend of torch_ep's own. The program's collectives on the same group and
-    torch_ep's exchanges on the CPU cannot disturb each other. On a CUDA device with transport "c10d", rows travel over
+    torch_ep's exchanges on the CPU cannot disturb each other. On a CUDA device with backend "c10d", rows travel over
     the group itself, which must not run other collectives from another thread meanwhile.
 
     Args:
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group.
         max_tokens_per_rank: most tokens that a rank will ever pass to `plan`. Bounds the symbolic sizes of compiled
             graphs. None: no limit.
-        hidden: most elements of a row. None: no limit. Room in the buffers of transport nvlink is for elements of two
+        hidden: most elements of a row. None: no limit. Room in the buffers of backend nvlink is for elements of two
             bytes: rows of wider ones travel in several parts, but those of the low-latency pair in one, so they need a
             `hidden` that is as many times larger.
         num_topk: most experts of a token. None: no limit.
         num_experts: most experts. None: no limit.
-        low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which transport nvlink
+        low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which backend nvlink
             sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes, and at most 16 MiB more for
             rows of few tokens. With float32 rows, `hidden` has to be twice theirs. None: there, none at all; elsewhere
             no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
-        transport: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
+        backend: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
             four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
         provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py).
-        on_timeout: what the low-latency pair does on transport nvlink when a rank does not come in time: "raise", or
+        on_timeout: what the low-latency pair does on backend nvlink when a rank does not come in time: "raise", or
             "mask" it and go on without it; see `mask_ranks`. All other operators raise.
 
     Returns:
-        What was agreed on, with the transport chosen and the bytes of symmetric memory that it took.
+        What was agreed on, with the backend chosen and the bytes of symmetric memory that it took.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or of another type.
-        RuntimeError: transport "nvlink" was asked for and cannot be; or the ranks cannot connect; or the group has
+        RuntimeError: backend "nvlink" was asked for and cannot be; or the ranks cannot connect; or the group has
             torch's fake backend. The message says why.
         torch.distributed.DistError: ranks passed different arguments or run different versions, or one did not come.
     """
     arguments: dict[str, Any] = dict(
         max_tokens_per_rank=max_tokens_per_rank, hidden=hidden, num_topk=num_topk, num_experts=num_experts,
-        low_latency_tokens=low_latency_tokens, timeout=timeout, transport=transport, num_sms=num_sms, provider=provider,
+        low_latency_tokens=low_latency_tokens, timeout=timeout, backend=backend, num_sms=num_sms, provider=provider,
         on_timeout=on_timeout,
     )  # fmt: skip
     limits = {name: arguments[name] for name in _LIMITS}
@@ -194,8 +194,8 @@ def init(
         raise TypeError(f"torch_ep.init: expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
     if timeout <= timedelta():
         raise ValueError(f"torch_ep.init: expected a positive timeout, got {timeout}")
-    if transport not in _TRANSPORTS:
-        raise ValueError(f"torch_ep.init: expected transport 'auto', 'c10d' or 'nvlink', got {transport!r}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"torch_ep.init: expected backend 'auto', 'c10d' or 'nvlink', got {backend!r}")
     if provider not in _PROVIDERS:
         raise ValueError(f"torch_ep.init: expected provider 'torch' or 'nvshmem', got {provider!r}")
     if on_timeout not in _ON_TIMEOUT:
@@ -220,19 +220,19 @@ def init(
         group_name, rank, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
         on_timeout=on_timeout,
     )  # fmt: skip
-    if transport == "c10d":
+    if backend == "c10d":
         communicator = communicator._replace(reason="asked for")
         _forget(group_name)
     else:
         why_not = _why_not_nvlink(process, world_size, limits, _init_timeout(timeout))
         if why_not is None:
             communicator = _init_nvlink(communicator, process, num_sms, provider)
-        elif transport == "nvlink":
-            raise RuntimeError(f"torch_ep.init: transport 'nvlink' cannot be used: {why_not}")
+        elif backend == "nvlink":
+            raise RuntimeError(f"torch_ep.init: backend 'nvlink' cannot be used: {why_not}")
         else:
             communicator = communicator._replace(reason=why_not)
             _forget(group_name)
-    if world_size > 1 or communicator.transport == "nvlink":
+    if world_size > 1 or communicator.backend == "nvlink":
         communicators[group_name] = communicator
         _arguments_of[group_name] = (process, arguments)
     else:
@@ -259,7 +259,7 @@ def _agree(process: dist.ProcessGroup, timeout: timedelta, arguments: Mapping[st
         _milliseconds(timeout),
         [_NO_LIMIT if limit is None else limit for limit in limits],
         [
-            _TRANSPORTS.index(arguments["transport"]),
+            _BACKENDS.index(arguments["backend"]),
             _PROVIDERS.index(arguments["provider"]),
             arguments["num_sms"],
             arguments["low_latency_tokens"] or 0,
@@ -340,7 +340,7 @@ def _init_nvlink(
     else:
         buffer = symmetric.allocate(process, nbytes, _device(), provider, timeout=_init_timeout(communicator.timeout))
         reason = "every GPU of the group can write into every other"
-    communicator = communicator._replace(transport="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
+    communicator = communicator._replace(backend="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
     _start_nvlink(communicator, buffer, groupless=process is None)
     return communicator
 
@@ -371,7 +371,7 @@ def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, group
 
 
 def _forget(group_name: str) -> None:
-    """Ends the nvlink transport of a group, if it has one. Its memory stays while a kernel still runs."""
+    """Ends the nvlink backend of a group, if it has one. Its memory stays while a kernel still runs."""
     buffer = _buffers.pop(group_name, None)
     if buffer is not None and not torch.ops.ep._destroy_nvlink(group_name):
         _still_running.append(buffer)
@@ -389,7 +389,7 @@ def init_virtual(
     num_sms: int = 8,
     on_timeout: OnTimeout = "raise",
 ) -> list[str]:
-    """Several ranks of the nvlink transport on the current CUDA device, in this process: for tests on one GPU.
+    """Several ranks of the nvlink backend on the current CUDA device, in this process: for tests on one GPU.
 
     Returns the name of each rank's group. Each rank's calls belong in a thread of its own, on a stream of its own. All
     blocks of all ranks have to fit on the device: world_size * num_sms is at most its number of multiprocessors.
@@ -400,7 +400,7 @@ def init_virtual(
     names = [f"virtual {first}, rank {rank}" for rank in range(world_size)]
     first_rank = Communicator(
         names[0], 0, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
-        transport="nvlink", reason="virtual ranks", num_sms=num_sms, on_timeout=on_timeout,
+        backend="nvlink", reason="virtual ranks", num_sms=num_sms, on_timeout=on_timeout,
     )  # fmt: skip
     nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(first_rank), num_sms)
     for rank, (name, buffer) in enumerate(zip(names, _local_buffers(world_size, nbytes), strict=True)):
@@ -414,8 +414,8 @@ def init_virtual(
 def reset(group: Group = None) -> None:
     """Makes a group usable again after a timeout or another error that closed it. Collective.
 
-    On transport nvlink it waits until this rank's kernels have ended, which they do by their timeout, agrees with the
-    other ranks on where to go on, and forgets the failure; results of the failed exchange are undefined. On transport
+    On backend nvlink it waits until this rank's kernels have ended, which they do by their timeout, agrees with the
+    other ranks on where to go on, and forgets the failure; results of the failed exchange are undefined. On backend
     c10d the ranks connect anew; the process group itself is not touched, unless rows of CUDA tensors were in flight on
     it: then it has to be created anew.
 
@@ -435,7 +435,7 @@ def reset(group: Group = None) -> None:
     if group_name in _virtual:
         raise RuntimeError("torch_ep.reset: virtual ranks have no store to agree through: make new ones")
     process, arguments = _arguments_of[group_name]
-    if communicator.transport == "nvlink":
+    if communicator.backend == "nvlink":
         epoch = torch.ops.ep._settle_nvlink(group_name)
         if process is not None:
             # Every rank's kernels end by its own timeout; one may have to wait for that from now on.
@@ -458,30 +458,30 @@ def reset(group: Group = None) -> None:
 def active_ranks(group: Group = None) -> list[bool]:
     """Of each rank, whether this rank's low-latency pair takes it into account. Local; waits for no kernel.
 
-    All of them, but for those that `mask_ranks` or, after `init(on_timeout="mask")`, a time-out has masked.
+    All of them, but for those that `mask_ranks` or, after `init(on_timeout="mask")`, a timeout has masked.
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
     masked = 0
-    if communicator is not None and communicator.transport == "nvlink":
+    if communicator is not None and communicator.backend == "nvlink":
         masked = torch.ops.ep._masked_nvlink(group_name)
     return [not masked >> rank & 1 for rank in range(world_size)]
 
 
 def mask_ranks(ranks: Sequence[int], group: Group = None) -> None:
-    """Leaves ranks out of this rank's low-latency pair on transport nvlink, from its next exchange on. Local.
+    """Leaves ranks out of this rank's low-latency pair on backend nvlink, from its next exchange on. Local.
 
     A masked rank is neither written nor awaited: it counts as one without tokens, and what its experts would return
     counts as absent. Every rank masks for itself. `reset`, on all ranks, takes them in again.
 
     Raises:
         ValueError: no such ranks, or this rank is among them.
-        RuntimeError: the group does not use transport nvlink, where a rank that is gone takes the others with it.
+        RuntimeError: the group does not use backend nvlink, where a rank that is gone takes the others with it.
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
-    if communicator is None or communicator.transport != "nvlink":
-        raise RuntimeError(f"torch_ep.mask_ranks: expected a group on transport nvlink, got group '{group_name}'")
+    if communicator is None or communicator.backend != "nvlink":
+        raise RuntimeError(f"torch_ep.mask_ranks: expected a group on backend nvlink, got group '{group_name}'")
     others = [rank for rank in range(world_size) if rank != communicator.rank]
     if not set(ranks) <= set(others):
         raise ValueError(f"torch_ep.mask_ranks: expected some of the other ranks {others}, got {list(ranks)}")

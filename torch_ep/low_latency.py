@@ -47,7 +47,7 @@ class LowLatencyPlan(NamedTuple):
     #: [L, W] where each source rank's rows end within those of the expert.
     source_offsets: Tensor
     #: [L, C] which (source rank, token, slot) each row is: (source * M + token) * K + slot; -1 behind the last row.
-    recv_slot: Tensor
+    recv_pair: Tensor
     #: [C, K] the reverse: for token `source * M + token`, the row of each slot as expert * C + row; -1 where the slot
     #: has no expert here, or the source has no such token.
     recv_row: Tensor
@@ -65,7 +65,7 @@ class LowLatencyStatistics(NamedTuple):
 
     #: [num_local_experts] int64: rows that each local expert got (dispatch only).
     tokens_per_expert: Tensor
-    #: [world_size] int64: ns that this rank waited for each other. On transport nvlink each call adds those of the
+    #: [world_size] int64: ns that this rank waited for each other. On backend nvlink each call adds those of the
     #: exchange before it, of its kind: they are known when that has ended, and no kernel waits for its own end.
     wait_ns: Tensor
 
@@ -123,13 +123,13 @@ class InFlightCombine(NamedTuple):
 def _in_flight_rows(rows: Tensor, group_name: str, world_size: int, max_tokens_per_rank: int) -> int:
     """Rows of the tensor between the halves: on c10d as many as may arrive; on nvlink none, they lie elsewhere."""
     communicator = communicators.get(group_name)
-    if communicator is not None and communicator.transport == "nvlink" and rows.is_cuda:
+    if communicator is not None and communicator.backend == "nvlink" and rows.is_cuda:
         return 0
     return world_size * max_tokens_per_rank
 
 
 def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: str, statistics: Any) -> Any:
-    rows, scales, tokens_per_expert, source_offsets, recv_slot, recv_row, row_weights, wait_ns = fields
+    rows, scales, tokens_per_expert, source_offsets, recv_pair, recv_row, row_weights, wait_ns = fields
     if statistics is not None:
         statistics.tokens_per_expert.add_(tokens_per_expert)
         statistics.wait_ns.add_(wait_ns)
@@ -137,7 +137,7 @@ def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: s
         topk_idx=topk_idx,
         tokens_per_expert=tokens_per_expert,
         source_offsets=source_offsets,
-        recv_slot=recv_slot,
+        recv_pair=recv_pair,
         recv_row=recv_row,
         row_weights=row_weights,
         num_experts=num_experts,
@@ -241,7 +241,7 @@ def low_latency_dispatch(
         after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
 
     Returns:
-        `(rows, plan)`, or `((rows, scales), plan)` if quantised.
+        `(rows, plan)`, or `((rows, scales), plan)` if quantized.
 
         rows: [L, C, H], x's dtype or float8_e4m3fn, with L = num_experts / W local experts and C = W * M. The first
         `plan.tokens_per_expert[e]` rows of expert `e` are filled, by source rank, then token; the others undefined.
@@ -252,7 +252,7 @@ def low_latency_dispatch(
     Raises:
         ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
             is bad on one rank alone, that one raises when all have come to the call, and the others a
-            `torch.distributed.DistError` that names it. On transport nvlink this holds for what only the device can
+            `torch.distributed.DistError` that names it. On backend nvlink this holds for what only the device can
             see; else the rank raises at once, and the others after the timeout.
         RuntimeError: an argument requires a gradient or has a tangent; `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
@@ -362,7 +362,7 @@ def low_latency_dispatch_send(
     """The first half of `low_latency_dispatch`: what stands between the two runs while the rows are on their way.
 
     When it returns it has read its arguments, in the order of the current stream. At most two dispatches may be in
-    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order. Transport nvlink raises
+    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order. Backend nvlink raises
     where that is not so; over a process group everything has arrived by then, and nothing is checked.
 
     Args, Raises: as `low_latency_dispatch`.

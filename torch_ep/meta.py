@@ -1,6 +1,6 @@
 """Every fake: what a compiler sees of an operator. The same shapes, dtypes, devices and errors as the kernels'.
 
-The messages are those of `csrc/checks.h` and its callers; `test/test_errors.py` runs both over one table.
+The messages are those of `csrc/core/checks.h` and its callers; `test/test_errors.py` runs both over one table.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _type_name(t: Tensor) -> str:
     return _name_of_type(t.dtype)
 
 
-# As in csrc/checks.h.
+# As in csrc/core/checks.h.
 _MAX_SIZE = 2**31 - 1
 _MAX_EXPERTS = 2**24
 _MAX_TOPK = 2**16 - 1
@@ -53,7 +53,7 @@ _MAX_PADDING = 2**30
 
 
 class _ShapeOf(NamedTuple):
-    """What a shape follows from, and what to do about another one: as in csrc/checks.h."""
+    """What a shape follows from, and what to do about another one: as in csrc/core/checks.h."""
 
     what: str = ""
     remedy: str = ""
@@ -298,7 +298,7 @@ def _plan_capacity(
 
 def _check_plan_tensors(
     op: str,
-    send_slot: Tensor,
+    send_row: Tensor,
     send_counts: Tensor,
     recv_counts: Tensor,
     recv_map: Tensor,
@@ -306,18 +306,18 @@ def _check_plan_tensors(
     group_name: str,
 ) -> None:
     expert_major = _check_layout(op, layout)
-    _check_tensor(op, "send_slot", send_slot, ("num_tokens", "num_topk"), send_slot, _PLAN_FIELD)
-    _check_type(op, "send_slot", send_slot, (torch.int32,))
-    _check_topk(op, send_slot.shape[1])
-    _check_tensor(op, "send_counts", send_counts, ("world_size",), send_slot, _PLAN_FIELD)
+    _check_tensor(op, "send_row", send_row, ("num_tokens", "num_topk"), send_row, _PLAN_FIELD)
+    _check_type(op, "send_row", send_row, (torch.int32,))
+    _check_topk(op, send_row.shape[1])
+    _check_tensor(op, "send_counts", send_counts, ("world_size",), send_row, _PLAN_FIELD)
     _check_type(op, "send_counts", send_counts, (torch.int32,))
-    _check_tensor(op, "recv_counts", recv_counts, send_counts.shape, send_slot, _PLAN_FIELD)
+    _check_tensor(op, "recv_counts", recv_counts, send_counts.shape, send_row, _PLAN_FIELD)
     _check_type(op, "recv_counts", recv_counts, (torch.int32,))
     if expert_major:
-        _check_tensor(op, "recv_slot", recv_map, ("num_rows",), send_slot, _PLAN_FIELD)
-        _check_type(op, "recv_slot", recv_map, (torch.int32,))
+        _check_tensor(op, "recv_pair", recv_map, ("num_rows",), send_row, _PLAN_FIELD)
+        _check_type(op, "recv_pair", recv_map, (torch.int32,))
     else:
-        _check_tensor(op, "recv_topk_idx", recv_map, ("num_rows", send_slot.shape[1]), send_slot, _PLAN_FIELD)
+        _check_tensor(op, "recv_topk_idx", recv_map, ("num_rows", send_row.shape[1]), send_row, _PLAN_FIELD)
         _check_index_type(op, "recv_topk_idx", recv_map)
 
 
@@ -346,7 +346,7 @@ def _dispatch(
     x: Tensor,
     topk_weights: Tensor | None,
     scales: Tensor | None,
-    send_slot: Tensor,
+    send_row: Tensor,
     send_counts: Tensor,
     recv_counts: Tensor,
     recv_map: Tensor,
@@ -355,9 +355,9 @@ def _dispatch(
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     op = "ep::dispatch"
-    _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
+    _check_plan_tensors(op, send_row, send_counts, recv_counts, recv_map, layout, group_name)
     _check_payloads(
-        op, "x", x, send_slot.shape[0], _TOKENS, topk_weights, send_slot.shape, _TOKEN_SLOTS, scales, send_slot
+        op, "x", x, send_row.shape[0], _TOKENS, topk_weights, send_row.shape, _TOKEN_SLOTS, scales, send_row
     )
     _check_type(op, "x", x, _ROW_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
@@ -375,7 +375,7 @@ def _combine(
     y: Tensor,
     topk_weights: Tensor | None,
     scales: Tensor | None,
-    send_slot: Tensor,
+    send_row: Tensor,
     send_counts: Tensor,
     recv_counts: Tensor,
     recv_map: Tensor,
@@ -384,19 +384,19 @@ def _combine(
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     op = "ep::combine"
-    _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
+    _check_plan_tensors(op, send_row, send_counts, recv_counts, recv_map, layout, group_name)
     _check_payloads(
-        op, "y", y, recv_map.shape[0], _ROWS, topk_weights, recv_map.shape, _RETURNED_WEIGHTS, scales, send_slot
+        op, "y", y, recv_map.shape[0], _ROWS, topk_weights, recv_map.shape, _RETURNED_WEIGHTS, scales, send_row
     )
     _check_type(op, "y", y, _SUM_TYPES)
     if scales is not None:
         _check_type(op, "scales", scales, _SUM_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", y.shape[1])
-    num_tokens = send_slot.shape[0]
+    num_tokens = send_row.shape[0]
     return (
         y.new_empty(num_tokens, y.shape[1]),
-        None if topk_weights is None else topk_weights.new_empty(send_slot.shape),
+        None if topk_weights is None else topk_weights.new_empty(send_row.shape),
         None if scales is None else scales.new_empty(num_tokens, scales.shape[1]),
     )
 
@@ -405,7 +405,7 @@ def _combine(
 def _combine_weighted(
     y: Tensor,
     row_weights: Tensor,
-    send_slot: Tensor,
+    send_row: Tensor,
     send_counts: Tensor,
     recv_counts: Tensor,
     recv_map: Tensor,
@@ -414,14 +414,14 @@ def _combine_weighted(
     after: Tensor | None = None,
 ) -> Tensor:
     op = "ep::combine"
-    _check_plan_tensors(op, send_slot, send_counts, recv_counts, recv_map, layout, group_name)
-    _check_tensor(op, "y", y, (recv_map.shape[0], "hidden"), send_slot, _ROWS)
+    _check_plan_tensors(op, send_row, send_counts, recv_counts, recv_map, layout, group_name)
+    _check_tensor(op, "y", y, (recv_map.shape[0], "hidden"), send_row, _ROWS)
     _check_type(op, "y", y, _SUM_TYPES)
-    _check_tensor(op, "row_weights", row_weights, (recv_map.shape[0],), send_slot, _ROW_WEIGHTS)
+    _check_tensor(op, "row_weights", row_weights, (recv_map.shape[0],), send_row, _ROW_WEIGHTS)
     _check_type(op, "row_weights", row_weights, _SUM_TYPES)
     _check_group(op, group_name, send_counts.shape[0])
     _check_limit(op, group_name, "hidden", y.shape[1])
-    return y.new_empty(send_slot.shape[0], y.shape[1])
+    return y.new_empty(send_row.shape[0], y.shape[1])
 
 
 _QUANTIZE = ("", "fp8", "fp8_pow2", "fp8_ue8m0")
@@ -466,7 +466,7 @@ def _num_scales(hidden: Size, quantize: str) -> Size:
 
 
 def _record_bytes(hidden: Size, dtype: torch.dtype, quantize: str, num_topk: int) -> Size:
-    """`Record` of csrc/low_latency.cpp."""
+    """`Record` of csrc/ops/low_latency.cpp."""
     parts = (
         hidden * (dtype.itemsize if quantize == "" else 1),
         4 * _num_scales(hidden, quantize),

@@ -56,7 +56,7 @@ def plan(
     Raises:
         ValueError, TypeError: bad arguments; the message names the argument, what was expected and what came. Where it
             is bad on one rank alone, that one raises when all have come to the call, and the others a
-            `torch.distributed.DistError` that names it. On transport nvlink this holds for what only the device can
+            `torch.distributed.DistError` that names it. On backend nvlink this holds for what only the device can
             see; else the rank raises at once, and the others after the timeout.
         RuntimeError: `init` was not called for the group.
         torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or did not come in
@@ -76,14 +76,14 @@ def plan(
         fields = torch.ops.ep.plan(topk_idx, num_experts, layout, alignment, *group_args)
     else:
         fields = torch.ops.ep.plan.capacity(topk_idx, num_experts, layout, alignment, capacity, *group_args)
-    send_slot, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped = fields
-    recv_topk_idx, recv_slot = (recv_map, None) if layout == "rank_major" else (None, recv_map)
+    send_row, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped = fields
+    recv_topk_idx, recv_pair = (recv_map, None) if layout == "rank_major" else (None, recv_map)
     return Plan(
-        send_slot,
+        send_row,
         send_counts,
         recv_counts,
         recv_topk_idx,
-        recv_slot,
+        recv_pair,
         offsets,
         tokens_per_expert,
         num_dropped,
@@ -112,15 +112,15 @@ def _plan_args(op: str, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str
     check_str(op, "plan.layout", plan.layout, "'rank_major' or 'expert_major'")
     check_str(op, "plan.group_name", plan.group_name, "to be a str")
     is_rank_major = plan.layout == "rank_major"
-    recv_map: Any = plan.recv_topk_idx if is_rank_major else plan.recv_slot
+    recv_map: Any = plan.recv_topk_idx if is_rank_major else plan.recv_pair
     fields = {
-        "plan.send_slot": plan.send_slot,
+        "plan.send_row": plan.send_row,
         "plan.send_counts": plan.send_counts,
         "plan.recv_counts": plan.recv_counts,
-        "plan.recv_topk_idx" if is_rank_major else "plan.recv_slot": recv_map,
+        "plan.recv_topk_idx" if is_rank_major else "plan.recv_pair": recv_map,
     }
     check_tensors(op, fields)
-    return plan.send_slot, plan.send_counts, plan.recv_counts, recv_map, plan.layout, plan.group_name
+    return plan.send_row, plan.send_counts, plan.recv_counts, recv_map, plan.layout, plan.group_name
 
 
 def _check_dispatch_arguments(x: Any, plan: Any, topk_weights: Any, scales: Any, after: Any) -> tuple:

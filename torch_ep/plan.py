@@ -20,13 +20,13 @@ class Plan(NamedTuple):
     `L` local experts, `R` rows that `dispatch` returns. A slot is a position in a token's row of `topk_idx`.
 
     Attributes:
-        send_slot: [T, K] int32. The row, among all that this rank sends, that carries the token for this slot; -1 for
+        send_row: [T, K] int32. The row, among all that this rank sends, that carries the token for this slot; -1 for
             no expert.
         send_counts: [W] int32. Rows sent to each rank.
         recv_counts: [W] int32. Rows that come from each rank, dropped ones included.
         recv_topk_idx: [R, K], dtype of `topk_idx`. Local expert of each slot of a received row, or -1. None for layout
             expert_major.
-        recv_slot: [R] int32. Which received (row, slot) pair, row * K + slot, or -1 for padding. None for layout
+        recv_pair: [R] int32. Which received (row, slot) pair, row * K + slot, or -1 for padding. None for layout
             rank_major.
         offsets: int32. expert_major: [L], where each expert's group of rows ends, as `grouped_mm` takes it.
             rank_major: [W], where the group of rows of each source rank ends.
@@ -36,11 +36,11 @@ class Plan(NamedTuple):
         group_name: name of the ranks' group, "" for one rank.
     """
 
-    send_slot: Tensor
+    send_row: Tensor
     send_counts: Tensor
     recv_counts: Tensor
     recv_topk_idx: Tensor | None
-    recv_slot: Tensor | None
+    recv_pair: Tensor | None
     offsets: Tensor
     tokens_per_expert: Tensor
     num_dropped: Tensor
@@ -80,9 +80,9 @@ class Plan(NamedTuple):
 
 
 def _recv_map(plan: Plan) -> Tensor:
-    """The one of recv_topk_idx and recv_slot that the layout has."""
-    recv_map = plan.recv_topk_idx if plan.layout == "rank_major" else plan.recv_slot
+    """The one of recv_topk_idx and recv_pair that the layout has."""
+    recv_map = plan.recv_topk_idx if plan.layout == "rank_major" else plan.recv_pair
     if recv_map is None:
-        name = "recv_topk_idx" if plan.layout == "rank_major" else "recv_slot"
+        name = "recv_topk_idx" if plan.layout == "rank_major" else "recv_pair"
         raise ValueError(f"torch_ep: expected a plan of layout {plan.layout!r} to have {name}, got None")
     return recv_map

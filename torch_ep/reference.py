@@ -41,13 +41,13 @@ def plan(
     ]
     plans = []
     for rank, idx in enumerate(topk_idx):
-        send_slot = torch.full(idx.shape, -1, **ints)
+        send_row = torch.full(idx.shape, -1, **ints)
         row = 0
         for d in range(world_size):
             for t in wire[rank][d]:
                 for k, e in enumerate(idx[t].tolist()):
                     if e >= 0 and e // num_local == d:
-                        send_slot[t, k] = row
+                        send_row[t, k] = row
                 row += 1
 
         received = [(s, t) for s in range(world_size) for t in wire[s][rank]]
@@ -56,7 +56,7 @@ def plan(
             [e - rank * num_local if e >= 0 and e // num_local == rank else -1 for e in topk_idx[s][t].tolist()]
             for s, t in received
         ]
-        recv_topk_idx = recv_slot = None
+        recv_topk_idx = recv_pair = None
         if layout == "rank_major":
             rows = len(received) if capacity is None else capacity
             kept = min(rows, len(received))
@@ -78,14 +78,14 @@ def plan(
             ends = torch.tensor(group_ends)
             rows = len(slots) if capacity is None else capacity
             num_dropped = sum(slot >= 0 for slot in slots[rows:])
-            recv_slot = torch.tensor((slots + [-1] * rows)[:rows], **ints)
+            recv_pair = torch.tensor((slots + [-1] * rows)[:rows], **ints)
         plans.append(
             Plan(
-                send_slot=send_slot,
+                send_row=send_row,
                 send_counts=torch.tensor([len(wire[rank][d]) for d in range(world_size)], **ints),
                 recv_counts=torch.tensor(recv_counts, **ints),
                 recv_topk_idx=recv_topk_idx,
-                recv_slot=recv_slot,
+                recv_pair=recv_pair,
                 offsets=ends.clamp(max=rows).to(torch.int32),
                 tokens_per_expert=torch.tensor(counts, **ints),
                 num_dropped=torch.tensor(num_dropped, **ints),
@@ -103,7 +103,7 @@ def _links(plans: Sequence[Plan]) -> list[list[tuple[int, int, int, list[int]]]]
     for source, p in enumerate(plans):
         ends = p.send_counts.cumsum(0).tolist()
         slots_of: dict[int, tuple[int, list[int]]] = {}
-        for t, slots in enumerate(p.send_slot.tolist()):
+        for t, slots in enumerate(p.send_row.tolist()):
             for k, row in enumerate(slots):
                 if row >= 0:
                     slots_of.setdefault(row, (t, []))[1].append(k)
@@ -122,19 +122,19 @@ def dispatch(
     """As `torch_ep.dispatch`, for every rank: (rows, weights or None). Scales move as the rows do."""
     results: list[tuple[Tensor, Tensor | None]] = []
     for plan_, links in zip(plans, _links(plans), strict=True):
-        num_topk = plan_.send_slot.shape[1]
+        num_topk = plan_.send_row.shape[1]
         rows = torch.zeros(plan_.num_rows, x[0].shape[1]).to(x[0].dtype)
         weights = None
         if topk_weights is not None:
             shape = (plan_.num_rows, num_topk) if plan_.layout == "rank_major" else (plan_.num_rows,)
             weights = torch.zeros(shape, dtype=topk_weights[0].dtype)
-        if plan_.recv_slot is None:
+        if plan_.recv_pair is None:
             for i, (source, t, _, slots) in enumerate(links[: plan_.num_rows]):
                 rows[i] = x[source][t]
                 if weights is not None and topk_weights is not None:
                     weights[i, slots] = topk_weights[source][t, slots]
         else:
-            for i, slot in enumerate(plan_.recv_slot.tolist()):
+            for i, slot in enumerate(plan_.recv_pair.tolist()):
                 if slot >= 0:
                     source, t, *_ = links[slot // num_topk]
                     rows[i] = x[source][t]
@@ -159,12 +159,12 @@ def combine(
     wire: list[dict[int, Tensor]] = [{} for _ in plans]
     home_weights = None
     if topk_weights is not None:
-        home_weights = [torch.zeros(p.send_slot.shape, dtype=topk_weights[0].dtype) for p in plans]
+        home_weights = [torch.zeros(p.send_row.shape, dtype=topk_weights[0].dtype) for p in plans]
     for rank, (plan_, links) in enumerate(zip(plans, _links(plans), strict=True)):
-        num_topk = plan_.send_slot.shape[1]
-        row_of = {} if plan_.recv_slot is None else {s: i for i, s in enumerate(plan_.recv_slot.tolist()) if s >= 0}
+        num_topk = plan_.send_row.shape[1]
+        row_of = {} if plan_.recv_pair is None else {s: i for i, s in enumerate(plan_.recv_pair.tolist()) if s >= 0}
         for i, (source, t, row, slots) in enumerate(links):
-            if plan_.recv_slot is None:
+            if plan_.recv_pair is None:
                 own = [(i, slots)] if i < plan_.num_rows else []
             else:
                 own = [(row_of[i * num_topk + k], [k]) for k in slots if i * num_topk + k in row_of]
@@ -176,12 +176,12 @@ def combine(
                 acc = term if n == 0 else acc + term
                 if home_weights is not None and topk_weights is not None:
                     values = topk_weights[rank][j]
-                    home_weights[source][t, ks] = values[ks] if plan_.recv_slot is None else values
+                    home_weights[source][t, ks] = values[ks] if plan_.recv_pair is None else values
             wire[source][row] = acc.to(dtype)
     results: list[tuple[Tensor, Tensor | None]] = []
     for rank, plan_ in enumerate(plans):
-        sums = torch.zeros(plan_.send_slot.shape[0], hidden, dtype=dtype)
-        for t, slots in enumerate(plan_.send_slot.tolist()):
+        sums = torch.zeros(plan_.send_row.shape[0], hidden, dtype=dtype)
+        for t, slots in enumerate(plan_.send_row.tolist()):
             total: Tensor | None = None
             for row in dict.fromkeys(row for row in slots if row >= 0):
                 term = wire[rank][row].to(wide)
@@ -243,7 +243,7 @@ def low_latency_dispatch(
             scales = torch.zeros(shape, dtype=scales_of[0].dtype).transpose(1, 2)[:, :room]
         counts = [0] * num_local
         source_offsets = torch.zeros(num_local, world_size, **ints)
-        recv_slot = torch.full((num_local, room), -1, **ints)
+        recv_pair = torch.full((num_local, room), -1, **ints)
         recv_row = torch.full((room, num_topk), -1, **ints)
         row_weights = torch.zeros(num_local, room)
         for source in range(world_size):
@@ -257,7 +257,7 @@ def low_latency_dispatch(
                     rows[e, row] = rows_of[source][t]
                     if scales is not None:
                         scales[e, row] = scales_of[source][t]
-                    recv_slot[e, row] = token * num_topk + k
+                    recv_pair[e, row] = token * num_topk + k
                     recv_row[token, k] = e * room + row
                     row_weights[e, row] = 1 if topk_weights is None else topk_weights[source][t, k]
             source_offsets[:, source] = torch.tensor(counts)
@@ -265,7 +265,7 @@ def low_latency_dispatch(
             topk_idx=topk_idx[rank],
             tokens_per_expert=torch.tensor(counts, **ints),
             source_offsets=source_offsets,
-            recv_slot=recv_slot,
+            recv_pair=recv_pair,
             recv_row=recv_row,
             row_weights=row_weights,
             num_experts=num_experts,

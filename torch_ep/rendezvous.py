@@ -23,7 +23,7 @@ __all__ = ["all_gather", "connect"]
 
 T = TypeVar("T")
 
-# Ranks must run the same protocol (csrc/comm/channel.h, exchange.h). Raise it with every change of a message.
+# Ranks must run the same protocol (csrc/c10d/channel.h, exchange.h). Raise it with every change of a message.
 PROTOCOL = 2
 
 # What rank 0 waits less than the others, so that they hear from it who did not come.

@@ -30,7 +30,7 @@ __all__ = ["Buffer", "Provider", "allocate", "peer_access"]
 Provider = Literal["torch", "nvshmem"]
 T = TypeVar("T")
 
-# Of the nvlink kernels (csrc/cuda/layout.h).
+# Of the nvlink kernels (csrc/nvlink/layout.h).
 _MAX_RANKS = 8
 # How long a rank waits for the others. They come here together, from `torch_ep.init`.
 _TIMEOUT = timedelta(minutes=5)
@@ -84,7 +84,7 @@ def allocate(
     multicast, torch maps the buffer for that too, unused here; `TORCH_SYMM_MEM_DISABLE_MULTICAST=1` keeps it from it.
 
     "nvshmem" is the symmetric heap of NVSHMEM (package nvshmem4py), for groups of all ranks of the job: the heap
-    allocates on all of them together. The first call initialises NVSHMEM, unless the program has, with a processing
+    allocates on all of them together. The first call initializes NVSHMEM, unless the program has, with a processing
     element's number equal to the global rank. The heap never shrinks, since freeing would be collective, and a released
     buffer serves a later call of at most its size. A heap of fixed size (`NVSHMEM_DISABLE_CUDA_VMM=1`) has 1 GiB unless
     `NVSHMEM_SYMMETRIC_SIZE` says otherwise; where that is not set and the first call needs more, it is set here.
@@ -350,7 +350,7 @@ def _from_nvshmem(group: dist.ProcessGroup, nbytes: int, device: torch.device, t
         _init_nvshmem(group, nbytes, device_type(device.index), core, timeout)
         block = _reusable(group, nbytes, timeout)
         if block is None:
-            # Collective over all ranks, with no time-out: all have just been here. 0 if the heap is full, on all.
+            # Collective over all ranks, with no timeout: all have just been here. 0 if the heap is full, on all.
             block = _Block(_num_blocks, bindings.malloc(nbytes), nbytes)
             _num_blocks += 1
 

@@ -1,4 +1,4 @@
-// Stands in for torch_ep/csrc/cuda/device/memory.cuh under the emulator: the same functions.
+// Stands in for torch_ep/csrc/nvlink/device/memory.cuh under the emulator: the same functions.
 #pragma once
 
 #include <cstdint>

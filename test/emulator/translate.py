@@ -34,7 +34,7 @@ def translate(program: str, destination: Path, change: Callable[[str, str], str]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)
     here = Path(__file__).parent
-    for name in ("cuda/device/memory.cuh", "core/device/launch.cuh"):
+    for name in ("nvlink/device/memory.cuh", "core/device/launch.cuh"):
         shutil.copy(here / Path(name).name, destination / KERNELS / name)
     shutil.copy(here / "emulator.h", destination / "emulator.h")
     return destination / PROGRAMS / f"{program}.cu"

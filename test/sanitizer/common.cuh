@@ -1,12 +1,12 @@
 // What the programs that run several ranks on one GPU share: errors, memory, random numbers.
 #pragma once
 
-#include "../../torch_ep/csrc/core/device/launch.cuh"
-#include "../../torch_ep/csrc/cuda/device/counter.cuh"
-#include "../../torch_ep/csrc/cuda/device/low_latency_receive.cuh"
-#include "../../torch_ep/csrc/cuda/device/quantize.cuh"
-#include "../../torch_ep/csrc/cuda/device/rows.cuh"
-#include "../../torch_ep/csrc/cuda/device/sums.cuh"
+#include "core/device/launch.cuh"
+#include "nvlink/device/counter.cuh"
+#include "nvlink/device/low_latency_receive.cuh"
+#include "nvlink/device/quantize.cuh"
+#include "nvlink/device/reduce.cuh"
+#include "nvlink/device/rows.cuh"
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,7 @@
 
 namespace ranks {
 
-using namespace ep::cuda;
+using namespace ep::nvlink;
 using std::vector;
 
 // --- the program's own errors ---
@@ -81,7 +81,7 @@ class Memory {
     }
   }
 
-  // Not initialised.
+  // Not initialized.
   template <class T>
   T* make(size_t n) {
     void* block = nullptr;
@@ -90,7 +90,7 @@ class Memory {
     return static_cast<T*>(block);
   }
 
-  // Not initialised, unless initcheck could not know that it was.
+  // Not initialized, unless initcheck could not know that it was.
   char* make_for_bulk(size_t bytes) {
     char* result = make<char>(bytes);
     if (fills_bulk_results) {

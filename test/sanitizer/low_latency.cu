@@ -11,10 +11,10 @@
 #include <memory>
 
 namespace dispatch_file {
-using namespace ::ep::cuda;
-#include "../../torch_ep/csrc/cuda/low_latency_dispatch.cu"
+using namespace ::ep::nvlink;
+#include "nvlink/kernels/low_latency_dispatch.cu"
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T, bool is_packed>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -53,14 +53,14 @@ cudaError_t launch_virtual(
                              : launch_virtual_as<T, false>(ranks, on_device, multiprocessors);
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink
 }  // namespace dispatch_file
 
 namespace combine_file {
-using namespace ::ep::cuda;
-#include "../../torch_ep/csrc/cuda/low_latency_combine.cu"
+using namespace ::ep::nvlink;
+#include "nvlink/kernels/low_latency_combine.cu"
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T, Way way>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
@@ -92,7 +92,7 @@ cudaError_t launch_virtual(
   return cudaGetLastError();
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink
 }  // namespace combine_file
 
 namespace {
@@ -287,7 +287,7 @@ class Run {
     for (auto& args : dispatches_) {
       args.part = part;
     }
-    check(dispatch_file::ep::cuda::launch_virtual<T>(dispatches_, memory_.copy(dispatches_), kMultiprocessors));
+    check(dispatch_file::ep::nvlink::launch_virtual<T>(dispatches_, memory_.copy(dispatches_), kMultiprocessors));
   }
 
   void combine(Part part) {
@@ -297,7 +297,7 @@ class Run {
     for (auto& args : combines_) {
       args.part = part;
     }
-    check(combine_file::ep::cuda::launch_virtual<T>(combines_, memory_.copy(combines_), kMultiprocessors));
+    check(combine_file::ep::nvlink::launch_virtual<T>(combines_, memory_.copy(combines_), kMultiprocessors));
   }
 
   void check_results() {
@@ -335,7 +335,7 @@ class Run {
   void route() {
     const int world_size = c_.world_size();
     recv_row_.assign(world_size, vector<int>(size_t{1} * c_.rows() * c_.num_topk, -1));
-    recv_slot_.assign(world_size, vector<int>(size_t{1} * c_.num_local * c_.rows(), -1));
+    recv_pair_.assign(world_size, vector<int>(size_t{1} * c_.num_local * c_.rows(), -1));
     ends_.assign(world_size, vector<int>(size_t{1} * c_.num_local * world_size));
     for (int r = 0; r < world_size; ++r) {
       for (int e = 0; e < c_.num_local; ++e) {
@@ -345,7 +345,7 @@ class Run {
             if (topk_[s][i] == r * c_.num_local + e) {
               const int slot = s * c_.max_tokens * c_.num_topk + i;
               recv_row_[r][slot] = e * c_.rows() + row;
-              recv_slot_[r][e * c_.rows() + row] = slot;
+              recv_pair_[r][e * c_.rows() + row] = slot;
               ++row;
             }
           }
@@ -381,7 +381,7 @@ class Run {
       a.scales = memory_.make<float>(size_t{1} * c_.num_local * num_scales_ * a.scale_rows);
       a.tokens_per_expert = memory_.make<int32_t>(c_.num_local);
       a.source_offsets = memory_.make<int32_t>(size_t{1} * c_.num_local * c_.world_size());
-      a.recv_slot = memory_.make<int32_t>(rows);
+      a.recv_pair = memory_.make<int32_t>(rows);
       a.recv_row = memory_.make<int32_t>(size_t{1} * c_.rows() * c_.num_topk);
       a.row_weights = memory_.make<float>(rows);
       a.wait_ns = memory_.make<int64_t>(c_.world_size());
@@ -403,7 +403,7 @@ class Run {
     for (int r = 0; r < c_.world_size(); ++r) {
       // No number where there is no row, since that must not count.
       vector<T> y;
-      for (const int slot : recv_slot_[r]) {
+      for (const int slot : recv_pair_[r]) {
         for (int j = 0; j < c_.hidden; ++j) {
           y.push_back(rounded<T>(slot >= 0 ? random_.number() : std::numeric_limits<double>::quiet_NaN()));
         }
@@ -482,7 +482,7 @@ class Run {
     }
     expect("tokens_per_expert", r, fetch(a.tokens_per_expert, totals.size()), totals);
     expect("source_offsets", r, fetch(a.source_offsets, ends_[r].size()), ends_[r]);
-    expect("recv_slot", r, fetch(a.recv_slot, recv_slot_[r].size()), recv_slot_[r]);
+    expect("recv_pair", r, fetch(a.recv_pair, recv_pair_[r].size()), recv_pair_[r]);
     expect("recv_row", r, fetch(a.recv_row, recv_row_[r].size()), recv_row_[r]);
     for (int e = 0; e < c_.num_local; ++e) {
       // Rows of an expert are packed, and nothing is ever written after them: that is not fetched, for initcheck.
@@ -495,7 +495,7 @@ class Run {
         scales.push_back(fetch(of_rows, count));
       }
       for (size_t i = 0; i < count; ++i) {
-        const int slot = recv_slot_[r][begin + i];
+        const int slot = recv_pair_[r][begin + i];
         const auto [row, row_scales] = wanted_row(slot);
         expect("rows", r, vector<char>(&rows[i * row_bytes_], &rows[i * row_bytes_] + row_bytes_), row);
         expect("row_weights", r, vector<float>{weights[i]}, vector<float>{weight_of(slot)});
@@ -559,13 +559,13 @@ class Run {
   vector<vector<int>> topk_;
   vector<vector<T>> x_, y_;
   vector<vector<float>> weights_;
-  vector<vector<int>> recv_row_, recv_slot_, ends_;  // of each rank
+  vector<vector<int>> recv_row_, recv_pair_, ends_;  // of each rank
   Memory memory_;
   vector<LowLatencyDispatchArgs> dispatches_;
   vector<LowLatencyCombineArgs> combines_;
 };
 
-// One rank never comes: the others notice by their time-out, and go on without it, from then on at once.
+// One rank never comes: the others notice by their timeout, and go on without it, from then on at once.
 void lose_a_rank(int world_size) {
   World world(world_size, true, kShortNs);
   for (int i = 0; i < 6; ++i) {

@@ -6,8 +6,8 @@
 //   compute-sanitizer --tool memcheck --error-exitcode 1 ./permute --cases 24
 #include "common.cuh"
 
-#include "../../torch_ep/csrc/local/permute_kernels.cu"
-#include "../../torch_ep/csrc/local/permute_plan.cu"
+#include "local/permute_kernels.cu"
+#include "local/permute_plan.cu"
 
 #include <climits>
 #include <cstdio>
@@ -97,7 +97,7 @@ vector<int> draw_topk(const Case& c, Random& r) {
 // --- what the kernels compute, on the host ---
 
 struct Route {
-  vector<int> send_slot, send_counts, wire_topk;
+  vector<int> send_row, send_counts, wire_topk;
 };
 
 Route route(const vector<int>& topk, int num_topk, int num_local, int world_size) {
@@ -111,7 +111,7 @@ Route route(const vector<int>& topk, int num_topk, int num_local, int world_size
         const int expert = topk[t + k];
         if (expert >= 0 && expert / num_local == rank) {
           here[k] = expert % num_local;
-          result.send_slot[t + k] = row;
+          result.send_row[t + k] = row;
           visits = true;
         }
       }
@@ -172,11 +172,11 @@ Placement place(const vector<int>& wire_topk, const Case& c) {
   return result;
 }
 
-vector<int> row_of_pairs(const vector<int>& recv_slot, int wire_rows, int num_topk) {
+vector<int> row_of_pairs(const vector<int>& recv_pair, int wire_rows, int num_topk) {
   vector<int> result(size_t(wire_rows) * num_topk, -1);
-  for (size_t row = 0; row < recv_slot.size(); ++row) {
-    if (recv_slot[row] >= 0) {
-      result[recv_slot[row]] = static_cast<int>(row);
+  for (size_t row = 0; row < recv_pair.size(); ++row) {
+    if (recv_pair[row] >= 0) {
+      result[recv_pair[row]] = static_cast<int>(row);
     }
   }
   return result;
@@ -184,15 +184,15 @@ vector<int> row_of_pairs(const vector<int>& recv_slot, int wire_rows, int num_to
 
 // The rows of every slot of an item in the result: [items, num_topk], -1 for none.
 vector<int>
-rows_of_slots(const vector<int>* send_slot, const vector<int>* recv_slot, int wire_rows, int rows, int num_topk) {
-  vector<int> row_of = recv_slot != nullptr ? row_of_pairs(*recv_slot, wire_rows, num_topk) : vector<int>();
-  if (send_slot == nullptr) {
+rows_of_slots(const vector<int>* send_row, const vector<int>* recv_pair, int wire_rows, int rows, int num_topk) {
+  vector<int> row_of = recv_pair != nullptr ? row_of_pairs(*recv_pair, wire_rows, num_topk) : vector<int>();
+  if (send_row == nullptr) {
     return row_of;
   }
   vector<int> result;
-  for (size_t i = 0; i < send_slot->size(); ++i) {
-    const int wire_row = (*send_slot)[i];
-    if (recv_slot == nullptr) {
+  for (size_t i = 0; i < send_row->size(); ++i) {
+    const int wire_row = (*send_row)[i];
+    if (recv_pair == nullptr) {
       result.push_back(wire_row < rows ? wire_row : -1);
     } else {
       result.push_back(wire_row < 0 ? -1 : row_of[size_t(wire_row) * num_topk + i % num_topk]);
@@ -232,7 +232,7 @@ class Run {
     const Placement placed = place(routed.wire_topk, c_);
     check_plan(routed, placed);
     check_rows(
-        &routed.send_slot, c_.expert_major ? &placed.recv_map : nullptr, wire_rows(routed), num_rows(placed), true);
+        &routed.send_row, c_.expert_major ? &placed.recv_map : nullptr, wire_rows(routed), num_rows(placed), true);
     follow_anything(routed, placed);
     if (c_.num_tokens > 0) {
       check_bad_index();
@@ -275,20 +275,20 @@ class Run {
 
   void check_route(const Route& want) {
     PermutePlanArgs args = plan_args(device_topk_, c_.num_tokens, c_.num_experts(), true);
-    args.send_slot = memory_.make<int32_t>(topk_.size());
+    args.send_row = memory_.make<int32_t>(topk_.size());
     args.send_counts = memory_.make<int32_t>(c_.world_size);
     args.wire_topk = memory_.make<int32_t>(want.wire_topk.size());
     check(launch_permute_plan(args, nullptr));
     check(cudaDeviceSynchronize());
     expect("route: reply", 0, fetch(args.reply, 1), {kPlanReady | static_cast<PlanReply>(wire_rows(want))});
-    expect("send_slot", 0, fetch(args.send_slot, topk_.size()), want.send_slot);
+    expect("send_row", 0, fetch(args.send_row, topk_.size()), want.send_row);
     expect("send_counts", 0, fetch(args.send_counts, c_.world_size), want.send_counts);
     expect("wire_topk", 0, fetch(args.wire_topk, want.wire_topk.size()), want.wire_topk);
   }
 
   // Each step of an exchange between ranks. What this rank sends to each is as good as what any would receive.
   void check_parts(const Route& routed) {
-    check_rows(&routed.send_slot, nullptr, wire_rows(routed), wire_rows(routed), false);
+    check_rows(&routed.send_row, nullptr, wire_rows(routed), wire_rows(routed), false);
     for (int rank = 0, first = 0; rank < c_.world_size; first += routed.send_counts[rank++]) {
       const auto begin = routed.wire_topk.begin() + first * c_.num_topk;
       vector<int> wire_topk(begin, begin + routed.send_counts[rank] * c_.num_topk);
@@ -307,12 +307,12 @@ class Run {
 
   void check_plan(const Route& routed, const Placement& placed) {
     PermutePlanArgs args = plan_args(device_topk_, c_.num_tokens, c_.num_experts(), false);
-    args.send_slot = memory_.make<int32_t>(topk_.size());
+    args.send_row = memory_.make<int32_t>(topk_.size());
     args.send_counts = memory_.make<int32_t>(1);
     args.recv_counts = memory_.make<int32_t>(1);
     args.offsets = c_.expert_major ? nullptr : memory_.make<int32_t>(1);
     check_placement(args, placed);
-    expect("send_slot", 0, fetch(args.send_slot, topk_.size()), routed.send_slot);
+    expect("send_row", 0, fetch(args.send_row, topk_.size()), routed.send_row);
     expect("send_counts", 0, fetch(args.send_counts, 1), routed.send_counts);
     expect("recv_counts", 0, fetch(args.recv_counts, 1), routed.send_counts);
     if (!c_.expert_major) {
@@ -370,18 +370,18 @@ class Run {
   }
 
   RowMap map_of(
-      const vector<int>* send_slot,
-      const vector<int>* recv_slot,
+      const vector<int>* send_row,
+      const vector<int>* recv_pair,
       int items,
       int wire_rows,
       int rows,
       const int32_t* wire_count) {
     RowMap map{};
-    map.send_slot = send_slot != nullptr ? memory_.copy(*send_slot) : nullptr;
-    map.recv_slot = recv_slot != nullptr ? memory_.copy(*recv_slot) : nullptr;
+    map.send_row = send_row != nullptr ? memory_.copy(*send_row) : nullptr;
+    map.recv_pair = recv_pair != nullptr ? memory_.copy(*recv_pair) : nullptr;
     const size_t pairs = size_t(wire_rows) * c_.num_topk;
-    // Whatever was there before. Not uninitialised, which initcheck would tell of.
-    vector<int> garbage(recv_slot != nullptr ? pairs : 0);
+    // Whatever was there before. Not uninitialized, which initcheck would tell of.
+    vector<int> garbage(recv_pair != nullptr ? pairs : 0);
     for (int& entry : garbage) {
       entry = random_.below(2) != 0 ? random_.below(rows + 2) : random_.pick({-1, -7, INT_MIN, INT_MAX});
     }
@@ -392,26 +392,26 @@ class Run {
     map.rows = rows;
     map.num_topk = c_.num_topk;
     map.reporter = reporter_;
-    if (recv_slot != nullptr) {
-      check(launch_invert_recv_slot(map, nullptr));
+    if (recv_pair != nullptr) {
+      check(launch_invert_recv_pair(map, nullptr));
     }
     return map;
   }
 
   // `one_rank`: whole operators, by a map that knows on the device alone how many wire rows there are.
-  void check_rows(const vector<int>* send_slot, const vector<int>* recv_slot, int wire_rows, int rows, bool one_rank) {
-    const int items = send_slot != nullptr ? c_.num_tokens : wire_rows;
+  void check_rows(const vector<int>* send_row, const vector<int>* recv_pair, int wire_rows, int rows, bool one_rank) {
+    const int items = send_row != nullptr ? c_.num_tokens : wire_rows;
     const int most_wire_rows = one_rank ? c_.num_tokens : wire_rows;
     const int32_t* wire_count = one_rank ? memory_.copy(vector<int>{wire_rows}) : nullptr;
-    const RowMap map = map_of(send_slot, recv_slot, items, most_wire_rows, rows, wire_count);
-    const vector<int> row_of = rows_of_slots(send_slot, recv_slot, wire_rows, rows, c_.num_topk);
+    const RowMap map = map_of(send_row, recv_pair, items, most_wire_rows, rows, wire_count);
+    const vector<int> row_of = rows_of_slots(send_row, recv_pair, wire_rows, rows, c_.num_topk);
     check_permute(map, row_of);
     check_unpermute(map, row_of);
   }
 
   void check_permute(const RowMap& map, const vector<int>& row_of) {
     const int hidden = c_.hidden, num_topk = c_.num_topk;
-    const bool by_pairs = map.recv_slot != nullptr;
+    const bool by_pairs = map.recv_pair != nullptr;
     const vector<T> x = draw_numbers(size_t(map.items) * hidden);
     const vector<char> weights = random_.bytes(size_t(map.items) * num_topk * c_.weight_bytes);
     vector<T> rows(size_t(map.rows) * hidden, rounded<T>(0.0));
@@ -442,7 +442,7 @@ class Run {
 
   void check_unpermute(const RowMap& map, const vector<int>& row_of) {
     const int hidden = c_.hidden, num_topk = c_.num_topk;
-    const bool by_pairs = map.recv_slot != nullptr;
+    const bool by_pairs = map.recv_pair != nullptr;
     const vector<T> y = draw_numbers(size_t(map.rows) * hidden);
     vector<Wide> row_weights(map.rows);
     for (Wide& w : row_weights) {
@@ -515,12 +515,12 @@ class Run {
       }
       return entries;
     };
-    const vector<int> send_slot = spoil(routed.send_slot), recv_map = spoil(placed.recv_map);
+    const vector<int> send_row = spoil(routed.send_row), recv_map = spoil(placed.recv_map);
     const int count = random_.pick({wire_rows(routed), 0, -5, INT_MAX}), rows = num_rows(placed);
     const int32_t* wire_count = memory_.copy(vector<int>{count});
     const int bound = std::clamp(count, 0, c_.num_tokens);
     RowMap map =
-        map_of(&send_slot, c_.expert_major ? &recv_map : nullptr, c_.num_tokens, c_.num_tokens, rows, wire_count);
+        map_of(&send_row, c_.expert_major ? &recv_map : nullptr, c_.num_tokens, c_.num_tokens, rows, wire_count);
     map.is_combine = true;
     PermuteArgs permute{};
     permute.map = map;
@@ -540,7 +540,7 @@ class Run {
     check(cudaDeviceSynchronize());
     const auto is_bad = [](int entry, int64_t bound) { return entry < -1 || entry >= bound; };
     bool expects_report = false;
-    for (const int entry : send_slot) {
+    for (const int entry : send_row) {
       expects_report = expects_report || is_bad(entry, bound);
     }
     for (const int entry : c_.expert_major ? recv_map : vector<int>()) {
@@ -587,7 +587,7 @@ class Run {
     args.alignment = c_.alignment;
     args.capacity = rows;
     args.reply = nullptr;
-    args.send_slot = memory_.make<int32_t>(topk.size());
+    args.send_row = memory_.make<int32_t>(topk.size());
     args.send_counts = memory_.make<int32_t>(1);
     args.recv_counts = memory_.make<int32_t>(1);
     const size_t entries = size_t(rows) * (c_.expert_major ? 1 : c_.num_topk);
@@ -603,7 +603,7 @@ class Run {
         0,
         {report.kind, report.bound, report.value, report.token, report.slot, report.earlier_slot},
         {PermuteReport::bad_topk, c_.num_experts(), topk[index], bad, slot, earlier});
-    expect("bad index: send_slot", 0, fetch(args.send_slot, topk.size()), vector<int>(topk.size(), -1));
+    expect("bad index: send_row", 0, fetch(args.send_row, topk.size()), vector<int>(topk.size(), -1));
     expect("bad index: send_counts", 0, fetch(args.send_counts, 1), {0});
     if (c_.expert_major || !c_.wide_idx) {
       expect("bad index: recv_map", 0, fetch(static_cast<int32_t*>(args.recv_map), entries), vector<int>(entries, -1));

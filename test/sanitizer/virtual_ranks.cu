@@ -5,18 +5,18 @@
 //   compute-sanitizer --tool memcheck --error-exitcode 1 ./virtual_ranks --cases 24
 //
 // Random problems go through plan, dispatch and combine; results are compared, bit by bit, with the few lines below
-// that work them out on the host as torch_ep/reference.py does. Results are not initialised before, for initcheck. That
-// of compute-sanitizer before 2025.4 does not see what bulk copies write (release notes): --fill initialises that, no
+// that work them out on the host as torch_ep/reference.py does. Results are not initialized before, for initcheck. That
+// of compute-sanitizer before 2025.4 does not see what bulk copies write (release notes): --fill initializes that, no
 // more.
 #include "common.cuh"
 
 // The kernels' bodies, which know of blockIdx.x and gridDim.x alone: here blockIdx.y is the rank. A namespace for each
 // file, since some of their names are the same.
 namespace plan_file {
-using namespace ::ep::cuda;
-#include "../../torch_ep/csrc/cuda/plan.cu"
+using namespace ::ep::nvlink;
+#include "nvlink/kernels/plan.cu"
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 __global__ void __launch_bounds__(kThreads, 1)
     virtual_plan(const PlanArgs* ranks, const __grid_constant__ PlanShape shape) {
@@ -37,14 +37,14 @@ cudaError_t launch_virtual(const std::vector<PlanArgs>& ranks, const PlanArgs* o
   return cudaGetLastError();
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink
 }  // namespace plan_file
 
 namespace dispatch_file {
-using namespace ::ep::cuda;
-#include "../../torch_ep/csrc/cuda/dispatch.cu"
+using namespace ::ep::nvlink;
+#include "nvlink/kernels/dispatch.cu"
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     virtual_dispatch(const DispatchArgs* ranks, const __grid_constant__ Shape shape) {
@@ -64,14 +64,14 @@ cudaError_t launch_virtual(const std::vector<DispatchArgs>& ranks, const Dispatc
   return cudaGetLastError();
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink
 }  // namespace dispatch_file
 
 namespace combine_file {
-using namespace ::ep::cuda;
-#include "../../torch_ep/csrc/cuda/combine.cu"
+using namespace ::ep::nvlink;
+#include "nvlink/kernels/combine.cu"
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T, bool weighted>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) virtual_combine(const CombineArgs* ranks, int send_blocks) {
@@ -92,7 +92,7 @@ cudaError_t launch_virtual(const std::vector<CombineArgs>& ranks, const CombineA
   return cudaGetLastError();
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink
 }  // namespace combine_file
 
 namespace {
@@ -268,8 +268,8 @@ vector<int> draw_topk(Random& r, const Case& c, int rank, int chosen) {
 
 // What a rank's plan is to be.
 struct Wanted {
-  vector<int32_t> send_slot, send_counts, recv_counts, offsets, tokens_per_expert;
-  vector<int64_t> map;  // recv_slot, or recv_topk_idx
+  vector<int32_t> send_row, send_counts, recv_counts, offsets, tokens_per_expert;
+  vector<int64_t> map;  // recv_pair, or recv_topk_idx
   int32_t num_dropped = 0;
   int64_t rows = 0;
   // Beside the plan: of each wire row, where it came from; of each of its slots, the row of the result or -1.
@@ -288,7 +288,7 @@ bool visits(const Case& c, const Topk& topk, int rank, int token, int to) {
 Wanted route(const Case& c, const Topk& topk, int rank, int64_t capacity) {
   Wanted w;
   const int num_topk = c.num_topk;
-  w.send_slot.assign(topk[rank].size(), -1);
+  w.send_row.assign(topk[rank].size(), -1);
   int row = 0;
   for (int to = 0; to < c.world_size(); ++to) {
     const int first = row;
@@ -296,7 +296,7 @@ Wanted route(const Case& c, const Topk& topk, int rank, int64_t capacity) {
       if (visits(c, topk, rank, t, to)) {
         for (int i = t * num_topk; i < (t + 1) * num_topk; ++i) {
           if (topk[rank][i] >= 0 && topk[rank][i] / c.num_local == to) {
-            w.send_slot[i] = row;
+            w.send_row[i] = row;
           }
         }
         ++row;
@@ -468,7 +468,7 @@ class Run {
     auto counts = fetch(plans_[1].recv_counts, world_size());
     ++counts[0];
     plans_[1].recv_counts = memory_.copy(counts);
-    launch(dispatch_of_all(), dispatch_file::ep::cuda::launch_virtual);
+    launch(dispatch_of_all(), dispatch_file::ep::nvlink::launch_virtual);
     settle_mismatch();
     combine(draw_rows(), {}, false);
     settle_mismatch();
@@ -483,7 +483,7 @@ class Run {
       a.comm.timeout_ns = kShortTimeoutNs;
     }
     for (int i = 0; i < 2; ++i) {
-      launch(ranks, dispatch_file::ep::cuda::launch_virtual);
+      launch(ranks, dispatch_file::ep::nvlink::launch_virtual);
       check(cudaDeviceSynchronize());
       for (const DispatchArgs& a : ranks) {
         const Mailbox& m = *a.comm.mailbox;
@@ -580,7 +580,7 @@ class Run {
       }
       const bool wide_map = c_.wide_idx && !c_.expert_major;
       const int64_t map_size = a.map_rows * (c_.expert_major ? 1 : c_.num_topk);
-      a.send_slot = memory_.make<int32_t>(topk_[r].size());
+      a.send_row = memory_.make<int32_t>(topk_[r].size());
       a.send_counts = memory_.make<int32_t>(world_size());
       a.recv_counts = memory_.make<int32_t>(world_size());
       a.recv_map = wide_map ? static_cast<void*>(memory_.make<int64_t>(map_size)) : memory_.make<int32_t>(map_size);
@@ -589,7 +589,7 @@ class Run {
       a.num_dropped = memory_.make<int32_t>(1);
       ranks.push_back(a);
     }
-    launch(ranks, plan_file::ep::cuda::launch_virtual);
+    launch(ranks, plan_file::ep::nvlink::launch_virtual);
     world_.settle();
     for (int r = 0; r < world_size(); ++r) {
       const PlanArgs& a = ranks[r];
@@ -603,7 +603,7 @@ class Run {
               ((told & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
-      expect("send_slot", r, fetch(a.send_slot, w.send_slot.size()), w.send_slot);
+      expect("send_row", r, fetch(a.send_row, w.send_row.size()), w.send_row);
       expect("send_counts", r, fetch(a.send_counts, w.send_counts.size()), w.send_counts);
       expect("recv_counts", r, fetch(a.recv_counts, w.recv_counts.size()), w.recv_counts);
       expect("offsets", r, fetch(a.offsets, w.offsets.size()), w.offsets);
@@ -616,10 +616,10 @@ class Run {
         expect("recv_map", r, fetch(static_cast<const int32_t*>(a.recv_map), map.size()), map);
       }
       PlanView view{};
-      view.send_slot = a.send_slot;
+      view.send_row = a.send_row;
       view.send_counts = a.send_counts;
       view.recv_counts = a.recv_counts;
-      view.recv_slot = c_.expert_major ? static_cast<const int32_t*>(a.recv_map) : nullptr;
+      view.recv_pair = c_.expert_major ? static_cast<const int32_t*>(a.recv_map) : nullptr;
       view.recv_topk_idx = c_.expert_major ? nullptr : a.recv_map;
       view.wide_idx = c_.wide_idx;
       view.expert_major = c_.expert_major;
@@ -682,7 +682,7 @@ class Run {
       }
       ranks.push_back(a);
     }
-    by_columns(ranks, dispatch_file::ep::cuda::launch_virtual, [](DispatchArgs& a, int bytes) {
+    by_columns(ranks, dispatch_file::ep::nvlink::launch_virtual, [](DispatchArgs& a, int bytes) {
       a.x += bytes;
       a.out += bytes;
     });
@@ -766,8 +766,8 @@ class Run {
       }
       ranks.push_back(a);
     }
-    const auto launch_ranks = row_weights.empty() ? combine_file::ep::cuda::launch_virtual<T, false>
-                                                  : combine_file::ep::cuda::launch_virtual<T, true>;
+    const auto launch_ranks = row_weights.empty() ? combine_file::ep::nvlink::launch_virtual<T, false>
+                                                  : combine_file::ep::nvlink::launch_virtual<T, true>;
     by_columns(ranks, launch_ranks, [](CombineArgs& a, int bytes) {
       a.y += bytes;
       a.out += bytes;

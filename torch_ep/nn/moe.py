@@ -29,7 +29,7 @@ from .sharding import mark_experts
 __all__ = ["MoE"]
 
 
-_GROUP_CHANNELS = 128  # that share a scale, in quantised rows
+_GROUP_CHANNELS = 128  # that share a scale, in quantized rows
 
 _OP = "torch_ep.nn.MoE"  # in messages
 # Names of earlier versions, in which `shared_expert` was `shared`.
@@ -58,7 +58,7 @@ def _local(t: Tensor) -> Tensor:
 
 
 def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """[L, C, H] of `dtype` from what a quantised `low_latency_dispatch` returns, whichever kind of scales it has."""
+    """[L, C, H] of `dtype` from what a quantized `low_latency_dispatch` returns, whichever kind of scales it has."""
     if scales.dtype == torch.int32:  # four exponents in a word: a float32's bits, but for their place
         shift = torch.arange(0, 32, 8, dtype=torch.int32, device=scales.device)
         exponents = ((scales[..., None] >> shift) & 0xFF).flatten(-2)

@@ -2,7 +2,7 @@
 
 #include <c10/cuda/CUDAException.h>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 // A stream that waits for no kernel, for a few words.
 class Stream {
@@ -21,4 +21,4 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -1,12 +1,12 @@
 // Tensors as the kernels take them.
 #pragma once
 
-#include "element.h"
+#include "core/element.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 inline Element element_of(at::ScalarType type) {
   switch (type) {
@@ -40,4 +40,4 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return empty(sizes, like, like.scalar_type());
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -5,8 +5,8 @@
 // token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
 #pragma once
 
-#include "../checks.h"
-#include "../ops.h"
+#include "core/checks.h"
+#include "ops/ops.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -18,14 +18,14 @@ namespace ep {
 
 // Where a rank's tokens go.
 struct Route {
-  at::Tensor send_slot;    // int32 [num_tokens, num_topk]: the wire row that carries the token for this slot, or -1
+  at::Tensor send_row;     // int32 [num_tokens, num_topk]: the wire row that carries the token for this slot, or -1
   at::Tensor send_counts;  // int32 [world_size]: wire rows to each rank
   at::Tensor wire_topk;    // int32 [wire rows, num_topk]: expert, counted on the destination rank, or -1
 };
 
 // Where the rows that a rank receives go.
 struct Placement {
-  at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_slot int32 [rows]
+  at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_pair int32 [rows]
   at::Tensor offsets;            // int32: where the group of each local expert (rank_major: source rank) ends
   at::Tensor tokens_per_expert;  // int32 [num_local_experts]: rows of each local expert, without padding
   at::Tensor num_dropped;        // int32 []
@@ -39,7 +39,7 @@ struct PlacementOptions {
   at::ScalarType index_dtype;
 };
 
-// recv_slot[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one
+// recv_pair[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one
 // number per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
 struct LocalKernels {
   // Throws ValueError naming `op`, the token, the slot and the value on a bad index.
@@ -47,28 +47,28 @@ struct LocalKernels {
   Placement (*place)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions&);
 
   // What the functions below assume of a plan, which may come from a file. They throw ValueError, in the name of `op`,
-  // unless send_slot is -1 or one of the wire rows, of which each has exactly one token;
-  void (*check_send_slot)(const char* op, const at::Tensor& send_slot, int64_t wire_rows);
-  // unless recv_slot is -1 or one of the (wire row, slot) pairs.
-  void (*check_recv_slot)(const char* op, const at::Tensor& recv_slot, int64_t pairs);
+  // unless send_row is -1 or one of the wire rows, of which each has exactly one token;
+  void (*check_send_row)(const char* op, const at::Tensor& send_row, int64_t wire_rows);
+  // unless recv_pair is -1 or one of the (wire row, slot) pairs.
+  void (*check_recv_pair)(const char* op, const at::Tensor& recv_pair, int64_t pairs);
 
   // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].
-  at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows);
-  at::Tensor (*pack_slots)(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows);
-  // Receiver, after dispatch, expert_major: [wire rows, ...] to [rows, ...], zero where recv_slot is -1.
-  at::Tensor (*expand_rows)(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk);
-  at::Tensor (*expand_slots)(const at::Tensor& wire, const at::Tensor& recv_slot);
+  at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows);
+  at::Tensor (*pack_slots)(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows);
+  // Receiver, after dispatch, expert_major: [wire rows, ...] to [rows, ...], zero where recv_pair is -1.
+  at::Tensor (*expand_rows)(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk);
+  at::Tensor (*expand_slots)(const at::Tensor& wire, const at::Tensor& recv_pair);
   // Receiver, before combine, expert_major: the transposes of the two above.
   at::Tensor (*fold_rows)(
       const at::Tensor& y,
       const std::optional<at::Tensor>& row_weights,
-      const at::Tensor& recv_slot,
+      const at::Tensor& recv_pair,
       int64_t wire_rows,
       int64_t num_topk);
-  at::Tensor (*fold_slots)(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk);
+  at::Tensor (*fold_slots)(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk);
   // Sender, after combine: the transposes of pack_rows and pack_slots.
-  at::Tensor (*sum_rows)(const at::Tensor& wire, const at::Tensor& send_slot);
-  at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_slot);
+  at::Tensor (*sum_rows)(const at::Tensor& wire, const at::Tensor& send_row);
+  at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_row);
 };
 
 // Of `place`, whose results are int32. `indexed`: how many things recv_map tells apart.

@@ -1,8 +1,8 @@
 // The local kernels out of torch's own operators: any device that has them, CUDA above all. The reference that faster
 // kernels are compared with on the device; deterministic, since no scatter here writes a place twice.
-#include "permute.h"
+#include "local/permute.h"
 
-#include "../host.h"
+#include "core/host_copy.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -41,7 +41,7 @@ Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int
 
   Route route;
   const auto slot = at::where(valid, place.gather(1, rank), -1);
-  route.send_slot = slot.to(at::kInt).contiguous();
+  route.send_row = slot.to(at::kInt).contiguous();
   const auto counts = visits.sum(0);
   route.send_counts = counts.to(at::kInt);
   const int64_t wire_rows = counts.sum().item<int64_t>();
@@ -83,9 +83,9 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   const auto rank_in_group = at::arange(experts.size(0), flat.options()) - sorted_begin.index_select(0, expert);
   auto row = begin.index_select(0, expert) + rank_in_group;
   row = at::where(experts.lt(num_experts).logical_and(row.lt(rows)), row, rows);
-  auto recv_slot = at::full({rows + 1}, -1, ints);  // the last is for what has no place
-  recv_slot.scatter_(0, row, order.to(at::kInt));
-  placement.recv_map = recv_slot.narrow(0, 0, rows);
+  auto recv_pair = at::full({rows + 1}, -1, ints);  // the last is for what has no place
+  recv_pair.scatter_(0, row, order.to(at::kInt));
+  placement.recv_map = recv_pair.narrow(0, 0, rows);
   placement.offsets = ends.clamp_max(rows).to(at::kInt);
   const auto kept = (rows - begin).clamp_min(0).minimum(counts);
   placement.tokens_per_expert = kept.to(at::kInt);
@@ -93,12 +93,12 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   return placement;
 }
 
-void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
-  if (send_slot.numel() >= wire_rows && wire_rows > 0) {
-    const auto slot = send_slot.to(at::kLong).view(-1);
+void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
+  if (send_row.numel() >= wire_rows && wire_rows > 0) {
+    const auto slot = send_row.to(at::kLong).view(-1);
     const auto is_row = slot.ge(0).logical_and(slot.lt(wire_rows));
     const auto row = at::where(is_row, slot, wire_rows);  // the last is for nothing
-    const auto token = at::arange(slot.numel(), slot.options()).div(send_slot.size(1), "floor");
+    const auto token = at::arange(slot.numel(), slot.options()).div(send_row.size(1), "floor");
     const auto token_of = at::full({wire_rows + 1}, -1, slot.options()).scatter_(0, row, token);
     const auto has_token = token_of.narrow(0, 0, wire_rows).ge(0).all();
     const auto is_one = token_of.index_select(0, row).eq(token).logical_or(is_row.logical_not()).all();
@@ -107,12 +107,12 @@ void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_r
     }
   }
   // The CPU's check finds the first offender and words the error.
-  cpu_kernels.check_send_slot(op, send_slot.cpu(), wire_rows);
+  cpu_kernels.check_send_row(op, send_row.cpu(), wire_rows);
 }
 
-void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
-  if (recv_slot.numel() > 0 && recv_slot.lt(-1).logical_or(recv_slot.ge(pairs)).any().item<bool>()) {
-    cpu_kernels.check_recv_slot(op, recv_slot.cpu(), pairs);
+void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs) {
+  if (recv_pair.numel() > 0 && recv_pair.lt(-1).logical_or(recv_pair.ge(pairs)).any().item<bool>()) {
+    cpu_kernels.check_recv_pair(op, recv_pair.cpu(), pairs);
   }
 }
 
@@ -139,10 +139,10 @@ at::Tensor select_or_zero(const at::Tensor& rows, const at::Tensor& index) {
   return out.view(rows.scalar_type());
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
-  const int64_t num_tokens = send_slot.size(0), num_topk = send_slot.size(1);
-  auto token = at::zeros({wire_rows + 1}, send_slot.options().dtype(at::kLong));
-  const auto target = at::where(send_slot.ge(0), send_slot.to(at::kLong), wire_rows).view(-1);
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
+  const int64_t num_tokens = send_row.size(0), num_topk = send_row.size(1);
+  auto token = at::zeros({wire_rows + 1}, send_row.options().dtype(at::kLong));
+  const auto target = at::where(send_row.ge(0), send_row.to(at::kLong), wire_rows).view(-1);
   // Slots that share a wire row write the same token.
   const auto tokens = at::arange(num_tokens, token.options()).unsqueeze(1).expand({num_tokens, num_topk});
   token.scatter_(0, target, tokens.reshape(-1));
@@ -150,23 +150,23 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t w
 }
 
 // The place of (token, slot) in a flat [wire_rows, num_topk], or -1.
-at::Tensor flat_slots(const at::Tensor& send_slot) {
-  const auto slot = send_slot.to(at::kLong);
-  const auto column = at::arange(send_slot.size(1), slot.options());
-  return at::where(slot.ge(0), slot * send_slot.size(1) + column, -1).view(-1);
+at::Tensor flat_slots(const at::Tensor& send_row) {
+  const auto slot = send_row.to(at::kLong);
+  const auto column = at::arange(send_row.size(1), slot.options());
+  return at::where(slot.ge(0), slot * send_row.size(1) + column, -1).view(-1);
 }
 
-at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows) {
-  const int64_t num_topk = send_slot.size(1);
-  return select_or_zero(w.view(-1), inverse(flat_slots(send_slot), wire_rows * num_topk)).view({wire_rows, num_topk});
+at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {
+  const int64_t num_topk = send_row.size(1);
+  return select_or_zero(w.view(-1), inverse(flat_slots(send_row), wire_rows * num_topk)).view({wire_rows, num_topk});
 }
 
-at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk) {
-  return select_or_zero(wire, recv_slot.to(at::kLong).div(num_topk, "floor"));
+at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
+  return select_or_zero(wire, recv_pair.to(at::kLong).div(num_topk, "floor"));
 }
 
-at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
-  return select_or_zero(wire.view(-1), recv_slot.to(at::kLong));
+at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
+  return select_or_zero(wire.view(-1), recv_pair.to(at::kLong));
 }
 
 // out[i] = sum over columns k of rows[index[i, k]] (times weights), -1 skipped.
@@ -189,27 +189,27 @@ at::Tensor sum_selected(const at::Tensor& rows, const std::optional<at::Tensor>&
 at::Tensor fold_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
-    const at::Tensor& recv_slot,
+    const at::Tensor& recv_pair,
     int64_t wire_rows,
     int64_t num_topk) {
-  return sum_selected(y, row_weights, inverse(recv_slot, wire_rows * num_topk).view({wire_rows, num_topk}));
+  return sum_selected(y, row_weights, inverse(recv_pair, wire_rows * num_topk).view({wire_rows, num_topk}));
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk) {
-  return select_or_zero(w, inverse(recv_slot, wire_rows * num_topk)).view({wire_rows, num_topk});
+at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
+  return select_or_zero(w, inverse(recv_pair, wire_rows * num_topk)).view({wire_rows, num_topk});
 }
 
-at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
+at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
   // A slot counts only if no earlier one of its token names the same wire row.
-  const int64_t num_topk = send_slot.size(1);
-  auto index = send_slot.to(at::kLong);
+  const int64_t num_topk = send_row.size(1);
+  auto index = send_row.to(at::kLong);
   const auto earlier = at::ones({num_topk, num_topk}, index.options()).tril(-1).to(at::kBool);
   const auto repeats = index.unsqueeze(2).eq(index.unsqueeze(1)).logical_and(earlier).any(2);
   return sum_selected(wire, std::nullopt, at::where(repeats, -1, index));
 }
 
-at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
-  return select_or_zero(wire.view(-1), flat_slots(send_slot)).view(send_slot.sizes());
+at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
+  return select_or_zero(wire.view(-1), flat_slots(send_row)).view(send_row.sizes());
 }
 
 }  // namespace
@@ -217,8 +217,8 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 const LocalKernels aten_kernels{
     .route = route,
     .place = place,
-    .check_send_slot = check_send_slot,
-    .check_recv_slot = check_recv_slot,
+    .check_send_row = check_send_row,
+    .check_recv_pair = check_recv_pair,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,

@@ -1,6 +1,6 @@
 // The local kernels on the CPU. Work is cut into chunks of tokens or rows; the counting passes take two rounds (count,
 // then write at the prefix sums), so that the order of the result never depends on the number of threads.
-#include "permute.h"
+#include "local/permute.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -94,9 +94,9 @@ Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts
 
   Route route;
   const auto options = topk_idx.options().dtype(at::kInt);
-  route.send_slot = at::empty({num_tokens, num_topk}, options);
+  route.send_row = at::empty({num_tokens, num_topk}, options);
   route.send_counts = at::empty({world_size}, options);
-  auto* send_slot = route.send_slot.mutable_data_ptr<int32_t>();
+  auto* send_row = route.send_row.mutable_data_ptr<int32_t>();
   auto* send_counts = route.send_counts.mutable_data_ptr<int32_t>();
 
   const int64_t chunks = num_chunks(num_tokens);
@@ -134,7 +134,7 @@ Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts
       for (int64_t slot = 0; slot < num_topk; ++slot) {
         const T expert = idx[token * num_topk + slot];
         if (expert >= 0 && expert / num_local_experts == rank) {
-          send_slot[token * num_topk + slot] = static_cast<int32_t>(row);
+          send_row[token * num_topk + slot] = static_cast<int32_t>(row);
           wire_topk[row * num_topk + slot] = static_cast<int32_t>(expert % num_local_experts);
         }
       }
@@ -142,7 +142,7 @@ Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts
     const auto [begin, end] = chunk_bounds(num_tokens, chunks, chunk);
     for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
       if (idx[i] < 0) {
-        send_slot[i] = -1;
+        send_row[i] = -1;
       }
     }
   });
@@ -208,14 +208,14 @@ Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions
 
   Placement placement;
   placement.recv_map = at::full({rows}, -1, int_options);
-  auto* recv_slot = placement.recv_map.mutable_data_ptr<int32_t>();
+  auto* recv_pair = placement.recv_map.mutable_data_ptr<int32_t>();
   for_each_chunk(chunks, [&](int64_t chunk) {
     const auto [begin, end] = chunk_bounds(wire_rows, chunks, chunk);
     for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
       if (topk[i] >= 0) {
         const int64_t row = next[chunk * num_experts + topk[i]]++;
         if (row < rows) {
-          recv_slot[row] = static_cast<int32_t>(i);
+          recv_pair[row] = static_cast<int32_t>(i);
         }
       }
     }
@@ -328,16 +328,16 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
                               : place_rank_major(wire_topk, recv_rows, options);
 }
 
-void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
-  const auto* slots = read<int32_t>(send_slot);
-  const int64_t num_tokens = send_slot.size(0), num_topk = send_slot.size(1);
+void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
+  const auto* slots = read<int32_t>(send_row);
+  const int64_t num_tokens = send_row.size(0), num_topk = send_row.size(1);
   TORCH_CHECK_VALUE(
-      wire_rows <= send_slot.numel(),
+      wire_rows <= send_row.numel(),
       op,
-      ": expected send_slot of this plan to name each of the ",
+      ": expected send_row of this plan to name each of the ",
       wire_rows,
       " rows of send_counts, got ",
-      send_slot.numel(),
+      send_row.numel(),
       " slots");
   std::vector<int64_t> token_of(wire_rows, -1);
   int64_t named = 0;
@@ -347,7 +347,7 @@ void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_r
       if (row == -1) {
         continue;
       }
-      check_slot(op, "send_slot", row, wire_rows);
+      check_slot(op, "send_row", row, wire_rows);
       if (token_of[row] < 0) {
         token_of[row] = token;
         ++named;
@@ -355,7 +355,7 @@ void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_r
       TORCH_CHECK_VALUE(
           token_of[row] == token,
           op,
-          ": expected send_slot of this plan to name each row for one token, got tokens ",
+          ": expected send_row of this plan to name each row for one token, got tokens ",
           token_of[row],
           " and ",
           token,
@@ -366,27 +366,27 @@ void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_r
   TORCH_CHECK_VALUE(
       named == wire_rows,
       op,
-      ": expected send_slot of this plan to name each of the ",
+      ": expected send_row of this plan to name each of the ",
       wire_rows,
       " rows of send_counts, got no token for row ",
       std::find(token_of.begin(), token_of.end(), -1) - token_of.begin());
 }
 
-void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
-  const auto* slots = read<int32_t>(recv_slot);
+void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs) {
+  const auto* slots = read<int32_t>(recv_pair);
   int32_t least = -1, most = -1;
-  for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+  for (int64_t row = 0; row < recv_pair.size(0); ++row) {
     least = std::min(least, slots[row]);
     most = std::max(most, slots[row]);
   }
-  check_slot(op, "recv_slot", least, pairs);
-  check_slot(op, "recv_slot", most, pairs);
+  check_slot(op, "recv_pair", least, pairs);
+  check_slot(op, "recv_pair", most, pairs);
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
   auto wire = empty_rows(x, wire_rows);
-  const int64_t bytes = row_bytes(x), num_topk = send_slot.size(1);
-  const auto* slots = read<int32_t>(send_slot);
+  const int64_t bytes = row_bytes(x), num_topk = send_row.size(1);
+  const auto* slots = read<int32_t>(send_row);
   const auto* in = read<char>(x);
   auto* out = write<char>(wire);
   at::parallel_for(0, x.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
@@ -401,15 +401,15 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t w
   return wire;
 }
 
-at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows) {
-  const int64_t num_topk = send_slot.size(1);
+at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {
+  const int64_t num_topk = send_row.size(1);
   auto wire = at::zeros({wire_rows, num_topk}, w.options());
-  const auto* slots = read<int32_t>(send_slot);
+  const auto* slots = read<int32_t>(send_row);
   with_width(w, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(w);
     auto* out = write<U>(wire);
-    for (int64_t i = 0; i < send_slot.numel(); ++i) {
+    for (int64_t i = 0; i < send_row.numel(); ++i) {
       if (slots[i] >= 0) {
         out[slots[i] * num_topk + i % num_topk] = in[i];
       }
@@ -418,10 +418,10 @@ at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t 
   return wire;
 }
 
-at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk) {
-  auto rows = empty_rows(wire, recv_slot.size(0));
+at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
+  auto rows = empty_rows(wire, recv_pair.size(0));
   const int64_t bytes = row_bytes(wire);
-  const auto* slots = read<int32_t>(recv_slot);
+  const auto* slots = read<int32_t>(recv_pair);
   const auto* in = read<char>(wire);
   auto* out = write<char>(rows);
   at::parallel_for(0, rows.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
@@ -436,9 +436,9 @@ at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int6
   return rows;
 }
 
-at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
-  auto rows = at::zeros({recv_slot.size(0)}, wire.options());
-  const auto* slots = read<int32_t>(recv_slot);
+at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
+  auto rows = at::zeros({recv_pair.size(0)}, wire.options());
+  const auto* slots = read<int32_t>(recv_pair);
   with_width(wire, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(wire);
@@ -455,14 +455,14 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
 at::Tensor fold_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
-    const at::Tensor& recv_slot,
+    const at::Tensor& recv_pair,
     int64_t wire_rows,
     int64_t num_topk) {
   auto wire = empty_rows(y, wire_rows);
   const int64_t hidden = y.size(1);
-  const auto* slots = read<int32_t>(recv_slot);
-  std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_slot
-  for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+  const auto* slots = read<int32_t>(recv_pair);
+  std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_pair
+  for (int64_t row = 0; row < recv_pair.size(0); ++row) {
     if (slots[row] >= 0) {
       row_of[slots[row]] = static_cast<int32_t>(row);
     }
@@ -491,14 +491,14 @@ at::Tensor fold_rows(
   return wire;
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk) {
+at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   auto wire = at::zeros({wire_rows, num_topk}, w.options());
-  const auto* slots = read<int32_t>(recv_slot);
+  const auto* slots = read<int32_t>(recv_pair);
   with_width(w, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(w);
     auto* out = write<U>(wire);
-    for (int64_t row = 0; row < recv_slot.size(0); ++row) {
+    for (int64_t row = 0; row < recv_pair.size(0); ++row) {
       if (slots[row] >= 0) {
         out[slots[row]] = in[row];
       }
@@ -507,10 +507,10 @@ at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t 
   return wire;
 }
 
-at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
-  auto tokens = empty_rows(wire, send_slot.size(0));
-  const int64_t num_topk = send_slot.size(1), hidden = wire.size(1);
-  const auto* slots = read<int32_t>(send_slot);
+at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
+  auto tokens = empty_rows(wire, send_row.size(0));
+  const int64_t num_topk = send_row.size(1), hidden = wire.size(1);
+  const auto* slots = read<int32_t>(send_row);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, wire.scalar_type(), "ep::combine", [&] {
     const auto* in = read<scalar_t>(wire);
     auto* out = write<scalar_t>(tokens);
@@ -529,15 +529,15 @@ at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
   return tokens;
 }
 
-at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
-  auto tokens = at::zeros(send_slot.sizes(), wire.options());
-  const int64_t num_topk = send_slot.size(1);
-  const auto* slots = read<int32_t>(send_slot);
+at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
+  auto tokens = at::zeros(send_row.sizes(), wire.options());
+  const int64_t num_topk = send_row.size(1);
+  const auto* slots = read<int32_t>(send_row);
   with_width(wire, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(wire);
     auto* out = write<U>(tokens);
-    for (int64_t i = 0; i < send_slot.numel(); ++i) {
+    for (int64_t i = 0; i < send_row.numel(); ++i) {
       if (slots[i] >= 0) {
         out[i] = in[slots[i] * num_topk + i % num_topk];
       }
@@ -551,8 +551,8 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
 const LocalKernels cpu_kernels{
     .route = route,
     .place = place,
-    .check_send_slot = check_send_slot,
-    .check_recv_slot = check_recv_slot,
+    .check_send_row = check_send_row,
+    .check_recv_pair = check_recv_pair,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,

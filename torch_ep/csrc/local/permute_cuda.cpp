@@ -1,10 +1,10 @@
 // The local kernels on CUDA: tensors to the arguments of permute_kernels.h.
-#include "permute.h"
+#include "local/permute.h"
 
-#include "../core/cuda_stream.h"
-#include "../core/cuda_tensors.h"
-#include "../host.h"
-#include "permute_kernels.h"
+#include "core/cuda_stream.h"
+#include "core/cuda_tensors.h"
+#include "core/host_copy.h"
+#include "local/permute_kernels.h"
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -23,7 +23,7 @@
 namespace ep {
 namespace {
 
-using namespace cuda;
+using namespace nvlink;
 
 constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
 // Below which indices stay when a thread steps beyond its last one.
@@ -37,7 +37,7 @@ std::string describe(const PermuteReport& report) {
   std::ostringstream message;
   if (report.kind == PermuteReport::bad_plan) {
     message << (report.is_combine != 0 ? "ep::combine" : "ep::dispatch") << ": expected "
-            << (report.tensor == PermuteReport::send_slot ? "send_slot" : "recv_slot") << " of this plan in [-1, "
+            << (report.tensor == PermuteReport::send_row ? "send_row" : "recv_pair") << " of this plan in [-1, "
             << report.bound << "), got " << report.value;
   } else if (report.earlier_slot < 0) {
     message << "ep::plan: expected topk_idx in [-1, " << report.bound << "), got " << report.value << " at token "
@@ -252,7 +252,7 @@ Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int
       empty({num_tokens, num_topk}, topk_idx, at::kInt),
       empty({world_size}, topk_idx, at::kInt),
       empty({num_tokens * std::min(num_topk, world_size), num_topk}, topk_idx, at::kInt)};
-  args.send_slot = mutable_data<int32_t>(result.send_slot);
+  args.send_row = mutable_data<int32_t>(result.send_row);
   args.send_counts = mutable_data<int32_t>(result.send_counts);
   args.wire_topk = mutable_data<int32_t>(result.wire_topk);
   set_rows(result.wire_topk, *run_plan(op, device, args, topk_idx, num_experts, true));
@@ -317,7 +317,7 @@ PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
     const auto routed = aten_kernels.route(kOp, topk_idx, num_experts, 1);
     const auto placed = aten_kernels.place(routed.wire_topk, {routed.wire_topk.size(0)}, options);
     return {
-        routed.send_slot,
+        routed.send_row,
         routed.send_counts,
         routed.send_counts.clone(),
         placed.recv_map,
@@ -325,9 +325,9 @@ PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
         placed.tokens_per_expert,
         placed.num_dropped};
   }
-  const auto send_slot = empty(topk_idx.sizes(), topk_idx, at::kInt);
+  const auto send_row = empty(topk_idx.sizes(), topk_idx, at::kInt);
   const auto send_counts = empty({1}, topk_idx, at::kInt), recv_counts = empty({1}, topk_idx, at::kInt);
-  args.send_slot = mutable_data<int32_t>(send_slot);
+  args.send_row = mutable_data<int32_t>(send_row);
   args.send_counts = mutable_data<int32_t>(send_counts);
   args.recv_counts = mutable_data<int32_t>(recv_counts);
   const auto placement = make_placement(args, topk_idx);
@@ -335,7 +335,7 @@ PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
     set_rows(placement.recv_map, *rows);
   }
   return {
-      send_slot,
+      send_row,
       send_counts,
       recv_counts,
       placement.recv_map,
@@ -355,16 +355,16 @@ struct Map {
 // `wire`: wire rows, at most.
 Map make_map(
     bool is_combine,
-    const at::Tensor* send_slot,
-    const at::Tensor* recv_slot,
+    const at::Tensor* send_row,
+    const at::Tensor* recv_pair,
     int64_t wire_rows,
     int64_t rows,
     int64_t num_topk,
     const PlanTensors* plan = nullptr) {
-  const at::Tensor& of = send_slot != nullptr ? *send_slot : *recv_slot;
+  const at::Tensor& of = send_row != nullptr ? *send_row : *recv_pair;
   Map result{};
   RowMap& map = result.map;
-  map.items = static_cast<int>(send_slot != nullptr ? send_slot->size(0) : wire_rows);
+  map.items = static_cast<int>(send_row != nullptr ? send_row->size(0) : wire_rows);
   map.wire_rows = static_cast<int>(wire_rows);
   map.rows = static_cast<int>(rows);
   map.num_topk = static_cast<int>(num_topk);
@@ -374,20 +374,20 @@ Map make_map(
     map.send_count = data<int32_t>(plan->send_counts);
     map.recv_count = data<int32_t>(plan->recv_counts);
   }
-  if (send_slot != nullptr) {
-    map.send_slot = data<int32_t>(*send_slot);
+  if (send_row != nullptr) {
+    map.send_row = data<int32_t>(*send_row);
   }
-  if (recv_slot != nullptr) {
-    map.recv_slot = data<int32_t>(*recv_slot);
+  if (recv_pair != nullptr) {
+    map.recv_pair = data<int32_t>(*recv_pair);
     result.row_of = empty({wire_rows * num_topk}, of, at::kInt);
     map.row_of = mutable_data<int32_t>(result.row_of);
-    C10_CUDA_CHECK(launch_invert_recv_slot(map, c10::cuda::getCurrentCUDAStream()));
+    C10_CUDA_CHECK(launch_invert_recv_pair(map, c10::cuda::getCurrentCUDAStream()));
   }
   return result;
 }
 
 Map make_map(bool is_combine, const PlanTensors& plan) {
-  const auto& slots = plan.send_slot;
+  const auto& slots = plan.send_row;
   return make_map(
       is_combine,
       &slots,
@@ -485,7 +485,7 @@ Payloads combine(
   Payloads result{empty({map.items, y.size(1)}, y), std::nullopt, std::nullopt};
   auto& [sums, weights, scale_sums] = result;
   if (topk_weights) {
-    weights = empty(plan.send_slot.sizes(), *topk_weights);
+    weights = empty(plan.send_row.sizes(), *topk_weights);
   }
   unpermute(map, &y, &sums, pointer(row_weights), pointer(topk_weights), pointer(weights));
   if (scales) {
@@ -497,40 +497,40 @@ Payloads combine(
 
 // --- the parts of an exchange ---
 
-void check_send_slot(const char* op, const at::Tensor& send_slot, int64_t wire_rows) {
-  aten_kernels.check_send_slot(op, send_slot, wire_rows);
+void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
+  aten_kernels.check_send_row(op, send_row, wire_rows);
 }
 
-void check_recv_slot(const char* op, const at::Tensor& recv_slot, int64_t pairs) {
-  aten_kernels.check_recv_slot(op, recv_slot, pairs);
+void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs) {
+  aten_kernels.check_recv_pair(op, recv_pair, pairs);
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_slot, int64_t wire_rows) {
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
   const c10::cuda::CUDAGuard guard(x.device());
   const auto wire = empty({wire_rows, x.size(1)}, x);
-  permute(make_map(false, &send_slot, nullptr, wire_rows, wire_rows, send_slot.size(1)).map, &x, &wire);
+  permute(make_map(false, &send_row, nullptr, wire_rows, wire_rows, send_row.size(1)).map, &x, &wire);
   return wire;
 }
 
-at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_slot, int64_t wire_rows) {
+at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {
   const c10::cuda::CUDAGuard guard(w.device());
-  const auto wire = empty({wire_rows, send_slot.size(1)}, w);
-  const auto map = make_map(false, &send_slot, nullptr, wire_rows, wire_rows, send_slot.size(1));
+  const auto wire = empty({wire_rows, send_row.size(1)}, w);
+  const auto map = make_map(false, &send_row, nullptr, wire_rows, wire_rows, send_row.size(1));
   permute(map.map, nullptr, nullptr, &w, &wire);
   return wire;
 }
 
-at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_slot, int64_t num_topk) {
+at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
   const c10::cuda::CUDAGuard guard(wire.device());
-  const auto rows = empty({recv_slot.size(0), wire.size(1)}, wire);
-  permute(make_map(false, nullptr, &recv_slot, wire.size(0), rows.size(0), num_topk).map, &wire, &rows);
+  const auto rows = empty({recv_pair.size(0), wire.size(1)}, wire);
+  permute(make_map(false, nullptr, &recv_pair, wire.size(0), rows.size(0), num_topk).map, &wire, &rows);
   return rows;
 }
 
-at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
+at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
   const c10::cuda::CUDAGuard guard(wire.device());
-  const auto rows = empty({recv_slot.size(0)}, wire);
-  const auto map = make_map(false, nullptr, &recv_slot, wire.size(0), rows.size(0), wire.size(1));
+  const auto rows = empty({recv_pair.size(0)}, wire);
+  const auto map = make_map(false, nullptr, &recv_pair, wire.size(0), rows.size(0), wire.size(1));
   permute(map.map, nullptr, nullptr, &wire, &rows);
   return rows;
 }
@@ -538,36 +538,36 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_slot) {
 at::Tensor fold_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
-    const at::Tensor& recv_slot,
+    const at::Tensor& recv_pair,
     int64_t wire_rows,
     int64_t num_topk) {
   const c10::cuda::CUDAGuard guard(y.device());
   const auto wire = empty({wire_rows, y.size(1)}, y);
-  const auto map = make_map(true, nullptr, &recv_slot, wire_rows, recv_slot.size(0), num_topk);
+  const auto map = make_map(true, nullptr, &recv_pair, wire_rows, recv_pair.size(0), num_topk);
   unpermute(map.map, &y, &wire, pointer(row_weights));
   return wire;
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_slot, int64_t wire_rows, int64_t num_topk) {
+at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   const c10::cuda::CUDAGuard guard(w.device());
   const auto wire = empty({wire_rows, num_topk}, w);
-  const auto map = make_map(true, nullptr, &recv_slot, wire_rows, recv_slot.size(0), num_topk);
+  const auto map = make_map(true, nullptr, &recv_pair, wire_rows, recv_pair.size(0), num_topk);
   unpermute(map.map, nullptr, nullptr, nullptr, &w, &wire);
   return wire;
 }
 
-at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_slot) {
+at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
   const c10::cuda::CUDAGuard guard(wire.device());
-  const auto tokens = empty({send_slot.size(0), wire.size(1)}, wire);
-  const auto map = make_map(true, &send_slot, nullptr, wire.size(0), wire.size(0), send_slot.size(1));
+  const auto tokens = empty({send_row.size(0), wire.size(1)}, wire);
+  const auto map = make_map(true, &send_row, nullptr, wire.size(0), wire.size(0), send_row.size(1));
   unpermute(map.map, &wire, &tokens, nullptr);
   return tokens;
 }
 
-at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_slot) {
+at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
   const c10::cuda::CUDAGuard guard(wire.device());
-  const auto tokens = empty(send_slot.sizes(), wire);
-  const auto map = make_map(true, &send_slot, nullptr, wire.size(0), wire.size(0), send_slot.size(1));
+  const auto tokens = empty(send_row.sizes(), wire);
+  const auto map = make_map(true, &send_row, nullptr, wire.size(0), wire.size(0), send_row.size(1));
   unpermute(map.map, nullptr, nullptr, nullptr, &wire, &tokens);
   return tokens;
 }
@@ -581,8 +581,8 @@ constexpr CudaKernels kKernels{
         {
             .route = route,
             .place = place,
-            .check_send_slot = check_send_slot,
-            .check_recv_slot = check_recv_slot,
+            .check_send_row = check_send_row,
+            .check_recv_pair = check_recv_pair,
             .pack_rows = pack_rows,
             .pack_slots = pack_slots,
             .expand_rows = expand_rows,

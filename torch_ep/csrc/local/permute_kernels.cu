@@ -3,20 +3,20 @@
 // A warp handles a piece of one item's row, kBatch vectors per lane. Permute reads the piece once and writes it to
 // every row of the item; unpermute reads the piece of every row and writes the sum.
 //
-// Note [Inverse of recv_slot]
-// recv_slot says where each row comes from; these kernels need where each (wire row, slot) pair goes. One kernel before
-// them writes row_of[recv_slot[row]] = row into memory that nobody has cleared, so an entry counts only if recv_slot
-// confirms it: recv_slot[row_of[pair]] == pair. (P. Briggs and L. Torczon, "An Efficient Representation for Sparse
+// Note [Inverse of recv_pair]
+// recv_pair says where each row comes from; these kernels need where each (wire row, slot) pair goes. One kernel before
+// them writes row_of[recv_pair[row]] = row into memory that nobody has cleared, so an entry counts only if recv_pair
+// confirms it: recv_pair[row_of[pair]] == pair. (P. Briggs and L. Torczon, "An Efficient Representation for Sparse
 // Sets", 1993.) The same test makes any plan safe: no entry leads outside of the rows. Where an edited plan names a
 // pair in several rows, one of them counts.
-#include "permute_kernels.h"
+#include "local/permute_kernels.h"
 
-#include "../core/device/launch.cuh"
-#include "../core/device/numbers.cuh"
+#include "core/device/launch.cuh"
+#include "core/device/numbers.cuh"
 
 #include <algorithm>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 namespace {
 
 constexpr int kWarps = 4;
@@ -47,11 +47,11 @@ __global__ void __launch_bounds__(kInvertThreads) fill_row_of(const __grid_const
   const int64_t pairs = int64_t{wire_rows_by(map, map.recv_count)} * map.num_topk;
   for (int64_t row = int64_t{blockIdx.x} * kInvertThreads + threadIdx.x; row < map.rows;
        row += int64_t{gridDim.x} * kInvertThreads) {
-    const int pair = map.recv_slot[row];
+    const int pair = map.recv_pair[row];
     if (pair >= 0 && pair < pairs) {
       map.row_of[pair] = static_cast<int>(row);
     } else if (pair != -1) {
-      report_bad_plan(map, PermuteReport::recv_slot, pairs, pair);
+      report_bad_plan(map, PermuteReport::recv_pair, pairs, pair);
     }
   }
 }
@@ -63,16 +63,16 @@ class ItemRows {
  public:
   // Warp-collective. Needs no row_of.
   __device__ ItemRows(const RowMap& map, int item) : map_(map), item_(item), wire_(item) {
-    if (map.send_slot != nullptr) {
+    if (map.send_row != nullptr) {
       wire_rows_ = wire_rows_by(map, map.send_count);
-      wire_ = map.recv_slot != nullptr ? first_wire_row() : -1;
+      wire_ = map.recv_pair != nullptr ? first_wire_row() : -1;
     }
   }
 
-  // One thread: what row_of says of slot k, a row or -1. Without recv_slot, slots of one wire row share their row.
+  // One thread: what row_of says of slot k, a row or -1. Without recv_pair, slots of one wire row share their row.
   __device__ int candidate(int k) const {
     int row = -1;
-    if (map_.recv_slot == nullptr) {
+    if (map_.recv_pair == nullptr) {
       row = k < map_.num_topk ? checked_wire_row(k) : -1;
     } else if (wire_ >= 0 && k < map_.num_topk) {
       row = map_.row_of[pair_of(k)];
@@ -80,9 +80,9 @@ class ItemRows {
     return row < map_.rows ? row : -1;
   }
 
-  // One thread: the candidate of slot k if recv_slot confirms it, or -1.
+  // One thread: the candidate of slot k if recv_pair confirms it, or -1.
   __device__ int confirmed(int row, int k) const {
-    return row >= 0 && (map_.recv_slot == nullptr || map_.recv_slot[row] == pair_of(k)) ? row : -1;
+    return row >= 0 && (map_.recv_pair == nullptr || map_.recv_pair[row] == pair_of(k)) ? row : -1;
   }
 
   // One thread: the row for slot k, or -1.
@@ -90,7 +90,7 @@ class ItemRows {
 
   // Warp-collective, for the slots from `group` on, of which each lane has its row: the lanes to take, one per row.
   __device__ uint32_t lanes_of(int row, int group) const {
-    if (map_.recv_slot != nullptr) {
+    if (map_.recv_pair != nullptr) {
       return __ballot_sync(kFullWarp, row >= 0);
     }
     const auto same = static_cast<int>(__match_any_sync(kFullWarp, row));
@@ -106,15 +106,15 @@ class ItemRows {
 
   // One thread.
   __device__ int checked_wire_row(int k) const {
-    if (map_.send_slot == nullptr) {
+    if (map_.send_row == nullptr) {
       return item_;
     }
-    const int row = map_.send_slot[int64_t{item_} * map_.num_topk + k];
+    const int row = map_.send_row[int64_t{item_} * map_.num_topk + k];
     if (row >= 0 && row < wire_rows_) {
       return row;
     }
     if (row != -1) {
-      report_bad_plan(map_, PermuteReport::send_slot, wire_rows_, row);
+      report_bad_plan(map_, PermuteReport::send_row, wire_rows_, row);
     }
     return -1;
   }
@@ -156,7 +156,7 @@ __device__ void zero_number(char* to, int64_t index, int bytes) {
   copy_number(to, index, reinterpret_cast<const char*>(&zero), 0, bytes);
 }
 
-// Warp-collective: row `row` of [rows, num_topk], without recv_slot.
+// Warp-collective: row `row` of [rows, num_topk], without recv_pair.
 __device__ void permute_weights_of_row(const PermuteArgs& a, const ItemRows& rows, int item, int row) {
   const int num_topk = a.map.num_topk;
   for (int k = lane_id(); k < num_topk; k += kWarp) {
@@ -177,14 +177,14 @@ __device__ void zero_padding(const PermuteArgs& a, int vectors, int64_t warp, in
   const RowMap& map = a.map;
   const int wire_rows = wire_rows_by(map, map.recv_count);
   const int64_t pairs = int64_t{wire_rows} * map.num_topk;
-  const int weights = a.out_weights == nullptr ? 0 : map.recv_slot != nullptr ? 1 : map.num_topk;
+  const int weights = a.out_weights == nullptr ? 0 : map.recv_pair != nullptr ? 1 : map.num_topk;
   // The rows of a warp are far apart, since padding comes in runs.
   for (int64_t first = warp; first < map.rows; first += kWarp * warps) {
     const int64_t own = first + lane_id() * warps;
     bool is_padding = false;
     if (own < map.rows) {
-      const int64_t from = map.recv_slot != nullptr ? map.recv_slot[own] : own;
-      is_padding = from < 0 || from >= (map.recv_slot != nullptr ? pairs : wire_rows);
+      const int64_t from = map.recv_pair != nullptr ? map.recv_pair[own] : own;
+      is_padding = from < 0 || from >= (map.recv_pair != nullptr ? pairs : wire_rows);
     }
     for (uint32_t lanes = __ballot_sync(kFullWarp, is_padding); lanes != 0; lanes &= lanes - 1) {
       const int64_t row = first + (__ffs(static_cast<int>(lanes)) - 1) * warps;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
     await_kernels_before();
     return;
   }
-  // x and send_slot were complete before the kernel that fills row_of began.
+  // x and send_row were complete before the kernel that fills row_of began.
   const V* from = reinterpret_cast<const V*>(a.x) + int64_t{item} * vectors + first;
   V piece[kBatch];
 #pragma unroll
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int group = 0; group < a.map.num_topk; group += kWarp) {
     const int k = group + lane_id();
     const int own = rows.row_of(k);
-    if (has_weights && a.map.recv_slot != nullptr && own >= 0) {
+    if (has_weights && a.map.recv_pair != nullptr && own >= 0) {
       copy_number(a.out_weights, own, a.weights, int64_t{item} * a.map.num_topk + k, a.weight_bytes);
     }
     for (uint32_t lanes = rows.lanes_of(own, group); lanes != 0; lanes &= lanes - 1) {
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
           to[b * kWarp] = piece[b];
         }
       }
-      if (has_weights && a.map.recv_slot == nullptr) {
+      if (has_weights && a.map.recv_pair == nullptr) {
         permute_weights_of_row(a, rows, static_cast<int>(item), row);
       }
     }
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   }
   const int num_topk = a.map.num_topk;
   const int first = static_cast<int>(warp - item * pieces) * (kBatch * kWarp) + lane_id();
-  const ItemRows rows(a.map, static_cast<int>(item));  // send_slot was complete before row_of was begun
+  const ItemRows rows(a.map, static_cast<int>(item));  // send_row was complete before row_of was begun
   const Raw* const y = reinterpret_cast<const Raw*>(a.y) + first;
   await_kernels_before();
 
@@ -300,13 +300,13 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   for (int group = 0; group < num_topk; group += kWarp) {
     const int k = group + lane_id();
     const int candidate = rows.candidate(k);
-    // Loaded while recv_slot is.
+    // Loaded while recv_pair is.
     const Wide own_weight = kWeighted && candidate >= 0 ? static_cast<const Wide*>(a.row_weights)[candidate] : Wide{0};
     const int own = rows.confirmed(candidate, k);
     if (a.out_weights != nullptr && first == lane_id() && k < num_topk) {
       const int64_t to = int64_t{item} * num_topk + k;
       if (own >= 0) {
-        const int64_t from = a.map.recv_slot != nullptr ? own : int64_t{own} * num_topk + k;
+        const int64_t from = a.map.recv_pair != nullptr ? own : int64_t{own} * num_topk + k;
         copy_number(a.out_weights, to, a.weights, from, a.weight_bytes);
       } else {
         zero_number(a.out_weights, to, a.weight_bytes);
@@ -365,7 +365,7 @@ int common_alignment(const void* a, const void* b, int64_t bytes) {
 
 // Kernels behind fill_row_of start while it runs.
 Launch launch_of(const RowMap& map) {
-  return map.recv_slot != nullptr ? Launch::overlapped : Launch::plain;
+  return map.recv_pair != nullptr ? Launch::overlapped : Launch::plain;
 }
 
 template <class V>
@@ -427,7 +427,7 @@ cudaError_t launch_unpermute(const UnpermuteArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_invert_recv_slot(const RowMap& map, cudaStream_t stream) {
+cudaError_t launch_invert_recv_pair(const RowMap& map, cudaStream_t stream) {
   const auto blocks = static_cast<int>(std::max<int64_t>(1, divide_up(map.rows, kInvertThreads)));
   return launch_kernel(Launch::plain, fill_row_of, blocks, kInvertThreads, 0, stream, map);
 }
@@ -463,4 +463,4 @@ cudaError_t launch_unpermute_rows(const UnpermuteArgs& args, cudaStream_t stream
   }
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -2,13 +2,13 @@
 // here.
 #pragma once
 
-#include "../core/element.h"
+#include "core/element.h"
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
@@ -20,7 +20,7 @@ inline int64_t divide_up(int64_t n, int64_t by) {
 // `kind` last; the host sets it back to `none`.
 struct PermuteReport {
   enum Kind : int64_t { none, bad_topk, bad_plan };
-  enum PlanTensor : int64_t { send_slot, recv_slot };
+  enum PlanTensor : int64_t { send_row, recv_pair };
   int64_t kind;
   int64_t is_combine;  // bad_plan: of dispatch or combine
   int64_t tensor;      // bad_plan: which PlanTensor
@@ -43,7 +43,7 @@ using PlanReply = uint64_t;
 constexpr PlanReply kPlanReady = PlanReply{1} << 63, kPlanBad = PlanReply{1} << 62;
 
 // With `route`: the wire rows of each token, by destination rank. Otherwise the place of each (wire row, slot) pair in
-// the result, of tokens of one rank, or without send_slot of wire rows from any. A result that is nullptr is not
+// the result, of tokens of one rank, or without send_row of wire rows from any. A result that is nullptr is not
 // wanted.
 struct PermutePlanArgs {
   const void* topk_idx;  // [num_tokens, num_topk] int32, int64 if wide_idx
@@ -58,7 +58,7 @@ struct PermutePlanArgs {
   int32_t* scratch;  // permute_plan_scratch(args) of them
   PlanReply* reply;  // of an exact plan
   Reporter reporter;
-  int32_t* send_slot;          // [num_tokens, num_topk]
+  int32_t* send_row;           // [num_tokens, num_topk]
   int32_t* send_counts;        // [ranks]
   int32_t* recv_counts;        // [1], as send_counts: one rank
   int32_t* wire_topk;          // `route`: [wire rows, num_topk]
@@ -78,18 +78,18 @@ cudaError_t launch_permute_plan(const PermutePlanArgs& args, cudaStream_t stream
 
 // Where the row of an item (a token or a wire row) is in the result of dispatch.
 struct RowMap {
-  const int32_t* send_slot;  // [items, num_topk] wire row, or -1; nullptr: item i is wire row i
-  const int32_t* recv_slot;  // [rows] wire row * num_topk + slot, or -1; nullptr: row i is wire row i
-  int32_t* row_of;           // [wire_rows * num_topk], with recv_slot: Note [Inverse of recv_slot]
-  // On the device: how many of `wire_rows` there are, by which send_slot and recv_slot are checked. nullptr: all.
+  const int32_t* send_row;   // [items, num_topk] wire row, or -1; nullptr: item i is wire row i
+  const int32_t* recv_pair;  // [rows] wire row * num_topk + slot, or -1; nullptr: row i is wire row i
+  int32_t* row_of;           // [wire_rows * num_topk], with recv_pair: Note [Inverse of recv_pair]
+  // On the device: how many of `wire_rows` there are, by which send_row and recv_pair are checked. nullptr: all.
   const int32_t *send_count, *recv_count;
   int items, wire_rows, rows, num_topk;
   Reporter reporter;
   bool is_combine;  // for the report
 };
 
-// Fills map.row_of. Before permute_rows and unpermute_rows with the same recv_slot, in the same stream.
-cudaError_t launch_invert_recv_slot(const RowMap& map, cudaStream_t stream);
+// Fills map.row_of. Before permute_rows and unpermute_rows with the same recv_pair, in the same stream.
+cudaError_t launch_invert_recv_pair(const RowMap& map, cudaStream_t stream);
 
 // Dispatch: out[row] = x[item] for every row of the item; zero for a row of no wire row.
 struct PermuteArgs {
@@ -97,7 +97,7 @@ struct PermuteArgs {
   const char* x;  // [items, row_bytes]
   char* out;      // [rows, row_bytes]
   int64_t row_bytes;
-  // Weights go along if out_weights: [items, num_topk] to [rows] with recv_slot, to [rows, num_topk] without.
+  // Weights go along if out_weights: [items, num_topk] to [rows] with recv_pair, to [rows, num_topk] without.
   const char* weights;
   char* out_weights;
   int weight_bytes;  // 1, 2, 4 or 8
@@ -120,4 +120,4 @@ struct UnpermuteArgs {
 };
 cudaError_t launch_unpermute_rows(const UnpermuteArgs& args, cudaStream_t stream);
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -2,15 +2,15 @@
 //   count_keys   each block checks its share of the tokens and counts its keys
 //   place_keys   each block adds up what all blocks counted, and so knows where its own share goes
 // A key is what entries are grouped by: an expert, or of `route` a rank. Tokens of one key keep their order.
-#include "permute_kernels.h"
+#include "local/permute_kernels.h"
 
-#include "../core/device/launch.cuh"
-#include "../core/device/warp.cuh"
+#include "core/device/launch.cuh"
+#include "core/device/warp.cuh"
 
 #include <algorithm>
 #include <climits>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 namespace {
 
 // One H200, 4096 tokens, top-8 of 256, place_keys of 8, 16 and 32 warps: 13.6, 12.4 and 12.6 us for both kernels; 32,
@@ -164,8 +164,8 @@ class PlanBlock {
   __device__ int padded(int count) const {
     return kRoute ? count : (count + a_.alignment - 1) / a_.alignment * a_.alignment;
   }
-  // Tokens are wire rows already where no send_slot is wanted. Otherwise those with an expert become wire rows.
-  __device__ bool are_wire_rows() const { return a_.send_slot == nullptr; }
+  // Tokens are wire rows already where no send_row is wanted. Otherwise those with an expert become wire rows.
+  __device__ bool are_wire_rows() const { return a_.send_row == nullptr; }
   __device__ int num_wire_rows() const { return are_wire_rows() ? a_.num_tokens : s_.total[a_.num_experts]; }
 
   // A bad plan is that of tokens without experts.
@@ -345,9 +345,9 @@ class PlanBlock {
   __device__ void place_entry(int i, int token, int n, int entry) const {
     const int slot = i - token * a_.num_topk;
     if constexpr (kRoute) {
-      a_.send_slot[i] = entry >= 0 ? position(n, key_of<true>(a_, entry)) : -1;
+      a_.send_row[i] = entry >= 0 ? position(n, key_of<true>(a_, entry)) : -1;
       if (entry >= 0) {
-        write_wire_topk(i - slot, slot, entry, a_.send_slot[i]);
+        write_wire_topk(i - slot, slot, entry, a_.send_row[i]);
       }
       return;
     }
@@ -355,7 +355,7 @@ class PlanBlock {
     if (!are_wire_rows()) {
       const bool has_expert = (s_.bits[n / kWarp * shape_.keys + a_.num_experts] >> n % kWarp & 1) != 0;
       wire_row = has_expert ? position(n, a_.num_experts) : -1;
-      a_.send_slot[i] = entry >= 0 ? wire_row : -1;
+      a_.send_row[i] = entry >= 0 ? wire_row : -1;
     }
     if (a_.expert_major) {
       const int row = entry >= 0 ? position(n, entry) : rows_;
@@ -387,7 +387,7 @@ class PlanBlock {
   // -1 wherever no entry goes.
   __device__ void fill_padding() const {
     if (a_.expert_major) {
-      auto* recv_slot = static_cast<int32_t*>(a_.recv_map);
+      auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
       const int most = a_.alignment - 1;  // rows of padding per expert
       const int64_t step = int64_t{shape_.blocks} * kPlaceThreads;
       for (int64_t i = block_ * kPlaceThreads + thread(); i < int64_t{a_.num_experts} * most; i += step) {
@@ -395,10 +395,10 @@ class PlanBlock {
         const int total = s_.total[expert], begin = s_.begin[expert];
         const int row = begin + total + static_cast<int>(i % most);
         if (row < min(begin + padded(total), rows_)) {
-          recv_slot[row] = -1;
+          recv_pair[row] = -1;
         }
       }
-      fill_tail(recv_slot, num_placed_, rows_);
+      fill_tail(recv_pair, num_placed_, rows_);
     } else {
       fill_tail(static_cast<Int*>(a_.recv_map), int64_t{num_wire_rows()} * a_.num_topk, int64_t{rows_} * a_.num_topk);
     }
@@ -490,4 +490,4 @@ cudaError_t launch_permute_plan(const PermutePlanArgs& args, cudaStream_t stream
   return args.wide_idx ? launch<int64_t, false>(args, shape, stream) : launch<int32_t, false>(args, shape, stream);
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

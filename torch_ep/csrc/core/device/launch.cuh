@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 enum class Launch {
   plain,
@@ -54,4 +54,4 @@ cudaError_t launch_kernel(
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -1,14 +1,14 @@
 // Sixteen bytes of a row, the numbers in them, and their sums: in float32 (float64 for float64), without contraction.
 #pragma once
 
-#include "warp.cuh"
+#include "core/device/warp.cuh"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <type_traits>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T>
 struct Vector {
@@ -120,4 +120,4 @@ struct Sum {
   }
 };
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -1,0 +1,250 @@
+#include "c10d/communicator.h"
+
+#include "c10d/exchange.h"
+#include "core/backend.h"
+
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+
+#include <map>
+#include <mutex>
+
+namespace ep {
+namespace {
+
+using std::chrono::milliseconds;
+
+std::mutex registry_mutex;
+std::map<std::string, std::shared_ptr<Communicator>>& registry() {
+  // Never destroyed: an op may still run on another thread while the process exits.
+  static auto* communicators = new std::map<std::string, std::shared_ptr<Communicator>>();
+  return *communicators;
+}
+std::string init_hint;
+
+// nullptr: there is none of that name.
+std::shared_ptr<Communicator> registered(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  return found == registry().end() ? nullptr : found->second;
+}
+
+// nullptr: there are none or several.
+std::shared_ptr<Communicator> only_one() {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  return registry().size() == 1 ? registry().begin()->second : nullptr;
+}
+
+// nullptr: the process group was destroyed, or there never was one of that name.
+c10::intrusive_ptr<c10d::ProcessGroup> resolve(const std::string& group_name) {
+  try {
+    return c10d::resolve_process_group(group_name);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+bool is_current(const Communicator& comm) {
+  const auto group = comm.group.lock();
+  return group && resolve(comm.group_name) == group;
+}
+
+}  // namespace
+
+const char* name_of(OpKind op) {
+  switch (op) {
+    case OpKind::init:
+      return "torch_ep.init";
+    case OpKind::plan:
+      return "ep::plan";
+    case OpKind::dispatch:
+      return "ep::dispatch";
+    case OpKind::combine:
+      return "ep::combine";
+    case OpKind::low_latency_dispatch:
+      return "ep::low_latency_dispatch";
+    case OpKind::low_latency_combine:
+      return "ep::low_latency_combine";
+  }
+  return "an unknown op";
+}
+
+OpKind kind_of(const std::string& name) {
+  for (const auto op : {OpKind::plan, OpKind::dispatch, OpKind::combine, OpKind::low_latency_dispatch}) {
+    if (name == name_of(op)) {
+      return op;
+    }
+  }
+  TORCH_CHECK(name == name_of(OpKind::low_latency_combine), "torch_ep: expected the name of an operator, got ", name);
+  return OpKind::low_latency_combine;
+}
+
+void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
+  TORCH_CHECK_VALUE(
+      limit < 0 || got <= limit,
+      name_of(op),
+      ": expected at most ",
+      name,
+      " = ",
+      limit,
+      ", the limit given to torch_ep.init, got ",
+      got);
+}
+
+bool init_communicator(
+    const std::string& group_name,
+    const std::string& connections,
+    int64_t timeout_ms,
+    at::IntArrayRef limits,
+    at::IntArrayRef choice) {
+  TORCH_INTERNAL_ASSERT(limits.size() == 4 && choice.size() == 5);
+  auto group = c10d::resolve_process_group(group_name);
+  const int rank = group->getRank(), world_size = group->getSize();
+  std::shared_ptr<Channel> channel;
+  if (!connections.empty()) {
+    auto gloo = c10d::resolve_process_group(connections)->getBackend(c10::kCPU);
+    channel = std::make_shared<Channel>(std::move(gloo), rank, world_size);
+  } else if (is_connected(group_name)) {
+    channel = registered(group_name)->channel;
+  } else {
+    return false;
+  }
+  auto comm = std::make_shared<Communicator>(Communicator{
+      .group_name = group_name,
+      .group = c10::weak_intrusive_ptr<c10d::ProcessGroup>(group),
+      .channel = channel,
+      .rank = rank,
+      .world_size = world_size,
+      .timeout = milliseconds(timeout_ms),
+      .max_hidden = limits[1],
+      .max_topk = limits[2],
+      .max_experts = limits[3]});
+  const std::vector<Agreed> agreed{
+      {"max_tokens_per_rank", limits[0]},
+      {"hidden", limits[1]},
+      {"num_topk", limits[2]},
+      {"num_experts", limits[3]},
+      {"timeout in ms", timeout_ms},
+      {"backend (0: auto, 1: c10d, 2: nvlink)", choice[0]},
+      {"provider (0: torch, 1: nvshmem)", choice[1]},
+      {"num_sms", choice[2]},
+      {"low_latency_tokens (0: None)", choice[3]},
+      {"on_timeout (0: raise, 1: mask)", choice[4]}};
+  const auto begun = std::chrono::steady_clock::now();
+  try {
+    Exchange exchange(comm, OpKind::init, std::vector<int64_t>(world_size, 0), {}, agreed);
+    exchange.confirm();
+    exchange.finish();
+  } catch (const c10::DistError&) {
+    // Of earlier connections, one rank may have left them and wait for new ones.
+    const bool in_time = std::chrono::steady_clock::now() - begun < comm->timeout;
+    if (connections.empty() && !channel->closed().empty() && in_time) {
+      return false;
+    }
+    throw;
+  }
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[group_name] = comm;
+  init_hint.clear();
+  return true;
+}
+
+bool is_connected(const std::string& group_name) {
+  const auto comm = registered(group_name);
+  if (!comm || !is_current(*comm) || comm->channel->is_forked()) {
+    return false;
+  }
+  const Channel::Entry entry(*comm->channel);
+  return comm->channel->closed().empty() && !comm->channel->is_deserted();
+}
+
+void destroy_communicator(const std::string& group_name) {
+  std::shared_ptr<Communicator> last;  // destroyed after the lock is released: it says goodbye to its peers
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  if (found != registry().end()) {
+    last = std::move(found->second);
+    registry().erase(found);
+  }
+}
+
+std::vector<std::string> orphaned_communicators() {
+  std::vector<std::shared_ptr<Communicator>> all;
+  {
+    std::lock_guard<std::mutex> lock(registry_mutex);
+    for (const auto& [name, comm] : registry()) {
+      all.push_back(comm);
+    }
+  }
+  std::vector<std::string> names;
+  for (const auto& comm : all) {
+    if (!is_current(*comm)) {
+      names.push_back(comm->group_name);
+    }
+  }
+  return names;
+}
+
+void hint_at_init(const std::string& hint) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  init_hint = hint;
+}
+
+std::shared_ptr<Communicator> find_communicator(const std::string& group_name, int64_t world_size, OpKind op) {
+  if (world_size == 1) {
+    return nullptr;
+  }
+  return or_tell(op, c10::string_view(group_name), [&] {
+    auto comm = registered(group_name);
+    TORCH_CHECK(
+        comm,
+        name_of(op),
+        ": expected an initialized group, got group '",
+        group_name,
+        "': call torch_ep.init(group) on every rank first",
+        resolve(group_name) ? init_hint : "");
+    TORCH_CHECK(
+        !comm->channel->is_forked(),
+        name_of(op),
+        ": group '",
+        group_name,
+        "' was initialized in the process that this one was forked from: its connections stay there. Create a process "
+        "group in this process, then call torch_ep.init(group)");
+    TORCH_CHECK(
+        is_current(*comm),
+        name_of(op),
+        ": group '",
+        group_name,
+        "' was destroyed or re-created since torch_ep.init: call torch_ep.init(group) on every rank again");
+    TORCH_CHECK_VALUE(
+        comm->world_size == world_size,
+        name_of(op),
+        ": expected world_size ",
+        comm->world_size,
+        " (the size of group '",
+        group_name,
+        "'), got ",
+        world_size);
+    return comm;
+  });
+}
+
+void tell_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure) {
+  if (!comm || comm->channel->is_forked() || !is_current(*comm) || !comm->channel->closed().empty()) {
+    return;
+  }
+  try {
+    Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
+  } catch (const c10::Error&) {
+    // A rank that does not come. What is to be told says more.
+  }
+}
+
+void tell_failure(OpKind op, c10::string_view group_name, const std::string& failure) {
+  const std::string name(group_name);
+  if (!has_backend(name)) {
+    const auto comm = registered(name);
+    tell_failure(op, comm || name.empty() ? comm : only_one(), failure);
+  }
+}
+
+}  // namespace ep

@@ -1,0 +1,97 @@
+// One exchange of the c10d backend: headers on which all ranks agree, then rows.
+#pragma once
+
+#include "c10d/communicator.h"
+
+#include <ATen/core/Tensor.h>
+
+namespace ep {
+
+// A number on which all ranks of an exchange must agree, with the name that an error calls it by.
+struct Agreed {
+  const char* name;
+  int64_t value;
+  bool is_dtype = false;  // the value is an at::ScalarType
+};
+
+// Note [One exchange]
+// Every rank sends a header to every other: op kind, sequence number, the numbers on which they must agree, the rows
+// that it sends to and expects from that peer, and whether it failed before it could send any. Only when all headers
+// agree does a byte of data move. All ranks come to the same verdict, so a rank that runs another op, passes other
+// sizes or has a bad argument becomes an error on every rank in the same exchange, and the group stays usable.
+//
+// Allocate before the exchange begins whatever can be allocated then. An error between its start and its end closes the
+// channel: the other ranks get a failure note instead of rows, and later calls on this rank raise.
+class Exchange {
+ public:
+  // Exchanges that this thread has begun: whether an operator that failed had come to its own.
+  static int64_t begun();
+
+  // Starts the headers and returns at once. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
+  // that it expects from r, empty if only the headers will tell. `failure`: this rank's own error, for its peers.
+  Exchange(
+      std::shared_ptr<Communicator> comm,
+      OpKind op,
+      std::vector<int64_t> send_rows,
+      const std::vector<int64_t>& recv_rows,
+      const std::vector<Agreed>& agreed,
+      const std::optional<std::string>& failure = std::nullopt);
+  ~Exchange();
+  Exchange(const Exchange&) = delete;
+  Exchange& operator=(const Exchange&) = delete;
+
+  // Waits for the headers and checks them. Returns the rows that each rank will send here; nothing on a rank that
+  // failed itself: its own error says more.
+  std::vector<int64_t> confirm();
+
+  // After `confirm`: how much later than this rank each rank came to this exchange, in ns, 0 for the earlier ones.
+  // Between hosts it is as exact as their clocks.
+  const std::vector<int64_t>& wait_ns() const { return wait_ns_; }
+
+  // Starts moving rows [n, width]: `input` holds those for rank 0 first. Both contiguous, of one width and dtype.
+  void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows);
+  // Waits for everything started. The exchange ends here.
+  void finish();
+
+  // Returns what `f`, a part of the exchange, does; the peers are told what it throws.
+  template <class F>
+  auto run(const F& f) {
+    try {
+      return f();
+    } catch (const std::exception& error) {
+      close(message_of(error));
+      throw;
+    }
+  }
+
+ private:
+  enum class Phase { headers, rows };
+
+  struct DeviceTransfer {
+    c10::intrusive_ptr<c10d::Work> work;
+    at::Tensor output, input;  // alive until the transfer ends
+  };
+
+  void await_device(const c10::intrusive_ptr<c10d::Work>& work);
+  void check_closed() const;
+  void close(const std::string& why, const std::vector<int>& blamed = {});
+  [[noreturn]] void fail(Phase phase, const Failure& failure, const std::string& cause = "");
+
+  std::shared_ptr<Communicator> comm_;
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  OpKind op_;
+  Channel::Entry entry_;
+  int64_t sequence_ = 0;
+  std::vector<int64_t> send_rows_, expected_rows_;
+  std::vector<Agreed> agreed_;
+  bool failed_;
+  bool is_over_ = false;
+  Deadline deadline_;
+  int64_t entered_ns_ = 0;
+  std::vector<int64_t> wait_ns_;
+  Transfers transfers_;
+  std::vector<at::Tensor> tensors_;  // of transfers_
+  std::vector<DeviceTransfer> device_transfers_;
+};
+
+}  // namespace ep

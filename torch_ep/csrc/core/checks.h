@@ -1,0 +1,212 @@
+// Argument checks shared by the operators. A message names the op, what was expected and what came; `torch_ep/meta.py`
+// raises the same ones while tracing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/SmallVector.h>
+
+#include <limits>
+#include <optional>
+#include <ostream>
+#include <string_view>
+
+namespace ep {
+
+// Upper bounds of integer arguments. With them no product of two arguments and no sum of rows overflows an int64, and
+// no table that is sized by one of them is out of proportion. `torch_ep/meta.py` has the same ones.
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // of what is counted or indexed by an int32
+constexpr int64_t kMaxExperts = int64_t{1} << 24;
+constexpr int64_t kMaxTopk = (int64_t{1} << 16) - 1;
+constexpr int64_t kMaxPadding = int64_t{1} << 30;  // rows of padding of all local experts
+
+inline void check_at_most(const char* op, const char* name, int64_t got, int64_t most) {
+  TORCH_CHECK_VALUE(got <= most, op, ": expected ", name, " of at most ", most, ", got ", got);
+}
+
+inline void check_topk(const char* op, int64_t num_topk) {
+  TORCH_CHECK_VALUE(num_topk > 0, op, ": expected at least one expert per token, got ", num_topk);
+  check_at_most(op, "num_topk", num_topk, kMaxTopk);
+}
+
+// With the two after it, bounds world_size as well.
+inline void check_experts(const char* op, int64_t num_experts, int64_t world_size) {
+  TORCH_CHECK_VALUE(world_size > 0, op, ": expected a positive world_size, got ", world_size);
+  TORCH_CHECK_VALUE(
+      num_experts > 0 && num_experts % world_size == 0,
+      op,
+      ": expected num_experts to be a positive multiple of the world size ",
+      world_size,
+      ", got ",
+      num_experts);
+  check_at_most(op, "num_experts", num_experts, kMaxExperts);
+}
+
+struct PlanTensors {
+  const at::Tensor& send_row;
+  const at::Tensor& send_counts;
+  const at::Tensor& recv_counts;
+  const at::Tensor& recv_map;
+  bool expert_major;
+};
+
+inline bool is_expert_major(const char* op, std::string_view layout) {
+  TORCH_CHECK_VALUE(
+      layout == "rank_major" || layout == "expert_major",
+      op,
+      ": expected layout 'rank_major' or 'expert_major', got '",
+      layout,
+      "'");
+  return layout == "expert_major";
+}
+
+// A size that a tensor must have, or the name of one that may be any.
+struct Dim {
+  Dim(int64_t size) : size(size) {}
+  Dim(const char* name) : name(name) {}
+
+  int64_t size = 0;
+  const char* name = nullptr;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Dim& dim) {
+  return dim.name ? out << dim.name : out << dim.size;
+}
+
+inline c10::SmallVector<Dim, 2> dims_of(const at::Tensor& t) {
+  return {t.sizes().begin(), t.sizes().end()};
+}
+
+// What a shape follows from, and what to do about another one.
+struct ShapeOf {
+  const char* what;
+  const char* remedy;
+};
+
+constexpr ShapeOf kOwnShape{"", ""};
+constexpr ShapeOf kPlanField{"", ": pass the plan as torch_ep.plan returned it"};
+constexpr ShapeOf kTokens{", one row per token of the plan", ": pass the tokens of the plan's topk_idx"};
+constexpr ShapeOf kTokenSlots{", one per token and slot of the plan", ": pass the weights of the plan's topk_idx"};
+constexpr ShapeOf kRows{
+    ", one row per row of the dispatch",
+    ": pass the experts' results for the rows that it returned"};
+constexpr ShapeOf kRowWeights{
+    ", one per row of the dispatch",
+    ": pass the weights that it returned in layout expert_major"};
+constexpr ShapeOf kReturnedWeights{", as dispatch returned the weights", ": pass these, or others in their places"};
+constexpr ShapeOf kTokensOfX{", one row per token of x", ": pass the topk_idx of these tokens"};
+constexpr ShapeOf kEntries{", one per entry of topk_idx", ": pass the weights of that topk_idx"};
+constexpr ShapeOf kLowLatencyRows{
+    ", as low_latency_dispatch returned the rows",
+    ": pass the experts' results in their places"};
+constexpr ShapeOf kLowLatencyPlanField{"", ": pass the plan as torch_ep.low_latency_dispatch returned it"};
+constexpr ShapeOf kInFlight{"", ": pass what the send returned, whole"};
+constexpr ShapeOf kGroups{", one end per group", ""};
+
+// Throws if the tensor's memory was freed: who does that and keeps the tensor, as FSDP, resizes its storage.
+inline void check_memory(const char* op, const char* name, const at::Tensor& t) {
+  int64_t elements = t.numel() == 0 ? 0 : t.storage_offset() + 1;
+  for (int64_t dim = 0; elements > 0 && dim < t.dim(); ++dim) {
+    elements += (t.size(dim) - 1) * t.stride(dim);
+  }
+  const auto bytes = elements * static_cast<int64_t>(t.element_size());
+  TORCH_CHECK_VALUE(
+      static_cast<int64_t>(t.storage().nbytes()) >= bytes,
+      op,
+      ": expected ",
+      name,
+      " with a storage of at least ",
+      bytes,
+      " bytes, got ",
+      t.storage().nbytes(),
+      ": its memory was freed, as FSDP frees that of parameters: pass it while it is there");
+}
+
+inline void check_tensor(
+    const char* op,
+    const char* name,
+    const at::Tensor& t,
+    at::ArrayRef<Dim> shape,
+    const at::Tensor& device_of,
+    const ShapeOf& of = kOwnShape) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; fits && i < shape.size(); ++i) {
+    fits = shape[i].name != nullptr || shape[i].size == t.size(i);
+  }
+  TORCH_CHECK_VALUE(fits, op, ": expected ", name, " of shape ", shape, of.what, ", got ", t.sizes(), of.remedy);
+  TORCH_CHECK_VALUE(
+      t.device() == device_of.device(), op, ": expected ", name, " on ", device_of.device(), ", got ", t.device());
+  TORCH_CHECK_VALUE(t.is_contiguous(), op, ": expected contiguous ", name, ", got strides ", t.strides());
+  check_memory(op, name, t);
+}
+
+inline void check_int32(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kInt, op, ": expected ", name, " of dtype Int, got ", t.scalar_type());
+}
+
+inline void check_index_type(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(
+      t.scalar_type() == at::kInt || t.scalar_type() == at::kLong,
+      op,
+      ": expected ",
+      name,
+      " of dtype Int or Long, got ",
+      t.scalar_type());
+}
+
+inline void check_plan(const char* op, const PlanTensors& plan) {
+  const auto& on = plan.send_row;
+  check_tensor(op, "send_row", plan.send_row, {"num_tokens", "num_topk"}, on, kPlanField);
+  check_int32(op, "send_row", plan.send_row);
+  check_topk(op, plan.send_row.size(1));
+  check_tensor(op, "send_counts", plan.send_counts, {"world_size"}, on, kPlanField);
+  check_int32(op, "send_counts", plan.send_counts);
+  check_tensor(op, "recv_counts", plan.recv_counts, {plan.send_counts.size(0)}, on, kPlanField);
+  check_int32(op, "recv_counts", plan.recv_counts);
+  if (plan.expert_major) {
+    check_tensor(op, "recv_pair", plan.recv_map, {"num_rows"}, on, kPlanField);
+    check_int32(op, "recv_pair", plan.recv_map);
+  } else {
+    check_tensor(op, "recv_topk_idx", plan.recv_map, {"num_rows", plan.send_row.size(1)}, on, kPlanField);
+    check_index_type(op, "recv_topk_idx", plan.recv_map);
+  }
+}
+
+// What the low-latency operators carry.
+inline void check_low_latency_type(const char* op, const char* name, at::ScalarType type) {
+  TORCH_CHECK_TYPE(
+      type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+      op,
+      ": expected ",
+      name,
+      " of dtype Float, BFloat16 or Half, got ",
+      type);
+}
+
+inline bool is_sum_type(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+}
+
+inline void check_sum_type(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(
+      is_sum_type(t.scalar_type()),
+      op,
+      ": expected ",
+      name,
+      " of dtype Double, Float, BFloat16 or Half, got ",
+      t.scalar_type());
+}
+
+// What dispatch copies unseen: numbers, or bytes that hold some of four bits.
+inline void check_row_type(const char* op, const char* name, const at::Tensor& t) {
+  TORCH_CHECK_TYPE(
+      is_sum_type(t.scalar_type()) || t.scalar_type() == at::kFloat8_e4m3fn || t.scalar_type() == at::kFloat8_e5m2 ||
+          t.scalar_type() == at::kByte,
+      op,
+      ": expected ",
+      name,
+      " of dtype Double, Float, BFloat16, Half, Float8_e4m3fn, Float8_e5m2 or Byte, got ",
+      t.scalar_type());
+}
+
+}  // namespace ep

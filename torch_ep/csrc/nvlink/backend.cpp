@@ -1,0 +1,614 @@
+// The nvlink backend on the host: tensors to kernel arguments.
+#include "nvlink/backend.h"
+
+#include "core/cuda_stream.h"
+#include "core/cuda_tensors.h"
+#include "local/permute.h"
+#include "nvlink/errors.h"
+#include "nvlink/low_latency.h"
+
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <sstream>
+#include <thread>
+
+namespace ep::nvlink {
+namespace {
+
+using std::chrono::steady_clock;
+
+bool is_capturing() {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+// Rows as the kernels take them: a multiple of 16 bytes each, from an address that is one. An exact plan's device waits
+// for the host until it has launched the next kernel, so nothing here goes through an operator that need not.
+struct Rows {
+  at::Tensor holder;
+  const char* data;
+  int64_t row_bytes;
+};
+
+at::Tensor as_bytes(const at::Tensor& t) {
+  // With strides that a view takes where a size of one, or no element, leaves others to a contiguous tensor.
+  return t.as_strided(t.sizes(), {t.size(1), 1}).view(at::kByte);
+}
+
+Rows to_wire(const at::Tensor& t) {
+  const int64_t row = t.size(1) * static_cast<int64_t>(t.element_size());
+  const int64_t padded = std::max(kVector, round_up(row, kVector));
+  at::Tensor holder = t;
+  if (row != padded) {
+    holder = at::zeros({t.size(0), padded}, t.options().dtype(at::kByte));
+    if (row != 0) {
+      holder.narrow(1, 0, row).copy_(as_bytes(t));
+    }
+  } else if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector != 0) {
+    holder = t.clone();
+  }
+  return {holder, data<char>(holder), padded};
+}
+
+// A result of `rows` rows like those of `like`, padded as to_wire does, and without the padding.
+at::Tensor wire_result(const at::Tensor& like, int64_t rows, int64_t padded) {
+  const int64_t row = like.size(1) * static_cast<int64_t>(like.element_size());
+  return row == padded ? empty({rows, like.size(1)}, like) : empty({rows, padded}, like, at::kByte);
+}
+
+at::Tensor from_wire(const at::Tensor& result, const at::Tensor& like) {
+  if (result.scalar_type() == like.scalar_type() && result.size(1) == like.size(1)) {
+    return result;
+  }
+  const auto rows = empty({result.size(0), like.size(1)}, like);
+  if (like.size(1) != 0) {
+    as_bytes(rows).copy_(result.narrow(1, 0, like.size(1) * static_cast<int64_t>(like.element_size())));
+  }
+  return rows;
+}
+
+int64_t element_bytes(const std::optional<at::Tensor>& t) {
+  return t ? static_cast<int64_t>(t->element_size()) : 0;
+}
+
+int64_t bytes_per_row(const std::optional<at::Tensor>& t) {
+  return t ? t->size(1) * static_cast<int64_t>(t->element_size()) : 0;
+}
+
+int multiprocessors_of(c10::DeviceIndex device) {
+  int count = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+bool shares_device(const NvlinkOptions& options) {
+  return options.groupless && options.world_size > 1;
+}
+
+cudaError_t prepare_kernels() {
+  for (const auto prepare :
+       {prepare_plan, prepare_dispatch, prepare_combine, prepare_low_latency_dispatch, prepare_low_latency_combine}) {
+    if (const auto error = prepare(); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+class Nvlink final : public Backend {
+ public:
+  explicit Nvlink(const NvlinkOptions& options)
+      : group_name_(options.group_name),
+        layout_(layout_of(options.world_size, options.limits, options.num_sms)),
+        max_tokens_(options.limits[0]),
+        max_hidden_(options.limits[1]),
+        max_topk_(options.limits[2]),
+        max_experts_(options.limits[3]),
+        device_(c10::cuda::current_device()),
+        // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
+        multiprocessors_(shares_device(options) ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
+    TORCH_CHECK_VALUE(
+        max_experts_ <= most_experts(options.world_size),
+        "torch_ep.init: expected num_experts of at most ",
+        most_experts(options.world_size),
+        " on backend nvlink, got ",
+        max_experts_);
+    TORCH_CHECK_VALUE(
+        max_tokens_ <= kMaxTokens,
+        "torch_ep.init: expected max_tokens_per_rank of at most ",
+        kMaxTokens,
+        " on backend nvlink, got ",
+        max_tokens_);
+    C10_CUDA_CHECK(prepare_kernels());
+    const auto bytes = at::TensorOptions().device(at::kCUDA, device_).dtype(at::kByte);
+    state_ = at::zeros({static_cast<int64_t>(sizeof(State))}, bytes);
+    rows_of_ = at::zeros({layout_.world_size * layout_.max_tokens * layout_.num_topk * int64_t{8}}, bytes);
+    void* mailbox = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
+    mailbox_ = static_cast<Mailbox*>(mailbox);
+    *mailbox_ = {};
+    comm_ = {};
+    for (int r = 0; r < layout_.world_size; ++r) {
+      comm_.buffers[r] = reinterpret_cast<char*>(options.buffers[r]);
+    }
+    comm_.state = reinterpret_cast<State*>(mutable_data<char>(state_));
+    comm_.mailbox = mailbox_;
+    comm_.rows_of = reinterpret_cast<uint64_t*>(mutable_data<char>(rows_of_));
+    comm_.layout = layout_;
+    comm_.low_latency = low_latency_layout_of(layout_, options.limits);
+    comm_.rank = static_cast<int>(options.rank);
+    comm_.shares_device = shares_device(options);
+    comm_.timeout_ns = options.timeout_ms * 1'000'000;
+    comm_.masks = options.masks;
+    low_latency_.emplace(comm_, LowLatencyLimits{max_hidden_, max_topk_, max_experts_}, multiprocessors_);
+    C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
+  }
+
+  ~Nvlink() override { static_cast<void>(cudaFreeHost(mailbox_)); }
+
+  PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) override {
+    constexpr auto kOp = OpKind::plan;
+    const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
+    check_limit(kOp, "num_topk", max_topk_, num_topk);
+    check_limit(kOp, "num_experts", max_experts_, options.num_experts);
+    const int64_t most_tokens = std::min(options.max_tokens_per_rank.value_or(max_tokens_), max_tokens_);
+    if (const auto* alone = one_rank_kernels(topk_idx, layout_.world_size)) {
+      throw_failure();
+      TORCH_CHECK_VALUE(num_tokens <= most_tokens, refusal(num_tokens, most_tokens));
+      return alone->plan(
+          topk_idx,
+          {options.expert_major, options.num_experts, options.alignment, options.capacity, topk_idx.scalar_type()});
+    }
+    const bool exact = !options.capacity;
+    const c10::cuda::CUDAGuard guard(device_);
+    TORCH_CHECK(
+        !exact || !is_capturing(),
+        "ep::plan: expected a capacity while a CUDA graph is captured: an exact plan waits for the number of rows");
+    const auto stream = enter();
+
+    const int64_t num_local_experts = options.num_experts / layout_.world_size;
+    int64_t rows = options.capacity.value_or(layout_.world_size * most_tokens);
+    if (exact && options.expert_major) {
+      // Room for as many rows as could come: indices are small, and so the kernel need not stop where it counts them.
+      rows = rows * std::min(num_topk, num_local_experts) + num_local_experts * (options.alignment - 1);
+    }
+    const auto ints = [&](at::IntArrayRef sizes) { return empty(sizes, topk_idx, at::kInt); };
+    const auto send_row = ints({num_tokens, num_topk});
+    const auto send_counts = ints({layout_.world_size});
+    const auto recv_counts = ints({layout_.world_size});
+    const auto recv_map = options.expert_major ? ints({rows}) : empty({rows, num_topk}, topk_idx);
+    const auto offsets = ints({options.expert_major ? num_local_experts : layout_.world_size});
+    const auto tokens_per_expert = ints({num_local_experts});
+    const auto num_dropped = ints({});
+
+    PlanArgs args{};
+    args.comm = comm_;
+    args.topk_idx = topk_idx.const_data_ptr();
+    args.wide_idx = topk_idx.scalar_type() == at::kLong;
+    args.num_tokens = static_cast<int>(num_tokens);
+    args.num_topk = static_cast<int>(num_topk);
+    args.num_experts = static_cast<int>(options.num_experts);
+    args.expert_major = options.expert_major;
+    args.alignment = static_cast<int>(options.alignment);
+    args.capacity = options.capacity.value_or(-1);
+    args.map_rows = rows;
+    args.refused = num_tokens > most_tokens;
+    args.send_row = mutable_data<int32_t>(send_row);
+    args.send_counts = mutable_data<int32_t>(send_counts);
+    args.recv_counts = mutable_data<int32_t>(recv_counts);
+    args.recv_map = recv_map.mutable_data_ptr();
+    args.offsets = mutable_data<int32_t>(offsets);
+    args.tokens_per_expert = mutable_data<int32_t>(tokens_per_expert);
+    args.num_dropped = mutable_data<int32_t>(num_dropped);
+    last_tokens_ = num_tokens;
+    last_most_tokens_ = most_tokens;
+    if (exact) {
+      mailbox_->plan = 0;
+    }
+    C10_CUDA_CHECK(launch_plan(args, stream));
+    if (args.refused && !exact) {
+      // The kernel tells the peers; this rank need not wait to know.
+      TORCH_CHECK_VALUE(false, refusal(num_tokens, most_tokens));
+    }
+    if (exact) {
+      // Not a view: nobody else has the tensor yet.
+      auto sizes = recv_map.sizes().vec();
+      sizes[0] = await_rows(stream);
+      recv_map.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    }
+    return {send_row, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped};
+  }
+
+  Payloads dispatch(
+      const PlanTensors& plan,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override {
+    check_limit(OpKind::dispatch, "hidden", max_hidden_, x.size(1));
+    if (const auto* alone = one_rank_kernels(x, layout_.world_size)) {
+      throw_failure();
+      return alone->dispatch(plan, x, topk_weights, scales);
+    }
+    const c10::cuda::CUDAGuard guard(device_);
+    const auto stream = enter();
+    const int64_t num_topk = plan.send_row.size(1), rows = plan.recv_map.size(0);
+    Payloads result{at::Tensor(), std::nullopt, std::nullopt};
+    DispatchArgs args{};
+    args.comm = comm_;
+    args.plan = view_of(plan);
+    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    set_agreed(args.agreed, x, topk_weights, scales, num_topk);
+    if (topk_weights) {
+      std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
+      args.weights = data<char>(*topk_weights);
+      args.out_weights = mutable_data<char>(*std::get<1>(result));
+    }
+    // Scales travel in the row's record if there is room beside at least as much of the row.
+    const int64_t scale_bytes = bytes_per_row(scales);
+    const bool beside = 2 * (round_up(scale_bytes, kVector) + record_tail(args.record, num_topk)) <= record_limit();
+    if (scales && beside) {
+      std::get<2>(result) = empty({rows, scales->size(1)}, *scales);
+      args.record.scale_bytes = static_cast<int>(scale_bytes);
+      args.scales = data<char>(*scales);
+      args.out_scales = mutable_data<char>(*std::get<2>(result));
+    }
+    std::get<0>(result) = dispatch_rows(args, x, rows, stream);
+    if (scales && !beside) {
+      args.record.weight_bytes = args.record.scale_bytes = 0;
+      std::get<2>(result) = dispatch_rows(args, *scales, rows, stream);
+    }
+    return result;
+  }
+
+  Payloads combine(
+      const PlanTensors& plan,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override {
+    check_limit(OpKind::combine, "hidden", max_hidden_, y.size(1));
+    if (const auto* alone = one_rank_kernels(y, layout_.world_size)) {
+      throw_failure();
+      return alone->combine(plan, y, row_weights, topk_weights, scales);
+    }
+    const c10::cuda::CUDAGuard guard(device_);
+    const auto stream = enter();
+    const int64_t num_topk = plan.send_row.size(1), num_tokens = plan.send_row.size(0);
+    Payloads result{at::Tensor(), std::nullopt, std::nullopt};
+    CombineArgs args{};
+    args.comm = comm_;
+    args.plan = view_of(plan);
+    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    set_agreed(args.agreed, y, topk_weights, scales, num_topk);
+    at::Tensor wide_weights;
+    if (row_weights) {
+      wide_weights = row_weights->to(y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+      args.row_weights = wide_weights.const_data_ptr();
+    }
+    if (topk_weights) {
+      std::get<1>(result) = empty({num_tokens, num_topk}, *topk_weights);
+      args.weights = data<char>(*topk_weights);
+      args.out_weights = mutable_data<char>(*std::get<1>(result));
+    }
+    std::get<0>(result) = combine_rows(args, y, num_tokens, stream);
+    if (scales) {
+      args.record.weight_bytes = 0;
+      std::get<2>(result) = combine_rows(args, *scales, num_tokens, stream);
+    }
+    return result;
+  }
+
+  LowLatencyRows low_latency_dispatch(
+      const at::Tensor& x,
+      const at::Tensor& topk_idx,
+      const std::optional<at::Tensor>& topk_weights,
+      const LowLatencyOptions& options) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->dispatch(x, topk_idx, topk_weights, options, enter());
+  }
+
+  at::Tensor low_latency_dispatch_send(
+      const at::Tensor& x,
+      const at::Tensor& topk_idx,
+      const std::optional<at::Tensor>& topk_weights,
+      const LowLatencyOptions& options) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
+  }
+
+  LowLatencyRows low_latency_dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->dispatch_recv(ticket, options, enter());
+  }
+
+  std::tuple<at::Tensor, at::Tensor> low_latency_combine(
+      const at::Tensor& y,
+      const at::Tensor& topk_idx,
+      const at::Tensor& row_weights,
+      const at::Tensor& recv_row,
+      int64_t num_experts) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->combine(y, topk_idx, row_weights, recv_row, num_experts, enter());
+  }
+
+  at::Tensor low_latency_combine_send(
+      const at::Tensor& y,
+      const at::Tensor& topk_idx,
+      const at::Tensor& row_weights,
+      const at::Tensor& recv_row,
+      int64_t num_experts) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
+  }
+
+  std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
+      const at::Tensor& ticket,
+      const at::Tensor& topk_idx,
+      int64_t hidden,
+      at::ScalarType dtype,
+      int64_t num_experts) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    return low_latency_->combine_recv(ticket, topk_idx, hidden, dtype, num_experts, enter());
+  }
+
+  bool takes(const at::Tensor& t) const override { return t.is_cuda() && t.get_device() == device_; }
+  int64_t world_size() const override { return layout_.world_size; }
+
+  int64_t settle() override {
+    const c10::cuda::CUDAGuard guard(device_);
+    C10_CUDA_CHECK(cudaDeviceSynchronize());
+    State state{};
+    C10_CUDA_CHECK(cudaMemcpy(&state, comm_.state, sizeof(state), cudaMemcpyDeviceToHost));
+    uint64_t epoch = state.epoch;
+    for (const auto& kind : state.low_latency) {
+      epoch = std::max(epoch, kind.sent >> kShareBits);
+    }
+    return static_cast<int64_t>(epoch);
+  }
+
+  void restart(int64_t epoch) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    State state{};
+    state.epoch = static_cast<uint64_t>(epoch);
+    for (auto& kind : state.low_latency) {
+      kind.sent = kind.received = static_cast<uint64_t>(epoch) << kShareBits;
+    }
+    C10_CUDA_CHECK(cudaMemcpy(comm_.state, &state, sizeof(state), cudaMemcpyHostToDevice));
+    C10_CUDA_CHECK(cudaDeviceSynchronize());
+    *mailbox_ = {};
+    fatal_.clear();
+    masked_ = 0;
+  }
+
+  int64_t masked() const override {
+    uint32_t words[2] = {};
+    const Stream stream;
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* from = i == 0 ? &comm_.state->masked_by_host : &comm_.state->masked_by_timeout;
+      stream.copy(&words[i], from, sizeof(uint32_t));
+    }
+    return words[0] | words[1];
+  }
+
+  void mask(int64_t ranks) override {
+    masked_ |= static_cast<uint32_t>(ranks);
+    Stream().copy(&comm_.state->masked_by_host, &masked_, sizeof(masked_));
+  }
+
+  bool is_idle() const override {
+    const c10::cuda::CUDAGuard guard(device_);
+    const auto status = last_stream_ ? cudaStreamQuery(*last_stream_) : cudaSuccess;
+    if (status != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+    }
+    return status == cudaSuccess;
+  }
+
+ private:
+  // --- exchanges ---
+
+  // Before every operator. Exchanges of one communicator follow each other also from stream to stream.
+  c10::cuda::CUDAStream enter() {
+    throw_failure();
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    if (last_stream_ == stream || is_capturing()) {
+      return stream;
+    }
+    if (last_stream_) {
+      cudaEvent_t event = nullptr;
+      C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+      C10_CUDA_CHECK(cudaEventRecord(event, *last_stream_));
+      C10_CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+      C10_CUDA_CHECK(cudaEventDestroy(event));
+    }
+    last_stream_ = stream;
+    return stream;
+  }
+
+  PlanView view_of(const PlanTensors& plan) const {
+    PlanView view{};
+    view.send_row = data<int32_t>(plan.send_row);
+    view.send_counts = data<int32_t>(plan.send_counts);
+    view.recv_counts = data<int32_t>(plan.recv_counts);
+    view.expert_major = plan.expert_major;
+    if (plan.expert_major) {
+      view.recv_pair = data<int32_t>(plan.recv_map);
+    } else {
+      view.recv_topk_idx = plan.recv_map.const_data_ptr();
+      view.wide_idx = plan.recv_map.scalar_type() == at::kLong;
+    }
+    view.num_tokens = static_cast<int>(plan.send_row.size(0));
+    view.num_topk = static_cast<int>(plan.send_row.size(1));
+    view.rows = plan.recv_map.size(0);
+    return view;
+  }
+
+  static int64_t with_dtype(const std::optional<at::Tensor>& t, int64_t bytes) {
+    return bytes > 0 ? bytes | static_cast<int64_t>(t->scalar_type()) << kDtypeShift : 0;
+  }
+
+  static void set_agreed(
+      int64_t (&agreed)[kNumAgreed],
+      const at::Tensor& rows,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales,
+      int64_t num_topk) {
+    agreed[0] = rows.size(1);
+    agreed[1] = static_cast<int64_t>(rows.scalar_type());
+    agreed[2] = with_dtype(topk_weights, element_bytes(topk_weights) * num_topk);
+    agreed[3] = with_dtype(scales, bytes_per_row(scales));
+  }
+
+  int64_t record_limit() const { return std::min<int64_t>(layout_.slot_bytes, max_record_bytes()); }
+
+  static int64_t record_tail(Record record, int64_t num_topk) {
+    record.row_bytes = 0;
+    return record.bytes(static_cast<int>(num_topk));
+  }
+
+  // One exchange for each slice of columns that a slot has room for; the first takes what travels along.
+  template <class Args, class Launch>
+  void by_columns(Args& args, int64_t row_bytes, int64_t num_topk, Launch launch) const {
+    args.record.row_stride = row_bytes;
+    const int64_t widest = (record_limit() - record_tail(args.record, num_topk)) / kVector * kVector;
+    for (int64_t begin = 0; begin < row_bytes; begin += widest) {
+      args.record.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
+      launch(begin);
+      args.record.weight_bytes = args.record.scale_bytes = 0;
+    }
+  }
+
+  at::Tensor dispatch_rows(DispatchArgs& args, const at::Tensor& x, int64_t rows, cudaStream_t stream) const {
+    const auto wire = to_wire(x);
+    const auto result = wire_result(x, rows, wire.row_bytes);
+    by_columns(args, wire.row_bytes, args.plan.num_topk, [&](int64_t begin) {
+      args.x = wire.data + begin;
+      args.out = mutable_data<char>(result) + begin;
+      C10_CUDA_CHECK(launch_dispatch(args, stream));
+    });
+    return from_wire(result, x);
+  }
+
+  at::Tensor combine_rows(CombineArgs& args, const at::Tensor& y, int64_t num_tokens, cudaStream_t stream) const {
+    const auto wire = to_wire(y);
+    const auto result = wire_result(y, num_tokens, wire.row_bytes);
+    args.element = element_of(y.scalar_type());
+    by_columns(args, wire.row_bytes, args.plan.num_topk, [&](int64_t begin) {
+      args.y = wire.data + begin;
+      args.out = mutable_data<char>(result) + begin;
+      C10_CUDA_CHECK(launch_combine(args, stream));
+    });
+    return from_wire(result, y);
+  }
+
+  // --- the exact plan ---
+
+  // The one number that an exact plan waits for.
+  int64_t await_rows(cudaStream_t stream) {
+    // The kernel's own waits end by the timeout; this one is for a kernel that ended without a word, or never began.
+    const auto look_at = std::chrono::milliseconds(10);
+    auto look = steady_clock::now() + look_at;
+    std::atomic_ref<uint64_t> mail(mailbox_->plan);
+    uint64_t told = 0;
+    while ((told = mail.load(std::memory_order_acquire)) == 0) {
+      if (steady_clock::now() < look) {
+        continue;
+      }
+      look += look_at;
+      const auto status = cudaStreamQuery(stream);
+      if (status != cudaErrorNotReady) {
+        C10_CUDA_CHECK(status);
+        TORCH_CHECK(mail.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
+      }
+      std::this_thread::yield();
+    }
+    if ((told & kPlanFailed) != 0) {
+      C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+      throw_failure();
+      TORCH_CHECK(false, "ep::plan: the kernel reported a failure without a record");
+    }
+    return static_cast<int64_t>(told & (kPlanFailed - 1));
+  }
+
+  // --- errors ---
+
+  std::string refusal(int64_t num_tokens, int64_t most) const {
+    std::ostringstream message;
+    message << "ep::plan: expected at most max_tokens_per_rank = " << most << " tokens, got " << num_tokens;
+    return message.str();
+  }
+
+  // Throws what a kernel reported since the last call. After a timeout every call throws, until a reset.
+  void throw_failure() {
+    if (!fatal_.empty()) {
+      C10_THROW_ERROR(DistError, fatal_);
+    }
+    const int64_t stopped = std::atomic_ref<int64_t>(mailbox_->stopped).load(std::memory_order_acquire);
+    const auto kind = static_cast<Failure>(std::atomic_ref<int64_t>(mailbox_->kind).load(std::memory_order_acquire));
+    if (kind == Failure::none) {
+      if (stopped != 0) {
+        std::ostringstream message;
+        message << "torch_ep: a wait timed out in exchange " << stopped << " of group '" << group_name_
+                << "', after a failure that was raised before: torch_ep.reset(group) on every rank makes the group "
+                   "usable again";
+        fatal_ = message.str();
+        C10_THROW_ERROR(DistError, fatal_);
+      }
+      return;
+    }
+    const Mailbox report = *mailbox_;
+    if (kind == Failure::timeout || kind == Failure::left || kind == Failure::bad_order) {
+      fatal_ = describe(group_name_, comm_, report);
+      C10_THROW_ERROR(DistError, fatal_);
+    }
+    std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
+    // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
+    const bool all_refused =
+        kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
+    const bool own_argument =
+        kind == Failure::bad_plan || all_refused || (kind == Failure::bad_topk && report.peer == comm_.rank);
+    if (!own_argument) {
+      C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
+    }
+    TORCH_CHECK_VALUE(
+        kind != Failure::bad_topk || report.ours != kTooManyTokens, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
+  }
+
+  const std::string group_name_;
+  const Layout layout_;
+  const int64_t max_tokens_, max_hidden_, max_topk_, max_experts_;
+  const c10::DeviceIndex device_;
+  const int multiprocessors_;
+  at::Tensor state_, rows_of_;
+  Mailbox* mailbox_ = nullptr;
+  Comm comm_;
+  std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
+  std::optional<c10::cuda::CUDAStream> last_stream_;
+  uint32_t masked_ = 0;  // State::masked_by_host
+  // Of the last plan, whose exact form says at once if these were too many.
+  int64_t last_tokens_ = 0, last_most_tokens_ = 0;
+  std::string fatal_;
+};
+
+}  // namespace
+
+bool kernels_run() {
+  const bool run = prepare_kernels() == cudaSuccess;
+  if (!run) {
+    static_cast<void>(cudaGetLastError());
+  }
+  return run;
+}
+
+std::shared_ptr<Backend> make_nvlink(const NvlinkOptions& options) {
+  return std::make_shared<Nvlink>(options);
+}
+
+}  // namespace ep::nvlink

@@ -1,0 +1,180 @@
+// How dispatch and combine find, stage and copy rows.
+#pragma once
+
+#include "nvlink/device/exchange.cuh"
+
+namespace ep::nvlink {
+
+// Note [Blocks that send]
+// A block either sends or receives. While the links are full, what a multiprocessor copies to peers holds up whatever
+// it copies after that: warps that place arrived rows beside warps that send fell behind, the more the more was sent.
+
+// How a kernel shares out its blocks, and their warps' part of shared memory.
+struct Shape {
+  int send_blocks;
+  int warps;   // of a block
+  int stages;  // of a warp
+  int stage_bytes;
+  int chunk_tokens;  // of dispatch
+};
+
+// Shared memory of a block on sm_90 that a kernel may ask for (CUDA C++ Programming Guide, table of compute
+// capabilities: 227 KB), less room for the barriers.
+constexpr int kStageMemory = 227 * 1024 - 1024;
+
+// Stages of one warp, used in turn, with a barrier each for what is loaded into them.
+class Ring {
+ public:
+  __device__ Ring(char* stages, uint64_t* barriers, const Shape& shape)
+      : stages_(stages), barriers_(barriers), count_(shape.stages), bytes_(shape.stage_bytes) {}
+
+  __device__ static Ring of_warp(const Shape& shape) {
+    const int warp = warp_id(), warps = shape.warps;
+    extern __shared__ __align__(128) char shared[];
+    char* stages = shared + static_cast<int64_t>(warp) * shape.stages * shape.stage_bytes;
+    auto* barriers =
+        reinterpret_cast<uint64_t*>(shared + static_cast<int64_t>(warps) * shape.stages * shape.stage_bytes);
+    return {stages, barriers + warp * shape.stages, shape};
+  }
+
+  __device__ void init() const {
+    if (lane_id() == 0) {
+      // A loop, so that one lane alone goes through it: unrolled, it was predicated, which compute-sanitizer took for
+      // barriers that other lanes had made too.
+#pragma unroll 1
+      for (int i = 0; i < count_; ++i) {
+        barrier_init(&barriers_[i]);
+      }
+      fence_barrier_init();
+    }
+    __syncwarp();
+  }
+
+  __device__ int depth() const { return count_; }
+  // Of the n-th record.
+  __device__ char* stage(int n) const { return stages_ + n % count_ * bytes_; }
+  __device__ uint64_t* barrier(int n) const { return &barriers_[n % count_]; }
+  __device__ void wait(int n) const { barrier_wait(barrier(n), n / count_ % 2); }
+
+ private:
+  char* stages_;
+  uint64_t* barriers_;
+  int count_, bytes_;
+};
+
+// What a warp knows of a token.
+struct Slot {
+  // Lane k, of slot k: the wire row that carries it, whose rank, and whether it is the first slot of that row.
+  int row;  // counted within the rows of that rank; -1: none
+  int rank;
+  bool first;
+  // Lane r: the row to rank r, or -1.
+  int row_to_lane;
+};
+
+// Of a whole warp: what lane k's entry of send_row says. A bad entry counts as none and is recorded.
+__device__ inline Slot find_slot(const Exchange& x, int entry, const WireRows& out) {
+  const int lane = lane_id();
+  Slot slot{-1, 0, false, -1};
+  uint32_t of_slot = 0, of_lane = 0;  // slots of the same rank as this lane's; those of the rank of this lane
+#pragma unroll 2
+  for (int r = 0; r < x.world_size(); ++r) {
+    const int begin = __shfl_sync(kFullWarp, out.begin, r), end = __shfl_sync(kFullWarp, out.end, r);
+    const bool is_here = entry >= begin && entry < end;
+    const uint32_t slots = __ballot_sync(kFullWarp, is_here);
+    if (is_here) {
+      slot.row = entry - begin;
+      slot.rank = r;
+      of_slot = slots;
+    }
+    of_lane = lane == r ? slots : of_lane;
+  }
+  slot.first = __ffs(static_cast<int>(of_slot)) - 1 == lane;
+  const int row = __shfl_sync(kFullWarp, slot.row, of_lane != 0 ? __ffs(static_cast<int>(of_lane)) - 1 : 0);
+  slot.row_to_lane = of_lane != 0 ? row : -1;
+  const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
+  if (entry != -1 && slot.row < 0) {
+    record(
+        x, {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::send_row), total, entry, 0});
+  }
+  return slot;
+}
+
+// Of a whole warp: its share of rows_of, the inverse of recv_pair.
+__device__ inline void
+invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int warp, int warps) {
+  const int64_t slots = received * plan.num_topk;
+  for (int64_t row = int64_t{warp} * kWarp + lane_id(); row < plan.rows; row += int64_t{warps} * kWarp) {
+    const int slot = plan.recv_pair[row];
+    if (slot >= 0 && slot < slots) {
+      x.comm.rows_of[slot] = x.tag() | static_cast<uint64_t>(row);
+    } else if (slot != -1) {
+      record(
+          x,
+          {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::recv_pair), slots, slot, 0});
+    }
+  }
+  __syncwarp();
+  if (lane_id() == 0) {
+    __threadfence();
+    add_release_device(&x.comm.state->gate, 1);
+  }
+}
+
+// expert_major: the row for lane k's slot of a received wire row, or -1.
+__device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, int64_t wire_row) {
+  const int k = lane_id();
+  if (k >= plan.num_topk) {
+    return -1;
+  }
+  const uint64_t entry = fresh(x.comm.rows_of[wire_row * plan.num_topk + k]);
+  return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
+}
+
+// Of a whole warp, a few bytes. Any alignment. Out of the way, since calls are many.
+__device__ __noinline__ inline void copy_bytes(char* to, const char* from, int bytes) {
+  const auto alignment =
+      reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
+  if (alignment % 4 == 0) {
+    for (int i = lane_id() * 4; i < bytes; i += kWarp * 4) {
+      *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane_id(); i < bytes; i += kWarp) {
+      to[i] = from[i];
+    }
+  }
+}
+
+__device__ __noinline__ inline void zero_bytes(char* to, int64_t bytes) {
+  const auto alignment = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
+  if (alignment % 16 == 0) {
+    for (int64_t i = lane_id() * 16; i < bytes; i += kWarp * 16) {
+      *reinterpret_cast<uint4*>(to + i) = {0, 0, 0, 0};
+    }
+  } else {
+#pragma unroll 1
+    for (int64_t i = lane_id(); i < bytes; i += kWarp) {
+      to[i] = 0;
+    }
+  }
+}
+
+// One weight: 2, 4 or 8 bytes.
+__device__ inline void copy_weight(char* to, const char* from, int bytes) {
+  if (bytes == 4) {
+    *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
+  } else if (bytes == 8) {
+    *reinterpret_cast<uint64_t*>(to) = *reinterpret_cast<const uint64_t*>(from);
+  } else {
+    *reinterpret_cast<uint16_t*>(to) = *reinterpret_cast<const uint16_t*>(from);
+  }
+}
+
+__device__ inline void zero_weight(char* to, int bytes) {
+  const uint64_t zero = 0;
+  copy_weight(to, reinterpret_cast<const char*>(&zero), bytes);
+}
+
+}  // namespace ep::nvlink

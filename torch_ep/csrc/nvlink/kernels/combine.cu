@@ -1,0 +1,569 @@
+// ep::combine: rows back to the ranks whose tokens they are, summed on both sides.
+//   send   some blocks: chunks of the rows of every peer: the rows of one token summed -> shared memory -> peer
+//   sum    the others, and these when they are done: this rank's tokens: arrived rows and own ones summed -> result.
+//          The first of these warps meets the peers.
+// Where rows are few, warps share them by columns: a warp that sums a whole row takes longer than all the rest.
+// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction, and what
+// crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
+#include "nvlink/device/reduce.cuh"
+#include "nvlink/device/rows.cuh"
+
+#include <algorithm>
+
+namespace ep::nvlink {
+namespace {
+
+// 16 warps with 7 pieces have all of a block's shared memory but 3 KB. Copies take all of it; sums load four pieces at
+// a time, which was faster than more of them.
+constexpr int kMaxWarps = 16;
+constexpr int kPieces = 7;
+constexpr int kSumDepth = 4;
+constexpr int kWarpBytes = kPieces * kPieceBytes;
+
+template <class T, bool weighted>
+class Combine {
+ public:
+  using Wide = typename Vector<T>::Wide;
+
+  __device__ Combine(const CombineArgs& args, int send_blocks)
+      : a_(args),
+        x_(args.comm, Op::combine),
+        send_blocks_(send_blocks),
+        memory_(shared_memory() + warp_id() * kWarpBytes),
+        out_(wire_rows(x_, args.plan.send_counts)),
+        in_(wire_rows(x_, args.plan.recv_counts)),
+        vectors_(args.record.row_bytes / 16) {}
+
+  __device__ void run() {
+    const bool sends = static_cast<int>(blockIdx.x) < send_blocks_;
+    copy_ring().init();
+    bool going = true;
+    if (a_.plan.expert_major) {
+      const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+      const int warps = static_cast<int>(gridDim.x) * kMaxWarps;
+      invert_recv_pair(
+          x_, a_.plan, received, static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(), warps);
+      going = wait_for_gate(x_, static_cast<uint32_t>(warps));
+    }
+    if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
+      going = meet_peers(x_, a_.agreed, in_.count(), out_.count()) && going;
+    }
+    going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
+    if (going && sends) {
+      send();
+    }
+    if (going) {
+      if (is_few(a_.plan.num_tokens) || any_few(out_)) {
+        sum<true>();
+      } else {
+        sum<false>();
+      }
+    }
+    end_exchange(x_, &a_.comm.state->last_combine);
+  }
+
+ private:
+  // --- chunks ---
+
+  // Columns of a row, in pieces.
+  struct Columns {
+    int begin, end;
+    __device__ int count() const { return end - begin; }
+    __device__ int64_t offset() const { return int64_t{begin} * kPieceBytes; }
+  };
+
+  // How rows are cut: 1 << shift of them a chunk, or some parts a row, each a chunk of its own.
+  struct Cut {
+    int shift, parts;
+  };
+
+  // Of the `rows` that go from one rank to another: the same on both sides.
+  __device__ Cut cut_of(int rows) const {
+    if (!is_few(rows)) {
+      return {kChunkShift, 1};
+    }
+    return {0, min(max(kFewChunks / (rows * peers()), kLeastParts), pieces())};
+  }
+  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMostSingleRows; }
+  __device__ bool any_few(const WireRows& rows) const {
+    return __any_sync(kFullWarp, x_.is_peer(lane_id()) && is_few(rows.count())) != 0;
+  }
+
+  __device__ int peers() const { return max(x_.world_size() - 1, 1); }
+  __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
+
+  // Where no rows are few, nothing is divided: code of its own, without which 4096 tokens took 1.6 % longer.
+  template <bool few>
+  __device__ Columns columns_of(const Cut& cut, int part) const {
+    if (!few || cut.parts == 1) {
+      return {0, pieces()};
+    }
+    return {part * pieces() / cut.parts, (part + 1) * pieces() / cut.parts};
+  }
+  // The chunk that has a piece of a row.
+  template <bool few>
+  __device__ int chunk_of(const Cut& cut, int row, int piece) const {
+    return !few || cut.parts == 1 ? row >> cut.shift : row * cut.parts + ((piece + 1) * cut.parts - 1) / pieces();
+  }
+
+  // Vectors in some columns.
+  __device__ int vectors_in(const Columns& columns) const {
+    return min(vectors_, columns.end * kPieceVectors) - columns.begin * kPieceVectors;
+  }
+
+  // --- the rows of the result of dispatch that belong to one wire row ---
+
+  struct Rows {
+    uint32_t lanes;  // that have one
+    int64_t row;     // this lane's
+    Wide weight;     // of it
+  };
+
+  // rank_major: it is the same row, and `lane` has it.
+  __device__ Rows rows_of(int64_t wire_row, int lane) const {
+    Rows rows{0, -1, Wide{1}};
+    if (a_.plan.expert_major) {
+      rows.row = row_of_slot(x_, a_.plan, wire_row);
+    } else if (lane_id() == lane && wire_row < a_.plan.rows) {
+      rows.row = wire_row;
+    }
+    rows.lanes = __ballot_sync(kFullWarp, rows.row >= 0);
+    if (weighted && rows.row >= 0) {
+      rows.weight = static_cast<const Wide*>(a_.row_weights)[rows.row];
+    }
+    return rows;
+  }
+
+  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.record.row_stride; }
+
+  // What lane k's slot brings home of the weights of a wire row.
+  __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
+    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
+      zero_weight(to, bytes);
+    } else {
+      copy_weight(
+          to, a_.weights + (a_.plan.expert_major ? rows.row : wire_row * a_.plan.num_topk + lane) * bytes, bytes);
+    }
+  }
+
+  // --- send ---
+
+  // The chunks of wire rows that this warp sends, one after the other.
+  class Turn {
+   public:
+    __device__ explicit Turn(const Combine& c) : c_(c), tickets_(c.x_, 0), rows_(c.in_.count()) {
+      const Cut cut = c.cut_of(rows_);
+      int most = c.x_.is_peer(lane_id()) ? ((rows_ + (1 << cut.shift) - 1) >> cut.shift) * cut.parts : 0;
+      for (int step = kMaxRanks / 2; step > 0; step /= 2) {
+        most = max(most, __shfl_xor_sync(kFullWarp, most, step));
+      }
+      chunks_ = __shfl_sync(kFullWarp, most, 0);
+    }
+
+    // False: there is none left. The tickets go round the peers, as long as the one with most chunks has any.
+    __device__ bool advance() {
+      const int peers = c_.peers();
+      while (true) {
+        const auto ticket = static_cast<int>(tickets_.next());
+        if (ticket >= chunks_ * peers) {
+          return false;
+        }
+        chunk = ticket / peers;
+        // Note [Peers in turn].
+        to = (c_.a_.comm.rank + 1 + ticket - chunk * peers) % c_.x_.world_size();
+        const int rows = __shfl_sync(kFullWarp, rows_, to);
+        const Cut cut = c_.cut_of(rows);
+        begin = min(cut.parts == 1 ? chunk << cut.shift : chunk / cut.parts, rows);
+        end = min(begin + (1 << cut.shift), rows);
+        columns = c_.template columns_of<true>(cut, chunk - (begin >> cut.shift) * cut.parts);
+        if (begin < end) {
+          tickets_.draw();
+          return true;
+        }
+      }
+    }
+
+    int to = 0, chunk = 0;
+    int begin = 0, end = 0;  // of the rows that go back to rank `to`
+    Columns columns{};
+
+   private:
+    const Combine& c_;
+    Tickets tickets_;
+    const int rows_;
+    int chunks_ = 0;
+  };
+
+  // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
+  class Flags {
+   public:
+    __device__ explicit Flags(const Exchange& x) : x_(x) {}
+    // After each record's last bulk_commit; `copies`: of the record, at least.
+    __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
+      if (chunk_ >= 0) {
+        if (copies >= 4) {
+          bulk_wait<4>();
+        } else {
+          bulk_wait<1>();
+        }
+        tell();
+      }
+      if (ends_chunk) {
+        to_ = to;
+        chunk_ = chunk;
+      }
+    }
+    __device__ void finish() {
+      bulk_wait<0>();
+      if (chunk_ >= 0) {
+        tell();
+      }
+    }
+
+   private:
+    __device__ void tell() {
+      __syncwarp();
+      // The lane whose bulk copies they were; what the others stored is ordered by the barrier.
+      if (lane_id() == to_) {
+        fence_async_global();
+        store_release_system(x_.peer(to_, x_.layout().combine_flag(x_.comm.rank, chunk_)), x_.tag());
+      }
+      chunk_ = -1;
+    }
+    const Exchange& x_;
+    int to_ = 0, chunk_ = -1;
+  };
+
+  __device__ void send() {
+    Turn turn(*this);
+    if (a_.plan.expert_major || weighted) {
+      send_sums(turn);
+    } else {
+      send_copies(turn);
+    }
+    fence_async_shared();  // this memory is for sums next
+    __syncwarp();
+  }
+
+  __device__ char* slot_of(int to, int row) const {
+    const Layout& layout = x_.layout();
+    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.slot_bytes);
+  }
+
+  __device__ void send_weights(char* slot, int64_t wire_row, const Rows& rows) const {
+    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    if (bytes != 0 && lane < a_.plan.num_topk) {
+      take_weight(slot + a_.record.weights_at() + lane * bytes, wire_row, rows);
+    }
+  }
+
+  // Two pieces of the warp's memory hold what is leaving.
+  __device__ void send_sums(Turn& turn) {
+    Flags flags(x_);
+    char* leaving = memory_ + kSumDepth * kPieceBytes;
+    int parity = 0;
+    while (turn.advance()) {
+      for (int row = turn.begin; row < turn.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+        const Rows rows = rows_of(wire_row, 0);
+        char* slot = slot_of(turn.to, row);
+        const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
+          bulk_wait_read<1>();
+          __syncwarp();
+          char* stage = leaving + parity * kPieceBytes;
+          parity ^= 1;
+#pragma unroll
+          for (int b = 0; b < kBatch; ++b) {
+            reinterpret_cast<uint4*>(stage)[b * kWarp + lane_id()] = part[b];
+          }
+          fence_async_shared();
+          __syncwarp();
+          if (lane_id() == turn.to) {
+            const int at = (turn.columns.begin + piece) * kPieceBytes;
+            bulk_store(slot + at, stage, min(kPieceBytes, a_.record.row_bytes - at));
+          }
+          bulk_commit();
+        };
+        sum_rows<T, weighted, kSumDepth>(
+            {1, 1, rows.lanes},
+            y_row(rows) + turn.columns.offset(),
+            rows.weight,
+            vectors_in(turn.columns),
+            memory_,
+            sink);
+        if (turn.columns.begin == 0) {
+          send_weights(slot, wire_row, rows);
+        }
+        flags.sent(turn.to, turn.chunk, turn.columns.count(), row + 1 == turn.end);
+      }
+    }
+    flags.finish();
+  }
+
+  // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
+  __device__ void send_copies(Turn& turn) {
+    const Ring ring = copy_ring();
+    Flags flags(x_);
+    // What is loaded, and the one before, which leaves next.
+    struct Piece {
+      int to, row, chunk;
+      int64_t wire_row;
+      int begin, bytes;
+      int copies;  // of the row, up to this one
+      bool ends_row, ends_chunk;
+    };
+    Piece waiting{};
+    bool has_waiting = false;
+    int copied = 0;
+    const auto push = [&](const Piece& p, int n) {
+      ring.wait(n);
+      fence_async_shared();
+      __syncwarp();
+      char* slot = slot_of(p.to, p.row);
+      if (lane_id() == p.to) {
+        bulk_store(slot + p.begin, ring.stage(n), p.bytes);
+      }
+      bulk_commit();
+      if (p.begin == 0) {
+        send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
+      }
+      if (p.ends_row) {
+        flags.sent(p.to, p.chunk, p.copies, p.ends_chunk);
+      }
+    };
+    while (turn.advance()) {
+      for (int row = turn.begin; row < turn.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+        const int end = min(turn.columns.end * kPieceBytes, a_.record.row_bytes);
+        int copies = 0;
+        for (int begin = turn.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
+          const Piece piece{
+              turn.to,
+              row,
+              turn.chunk,
+              wire_row,
+              begin,
+              min(kHalf, end - begin),
+              ++copies,
+              begin + kHalf >= end,
+              row + 1 == turn.end};
+          bulk_wait_read<0>();  // of what leaves from this half
+          load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
+          if (has_waiting) {
+            push(waiting, copied - 1);
+          }
+          waiting = piece;
+          has_waiting = true;
+          ++copied;
+        }
+      }
+    }
+    if (has_waiting) {
+      push(waiting, copied - 1);
+    }
+    flags.finish();
+  }
+
+  __device__ void load_copy(const Ring& ring, int64_t wire_row, int begin, int bytes, int n) const {
+    const bool is_dropped = wire_row >= a_.plan.rows;
+    fence_async_shared();
+    __syncwarp();
+    if (is_dropped) {
+      zero_bytes(ring.stage(n), bytes);
+      fence_async_shared();
+      __syncwarp();
+    }
+    if (lane_id() == 0) {
+      barrier_expect(ring.barrier(n), is_dropped ? 0 : bytes);
+      if (!is_dropped) {
+        bulk_load(ring.stage(n), a_.y + wire_row * a_.record.row_stride + begin, bytes, ring.barrier(n));
+      }
+    }
+  }
+
+  // --- sum ---
+
+  template <bool few>
+  __device__ void sum() {
+    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
+    const Layout& layout = x_.layout();
+    const bool is_peer = x_.is_peer(lane);
+    const int from = is_peer ? lane : me;
+    const char* slots = is_peer ? x_.own(layout.combine_rows(from, me)) : nullptr;
+    const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
+    const Cut theirs = cut_of(out_.count()), ours = cut_of(a_.plan.num_tokens);
+    int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
+    Tickets tickets(x_, 1);
+    for (int64_t i = tickets.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = tickets.next()) {
+      tickets.draw();
+      const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
+      const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
+      const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
+      const Slot slot = find_slot(x_, entry, out_);
+      const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
+
+      // Lane r waits for these columns of the row of rank r.
+      const int row = slot.row_to_lane;
+      const int last_chunk = chunk_of<few>(theirs, row, columns.end - 1);
+      int chunk = chunk_of<few>(theirs, row, columns.begin);
+      const bool waits = is_peer && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk);
+      const auto has_arrived = [&] {
+        while (x_.is_tagged(load_acquire_system(x_.own(layout.combine_flag(from, chunk))))) {
+          if (!few || chunk == last_chunk) {
+            return true;
+          }
+          ++chunk;
+        }
+        return false;
+      };
+      if (!wait_lanes(x_, Phase::rows, waits, from, has_arrived)) {
+        return;
+      }
+      arrived_chunk = waits ? last_chunk : arrived_chunk;
+
+      const char* base =
+          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
+      const char* arrived_row = base + slot.row * layout.slot_bytes;  // lane k: what came back for slot k, unless own
+      const bool is_own = slot.row >= 0 && slot.rank == me;
+      const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
+      Rows own{0, -1, Wide{1}};
+      int64_t own_wire_row = 0;
+      if (own_lanes != 0) {
+        const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
+        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
+        own = rows_of(own_wire_row, own_lane);
+        own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
+      }
+      char* result = a_.out + token * a_.record.row_stride + columns.offset() + lane * 16;
+      const int vectors = vectors_in(columns);
+      const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          const int v = piece * kPieceVectors + b * kWarp;
+          if (v + lane < vectors) {
+            *reinterpret_cast<uint4*>(result + int64_t{v} * 16) = part[b];
+          }
+        }
+      };
+      const char* own_row = y_row(own);
+      uint32_t own_term = terms & own_lanes;
+      if (!weighted && __popc(own.lanes) == 1) {
+        // A row that needs no rounding is a term like any other.
+        own_row = reinterpret_cast<const char*>(
+            __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
+        own_term = 0;
+      }
+      sum_rows<T, weighted, kSumDepth>(
+          {terms, own_term, own.lanes},
+          (is_own ? own_row : arrived_row) + columns.offset(),
+          own.weight,
+          vectors,
+          memory_,
+          sink);
+
+      if (weight_bytes != 0 && columns.begin == 0 && lane < num_topk) {
+        char* to = a_.out_weights + (int64_t{token} * num_topk + lane) * weight_bytes;
+        if (slot.row < 0) {
+          zero_weight(to, weight_bytes);
+        } else if (is_own) {
+          take_weight(to, own_wire_row, own);
+        } else {
+          copy_weight(to, arrived_row + a_.record.weights_at() + lane * weight_bytes, weight_bytes);
+        }
+      }
+    }
+  }
+
+  // Of many rows, a chunk has two: each costs a fence, as in dispatch.
+  static constexpr int kChunkShift = 1;
+
+  __device__ static char* shared_memory() {
+    extern __shared__ __align__(128) char shared[];
+    return shared;
+  }
+  static constexpr int kHalf = kWarpBytes / 2;
+
+  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, {0, 0, 2, kHalf}}; }
+  __device__ static uint64_t* barriers() {
+    return reinterpret_cast<uint64_t*>(shared_memory() + kMaxWarps * kWarpBytes);
+  }
+
+  const CombineArgs& a_;
+  const Exchange x_;
+  const int send_blocks_;
+  char* const memory_;  // of this warp
+  const WireRows out_, in_;
+  const int vectors_;  // of a row
+};
+
+template <class T, bool weighted>
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    combine_kernel(const __grid_constant__ CombineArgs args, int send_blocks) {
+  ask_for(args);
+  if (!has_failed(args.comm)) {
+    Combine<T, weighted>(args, send_blocks).run();
+  }
+}
+
+// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying, most of all
+// where rows are many. See also Note [Blocks that send], device/rows.cuh.
+int send_blocks_of(const CombineArgs& args) {
+  constexpr int kManyTokens = 512;
+  const int blocks = args.comm.layout.num_blocks;
+  if (args.comm.layout.world_size == 1) {
+    return 0;
+  }
+  if (!args.plan.expert_major && args.row_weights == nullptr) {
+    return blocks / 2;
+  }
+  return args.plan.num_tokens < kManyTokens ? (7 * blocks + 6) / 12 : (17 * blocks + 12) / 24;
+}
+
+constexpr int kSharedBytes = kMaxWarps * (kWarpBytes + 2 * static_cast<int>(sizeof(uint64_t)));
+
+template <class T>
+cudaError_t prepare() {
+  constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  const auto error = cudaFuncSetAttribute(combine_kernel<T, false>, attribute, kSharedBytes);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(combine_kernel<T, true>, attribute, kSharedBytes);
+}
+
+template <class T, bool weighted>
+cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
+  const auto kernel = combine_kernel<T, weighted>;
+  kernel<<<args.comm.layout.num_blocks, kMaxWarps * kWarp, kSharedBytes, stream>>>(args, send_blocks_of(args));
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const CombineArgs& args, cudaStream_t stream) {
+  return args.row_weights != nullptr ? launch<T, true>(args, stream) : launch<T, false>(args, stream);
+}
+
+}  // namespace
+
+cudaError_t prepare_combine() {
+  for (const auto prepare_type : {prepare<double>, prepare<float>, prepare<__nv_bfloat16>, prepare<__half>}) {
+    if (const auto error = prepare_type(); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream) {
+  switch (args.element) {
+    case Element::f64:
+      return launch<double>(args, stream);
+    case Element::f32:
+      return launch<float>(args, stream);
+    case Element::bf16:
+      return launch<__nv_bfloat16>(args, stream);
+    case Element::f16:
+      return launch<__half>(args, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace ep::nvlink

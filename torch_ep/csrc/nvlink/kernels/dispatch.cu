@@ -1,0 +1,494 @@
+// ep::dispatch: rows to the ranks that need them.
+//   send      some blocks: chunks of tokens: row -> shared memory -> every peer that needs it
+//   receive   the others: chunks of every peer: arrived row -> shared memory -> its places in the result; and, while
+//             there is none, this rank's own rows. The first of these warps meets the peers.
+// Blocks that have sent everything join in the own rows.
+#include "core/device/launch.cuh"
+#include "nvlink/device/rows.cuh"
+
+#include <algorithm>
+
+namespace ep::nvlink {
+namespace {
+
+// Of a block. More warps keep more rows on their way, and take a microsecond longer to start: for many tokens only.
+constexpr int kMaxWarps = 24, kFewWarps = 16;
+
+class Dispatch {
+ public:
+  __device__ Dispatch(const DispatchArgs& args, const Shape& shape)
+      : a_(args),
+        x_(args.comm, Op::dispatch),
+        receiver_(
+            static_cast<int>(blockIdx.x) - shape.send_blocks +
+            (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),
+        receivers_((static_cast<int>(gridDim.x) - shape.send_blocks) * shape.warps),
+        sends_(static_cast<int>(blockIdx.x) < shape.send_blocks),
+        chunk_tokens_(shape.chunk_tokens),
+        chunks_((args.plan.num_tokens + chunk_tokens_ - 1) / chunk_tokens_),
+        ring_(Ring::of_warp(shape)),
+        out_(wire_rows(x_, args.plan.send_counts)),
+        in_(wire_rows(x_, args.plan.recv_counts)) {}
+
+  __device__ void run() {
+    ring_.init();
+    if (sends_) {
+      place_rest(send());
+    } else {
+      receive();
+    }
+    end_exchange(x_, &a_.comm.state->last_dispatch);
+  }
+
+ private:
+  __device__ bool is_bulk(const void* p) const { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+  __device__ bool scales_in_bulk() const { return a_.record.scale_bytes % 16 == 0 && is_bulk(a_.scales); }
+
+  // --- send ---
+
+  // One lane.
+  __device__ void load_token_row(int64_t token, int n) const {
+    const bool scales = a_.record.scale_bytes != 0 && scales_in_bulk();
+    barrier_expect(ring_.barrier(n), a_.record.row_bytes + (scales ? a_.record.scale_bytes : 0));
+    bulk_load(ring_.stage(n), a_.x + token * a_.record.row_stride, a_.record.row_bytes, ring_.barrier(n));
+    if (scales) {
+      bulk_load(
+          ring_.stage(n) + a_.record.scales_at(a_.plan.num_topk),
+          a_.scales + token * a_.record.scale_bytes,
+          a_.record.scale_bytes,
+          ring_.barrier(n));
+    }
+  }
+
+  // What bulk copies do not load. `weight`: this lane's.
+  __device__ void fill_record(char* stage, int64_t token, uint64_t weight) const {
+    const int lane = lane_id(), weight_bytes = a_.record.weight_bytes, num_topk = a_.plan.num_topk;
+    const bool scales = a_.record.scale_bytes != 0 && !scales_in_bulk();
+    if (weight_bytes != 0 && lane < num_topk) {
+      copy_weight(
+          stage + a_.record.weights_at() + lane * weight_bytes, reinterpret_cast<const char*>(&weight), weight_bytes);
+    }
+    if (scales) {
+      copy_bytes(
+          stage + a_.record.scales_at(num_topk), a_.scales + token * a_.record.scale_bytes, a_.record.scale_bytes);
+    }
+    if (weight_bytes != 0 || scales) {
+      fence_async_shared();
+      __syncwarp();
+    }
+  }
+
+  // A token, and what this lane knows of its slot of it.
+  struct Token {
+    int64_t index = -1;  // -1: there is none
+    int entry = -1;      // of send_row
+    uint64_t weight = 0;
+  };
+
+  // The tokens of this warp, chunk by chunk.
+  class Tokens {
+   public:
+    __device__ Tokens(const Exchange& x, const DispatchArgs& args, int tickets, int chunk_tokens)
+        : tickets_(x, tickets), a_(args), chunk_tokens_(chunk_tokens) {}
+    __device__ Token next() {
+      if (next_ == end_) {
+        next_ = tickets_.next() * chunk_tokens_;
+        tickets_.draw();
+        end_ = min(next_ + chunk_tokens_, int64_t{a_.plan.num_tokens});
+        if (next_ >= end_) {
+          next_ = end_ = 0;
+          return {};
+        }
+      }
+      Token token{next_++};
+      if (lane_id() < a_.plan.num_topk) {
+        const int64_t i = token.index * a_.plan.num_topk + lane_id();
+        token.entry = a_.plan.send_row[i];
+        if (a_.record.weight_bytes != 0) {
+          copy_weight(
+              reinterpret_cast<char*>(&token.weight), a_.weights + i * a_.record.weight_bytes, a_.record.weight_bytes);
+        }
+      }
+      return token;
+    }
+
+   private:
+    Tickets tickets_;
+    const DispatchArgs& a_;
+    const int chunk_tokens_;
+    int64_t next_ = 0, end_ = 0;
+  };
+
+  // Until the stage of the record after the n-th is free: with two stages, the n-th may still be leaving.
+  __device__ void wait_for_stage() const {
+    if (ring_.depth() > 1) {
+      bulk_wait_read<1>();
+    } else {
+      bulk_wait_read<0>();
+    }
+    fence_async_shared();
+    __syncwarp();
+  }
+
+  // Returns how many tokens it was.
+  __device__ int send() {
+    const int lane = lane_id(), me = a_.comm.rank;
+    const Layout& layout = x_.layout();
+    const int to = rank_of_lane(me + warp_id(), x_.world_size());  // of this lane
+    const bool is_peer = x_.is_peer(to);
+    const int rows_before = __shfl_sync(kFullWarp, out_.begin, to);
+    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
+    char* rows = is_peer ? x_.peer(to, layout.dispatch_rows(me, to)) : nullptr;
+
+    // Of the chunk at hand, and of the one before, whose flag is still to be written: rows to this lane's rank.
+    int begin = 0, count = 0, told_begin = 0, told_count = 0;
+    int64_t chunk = -1, untold = -1;
+    const auto tell = [&] {
+      if (is_peer && untold >= 0) {
+        fence_async_global();
+        store_release_system(
+            x_.peer(to, layout.dispatch_flag(me, untold)),
+            x_.tag() | static_cast<uint64_t>(told_count) << 24 | static_cast<uint64_t>(told_begin));
+      }
+      untold = -1;
+    };
+
+    Tokens tokens(x_, a_, 0, chunk_tokens_);
+    Token token = tokens.next();
+    if (lane == 0 && token.index >= 0) {
+      load_token_row(token.index, 0);
+    }
+    int n = 0;
+    if (!wait_for_credits(x_, fresh(a_.comm.state->last_dispatch))) {
+      if (token.index >= 0) {
+        ring_.wait(n++);
+      }
+      return n;
+    }
+    for (; token.index >= 0; ++n) {
+      const Token next = tokens.next();
+      const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, to);
+      if (token.index / chunk_tokens_ != chunk) {
+        chunk = token.index / chunk_tokens_;
+        begin = count = 0;
+      }
+      ring_.wait(n);
+      char* stage = ring_.stage(n);
+      fill_record(stage, token.index, token.weight);
+      if (is_peer && row >= 0) {
+        bulk_store(rows + row * layout.slot_bytes, stage, record_bytes);
+        if (count == 0) {
+          begin = row;
+        } else if (row != begin + count) {
+          record(
+              x_,
+              {Failure::bad_plan,
+               Phase::rows,
+               me,
+               static_cast<int64_t>(PlanTensor::send_row),
+               rows_before + begin + count,
+               rows_before + row,
+               0});
+        }
+        ++count;
+      }
+      bulk_commit();
+      if (untold >= 0) {
+        bulk_wait<1>();  // all but this token's
+        tell();
+      }
+      if (next.index < 0 || next.index / chunk_tokens_ != chunk) {
+        untold = chunk;
+        told_begin = begin;
+        told_count = count;
+      }
+      if (next.index >= 0) {
+        wait_for_stage();
+        if (lane == 0) {
+          load_token_row(next.index, n + 1);
+        }
+      }
+      token = next;
+    }
+    bulk_wait<0>();
+    tell();
+    return n;
+  }
+
+  // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
+  __device__ void place_rest(int n) const {
+    if (!wait_for_places()) {
+      return;
+    }
+    Tokens tokens(x_, a_, 1, 1);
+    for (Token own = tokens.next(); own.index >= 0; own = tokens.next()) {
+      n += place_own(own, n);
+    }
+    bulk_wait<0>();
+  }
+
+  // --- receive ---
+
+  __device__ void receive() {
+    const int lane = lane_id();
+    const Layout& layout = x_.layout();
+    const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+    if (receiver_ == 0) {
+      if (!meet_peers(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
+        return;
+      }
+    } else if (a_.plan.expert_major) {
+      invert_recv_pair(x_, a_.plan, received, receiver_ - 1, inverters());
+    }
+    zero_fill(received);
+    if (!wait_for_headers(x_) || !wait_for_places()) {
+      return;
+    }
+
+    // Lane s receives from rank s: the receiver_-th of its chunks, then, one after the other, those that no warp has
+    // taken yet. To ask for one takes most of a microsecond: not where there is none.
+    const bool is_peer = x_.is_peer(lane);
+    const int from = is_peer ? lane : a_.comm.rank;
+    const int64_t chunks =
+        is_peer ? min(static_cast<int64_t>(load_relaxed_system(&header_of_lane(x_)->chunks)), layout.max_tokens) : 0;
+    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
+    int64_t chunk = receiver_;
+    int next = 0, end = 0;  // rows of the chunk before that one which have arrived
+    int turn = 0;
+    Tokens tokens(x_, a_, 1, 1);
+    Token own = tokens.next();
+    for (int n = 0;;) {
+      uint32_t ready = __ballot_sync(kFullWarp, next < end);
+      Wait wait(x_, Phase::rows);
+      while (ready == 0) {
+        const bool waits = chunk < chunks;
+        if (!__any_sync(kFullWarp, waits) && own.index < 0) {
+          bulk_wait<0>();
+          return;
+        }
+        uint64_t word = 0;
+        if (waits) {
+          word = load_acquire_system(x_.own(layout.dispatch_flag(from, chunk)));
+        }
+        const bool news = waits && x_.is_tagged(word);
+        if (news) {
+          next = static_cast<int>(word & (kMaxTokens - 1));
+          end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
+          chunk = receivers_ < chunks ? receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)} : chunks;
+        }
+        ready = __ballot_sync(kFullWarp, next < end);
+        if (ready != 0) {
+          fence_async_global();  // between the flag and the bulk copies of what it tells of
+          __syncwarp();
+        } else if (own.index >= 0) {
+          n += place_own(own, n);
+          own = tokens.next();
+        } else if (__any_sync(kFullWarp, waits && !news && !wait.again(from, word))) {
+          bulk_wait<0>();
+          return;
+        }
+      }
+      // Sources in turn, so that none of them is left behind.
+      const uint32_t after = ready & (kFullWarp << turn);
+      const int source = __ffs(static_cast<int>(after != 0 ? after : ready)) - 1;
+      turn = (source + 1) % kWarp;
+      const int row = __shfl_sync(kFullWarp, next, source);
+      const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, source)} + row;
+      if (lane == source) {
+        ++next;
+      }
+      wait_for_stage();
+      if (lane == 0) {
+        barrier_expect(ring_.barrier(n), record_bytes);
+        bulk_load(
+            ring_.stage(n),
+            x_.own(layout.dispatch_rows(source, a_.comm.rank) + row * layout.slot_bytes),
+            record_bytes,
+            ring_.barrier(n));
+      }
+      const int64_t place_of_row = place_of(position);
+      ring_.wait(n);
+      place(ring_.stage(n), position, place_of_row);
+      bulk_commit();
+      ++n;
+    }
+  }
+
+  // A token of this rank, if it has an expert here: 1, or else 0.
+  __device__ int place_own(const Token& token, int n) const {
+    const int me = a_.comm.rank;
+    const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, me);
+    if (row < 0) {
+      return 0;
+    }
+    const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, me)} + row;
+    wait_for_stage();
+    if (lane_id() == 0) {
+      load_token_row(token.index, n);
+    }
+    const int64_t place_of_row = place_of(position);
+    ring_.wait(n);
+    fill_record(ring_.stage(n), token.index, token.weight);
+    place(ring_.stage(n), position, place_of_row);
+    bulk_commit();
+    return 1;
+  }
+
+  // Rows of the result that no token fills.
+  __device__ void zero_fill(int received) const {
+    const int64_t rows = a_.plan.rows;
+    if (!a_.plan.expert_major) {
+      for (int64_t row = received + receiver_; row < rows; row += receivers_) {
+        zero_row(row, a_.plan.num_topk);
+      }
+      return;
+    }
+    for (int64_t first = int64_t{receiver_} * kWarp; first < rows; first += int64_t{receivers_} * kWarp) {
+      const int64_t row = first + lane_id();
+      uint32_t empty = __ballot_sync(kFullWarp, row < rows && a_.plan.recv_pair[row] < 0);
+      while (empty != 0) {
+        zero_row(first + __ffs(static_cast<int>(empty)) - 1, 1);
+        empty &= empty - 1;
+      }
+    }
+  }
+
+  __device__ void zero_row(int64_t row, int weights) const {
+    zero_bytes(a_.out + row * a_.record.row_stride, a_.record.row_bytes);
+    const int64_t weight_bytes = int64_t{a_.record.weight_bytes} * weights;
+    zero_bytes(a_.out_weights + row * weight_bytes, weight_bytes);
+    zero_bytes(a_.out_scales + row * a_.record.scale_bytes, a_.record.scale_bytes);
+  }
+
+  // --- both: the record of a received wire row to its places in the result ---
+
+  // Warps that build rows_of: all that receive but the one that meets the peers.
+  __device__ int inverters() const { return receivers_ - 1; }
+
+  // Until it is known where received rows belong.
+  __device__ bool wait_for_places() const {
+    return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
+  }
+
+  // What lane k has to know of its slot: expert_major: the row, or -1; rank_major: whether the expert is here, or -1.
+  __device__ int64_t place_of(int64_t wire_row) const {
+    if (a_.plan.expert_major) {
+      return row_of_slot(x_, a_.plan, wire_row);
+    }
+    if (a_.record.weight_bytes == 0 || wire_row >= a_.plan.rows || lane_id() >= a_.plan.num_topk) {
+      return -1;
+    }
+    const int64_t i = wire_row * a_.plan.num_topk + lane_id();
+    return a_.plan.wide_idx ? static_cast<const int64_t*>(a_.plan.recv_topk_idx)[i]
+                            : static_cast<const int32_t*>(a_.plan.recv_topk_idx)[i];
+  }
+
+  // The caller commits the bulk copies. `place`: of place_of, asked before the record was there.
+  __device__ void place(const char* stage, int64_t wire_row, int64_t place) const {
+    const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
+    const char* weights = stage + a_.record.weights_at();
+    const char* scales = stage + a_.record.scales_at(num_topk);
+    if (a_.plan.expert_major) {
+      if (place >= 0 && weight_bytes != 0) {
+        copy_weight(a_.out_weights + place * weight_bytes, weights + lane * weight_bytes, weight_bytes);
+      }
+      if (place >= 0) {
+        bulk_store(a_.out + place * a_.record.row_stride, stage, a_.record.row_bytes);
+      }
+      if (a_.record.scale_bytes != 0) {
+        for (uint32_t left = __ballot_sync(kFullWarp, place >= 0); left != 0; left &= left - 1) {
+          place_scales(__shfl_sync(kFullWarp, place, __ffs(static_cast<int>(left)) - 1), scales);
+        }
+      }
+      return;
+    }
+    if (wire_row >= a_.plan.rows) {
+      return;  // dropped
+    }
+    if (lane == 0) {
+      bulk_store(a_.out + wire_row * a_.record.row_stride, stage, a_.record.row_bytes);
+    }
+    if (weight_bytes != 0 && lane < num_topk) {
+      char* to = a_.out_weights + (wire_row * num_topk + lane) * weight_bytes;
+      if (place >= 0) {
+        copy_weight(to, weights + lane * weight_bytes, weight_bytes);
+      } else {
+        zero_weight(to, weight_bytes);
+      }
+    }
+    if (a_.record.scale_bytes != 0) {
+      place_scales(wire_row, scales);
+    }
+  }
+
+  __device__ void place_scales(int64_t row, const char* scales) const {
+    char* to = a_.out_scales + row * a_.record.scale_bytes;
+    if (a_.record.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
+      if (lane_id() == 0) {
+        bulk_store(to, scales, a_.record.scale_bytes);
+      }
+    } else {
+      copy_bytes(to, scales, a_.record.scale_bytes);
+    }
+  }
+
+  const DispatchArgs& a_;
+  const Exchange x_;
+  const int receiver_, receivers_;
+  const bool sends_;
+  const int chunk_tokens_, chunks_;
+  const Ring ring_;
+  const WireRows out_, in_;
+};
+
+__global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
+    dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
+  ask_for(args);
+  if (!has_failed(args.comm)) {
+    Dispatch(args, shape).run();
+  }
+}
+
+// Tokens of a chunk, which `warps` send. Each chunk costs a fence, some microseconds of one warp; but nothing of it is
+// placed before all of it has come, and a chunk of every warp shares the links: the more there is in one, `token_bytes`
+// a token, the later the receiver starts and ends. That is worse where it has more to do than the sender.
+int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
+  constexpr int kChunkBytes = 64 * 1024;
+  if (tokens <= (expert_major ? 12 * warps : warps)) {
+    return 1;
+  }
+  return std::clamp(kChunkBytes / token_bytes, 1, tokens <= 16 * warps ? 2 : 4);
+}
+
+// Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
+// first rows; and where each arrived row has one place only, the others can spare one.
+Shape shape_of(const DispatchArgs& args) {
+  const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
+  const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
+  const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
+  const int fit = kStageMemory / stage;
+  const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
+  const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
+  const int token_bytes = stage * std::max(std::min(ranks - 1, args.plan.num_topk), 1);  // to all that it can visit
+  const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, token_bytes, args.plan.expert_major);
+  return {ranks > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
+}
+
+}  // namespace
+
+int max_record_bytes() {
+  return kStageMemory / 4 / 128 * 128;
+}
+
+cudaError_t prepare_dispatch() {
+  return cudaFuncSetAttribute(dispatch_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024);
+}
+
+cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
+  const Shape shape = shape_of(args);
+  const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
+  const int blocks = args.comm.layout.num_blocks, threads = shape.warps * kWarp;
+  return launch_kernel(Launch::in_clusters, dispatch_kernel, blocks, threads, shared, stream, args, shape);
+}
+
+}  // namespace ep::nvlink

@@ -1,0 +1,563 @@
+// ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
+//   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
+//   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantized here) and
+//              where its copies belong -> every rank it visits
+//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, an
+//              expert each: how many rows there are
+// Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
+// before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
+// many by bulk copies, each followed by a flag.
+#include "core/device/launch.cuh"
+#include "nvlink/device/counter.cuh"
+#include "nvlink/device/low_latency_receive.cuh"
+#include "nvlink/device/quantize.cuh"
+
+#include <algorithm>
+#include <climits>
+
+namespace ep::nvlink {
+namespace {
+
+constexpr int kThreads = kDispatchThreads;
+constexpr int kMaxWarps = kDispatchWarps;
+constexpr int kLookingWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
+constexpr int kSendStages = 2;
+// Of what a block may ask for, less its variables.
+constexpr int kSharedBytes = kStageMemory - 3 * 1024;
+
+constexpr int kNowhere = INT_MIN;  // no expert
+
+struct LowLatencyShared {
+  FlightMemory flight;
+  bool is_lost[kMaxRanks];
+};
+
+// `is_packed`: how rows travel. A kernel of its own for each way, which have little in common.
+template <bool is_packed>
+class LowLatencyDispatch {
+ public:
+  __device__
+  LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
+      : a_(args),
+        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.flight),
+        entries_{args.topk_idx, args.wide_idx},
+        num_local_(args.num_experts / args.comm.low_latency.world_size),
+        scales_at_(static_cast<int>(args.scales_at())),
+        places_at_(static_cast<int>(args.places_at())),
+        record_bytes_(static_cast<int>(args.record_bytes())),
+        shape_(shape),
+        shared_(shared) {
+    extern __shared__ __align__(128) char memory[];
+    auto* barriers = reinterpret_cast<uint64_t*>(memory + stages_bytes(shape));
+    memory_ = {memory, barriers, reinterpret_cast<int*>(barriers + kMaxWarps), shared.is_lost};
+    told_ = memory_.words + words(layout());
+    slots_ = reinterpret_cast<uint8_t*>(told_ + words(layout()));
+  }
+
+  static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
+    return stages_bytes(shape) + kMaxWarps * static_cast<int64_t>(sizeof(uint64_t)) +
+           2 * 4 * words(args.comm.low_latency) + round_up(args.num_experts, 4);
+  }
+
+  template <class T>
+  __device__ void run() {
+    if (warp_id() == kLookingWarp) {
+      f_.look();
+    }
+    if (!is_packed && lane_id() == 0) {
+      barrier_init(&memory_.barriers[warp_id()]);
+      fence_barrier_init();
+    }
+    if (threadIdx.x < kMaxRanks) {
+      shared_.is_lost[threadIdx.x] = false;
+    }
+    if (f_.is_teller()) {
+      if (f_.begin()) {
+        f_.tell(a_.wait_ns);
+      }
+      return;
+    }
+    if (!(a_.part == Part::receive ? may_begin() : blockIdx.x == 0 ? announce() : send<T>())) {
+      return;
+    }
+    if (a_.part != Part::send) {
+      LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
+    }
+    f_.end();
+  }
+
+ private:
+  EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
+    const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
+    return is_packed ? 0 : int64_t{shape.stage_bytes} * stages;
+  }
+  // What a block hears from all; what it tells, counts and visits, is less.
+  EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
+    return int64_t{layout.world_size} * layout.words;
+  }
+  __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
+  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+
+  // Of a whole block, once it has asked for what it needs first.
+  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
+
+  // --- announce ---
+
+  // False: not begun.
+  __device__ bool announce() {
+    const int words = layout().words, all = f_.world_size() * words;
+    Entry first[kTokensAhead];
+    load_entries(warp_id(), first);
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
+      told_[i] = 0;
+    }
+    __syncthreads();
+    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < f_.world_size()) {
+      static_assert(kMaxRanks * kNumAgreed <= kWarp);
+      told_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
+    }
+    const bool faulty = count(first);
+    if (!may_begin()) {
+      return false;
+    }
+    const uint32_t may_write = f_.writable();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
+      if (const int p = shape_.by_words.quotient(i); (may_write >> p & 1) != 0) {
+        char* to = f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{i - p * words} * 8;
+        store_relaxed_system(to, f_.word_of(static_cast<uint32_t>(told_[i])));
+      }
+    }
+    if (faulty) {
+      record_faults();
+    }
+    if (threadIdx.x == 0 && a_.part == Part::send) {
+      *a_.ticket = static_cast<int64_t>(f_.number());
+    }
+    return true;
+  }
+
+  static constexpr int kTokensAhead = 4;  // that a warp has on their way at once
+
+  // Of the warp's tokens from `first` on.
+  __device__ void load_entries(int first, Entry (&entries)[kTokensAhead]) const {
+#pragma unroll
+    for (int i = 0; i < kTokensAhead; ++i) {
+      const int token = first + i * kMaxWarps;
+      entries[i] = token < a_.num_tokens ? entry_of(token) : Entry{};
+    }
+  }
+
+  // Of a whole warp: its tokens, of which it has the first entries. Whether any is bad.
+  __device__ bool count(Entry (&entries)[kTokensAhead]) const {
+    const int words = layout().words;
+    bool faulty = false;
+#pragma unroll 1
+    for (int first = warp_id(); first < a_.num_tokens; first += kTokensAhead * kMaxWarps) {
+      if (first != warp_id()) {
+        load_entries(first, entries);
+      }
+#pragma unroll 1
+      for (int token = first; token < min(first + kTokensAhead * kMaxWarps, a_.num_tokens); token += kMaxWarps) {
+        const int entry = entries[0].value(), expert = expert_of(entry);
+#pragma unroll
+        for (int i = 1; i < kTokensAhead; ++i) {
+          entries[i - 1] = entries[i];
+        }
+        if (expert >= 0) {
+          const int p = rank_of(expert);
+          int* told = told_ + p * words + kNumAgreed;
+          atomicAdd(&told[expert - p * num_local_], 1);
+          atomicOr(
+              &told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
+              1U << token % LowLatencyLayout::kVisitBits);
+        }
+        faulty = faulty || (expert < 0 && entry != -1);
+      }
+    }
+    return __any_sync(kFullWarp, faulty) != 0;
+  }
+
+  // Likewise: slots whose entries are bad: out of range, or the same as that of an earlier slot.
+  __device__ void record_faults() const {
+#pragma unroll 1
+    for (int token = warp_id(); token < a_.num_tokens; token += kMaxWarps) {
+      const int entry = entry_of(token).value();
+      const int earlier = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
+      const bool in_range = is_expert(entry);
+      if (entry != -1 && !(in_range && earlier == lane_id())) {
+        const int64_t cause = in_range ? earlier : kOutOfRange, shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
+        f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+      }
+    }
+  }
+
+  // --- send ---
+
+  __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
+
+  // Of a whole warp, which has the entries of a token: -1 beyond the last slot. kNowhere: none, or that of an earlier
+  // slot too.
+  __device__ int expert_of(int entry) const {
+    const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
+    return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
+  }
+
+  // Likewise: bits of the ranks that the token visits.
+  __device__ uint32_t ranks_of(int entry) const {
+    return __reduce_or_sync(kFullWarp, is_expert(entry) ? 1U << rank_of(entry) : 0);
+  }
+
+  // Of the lane's slot.
+  __device__ Entry entry_of(int token) const {
+    return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
+  }
+  __device__ float weight_of(int token) const {
+    const bool has = lane_id() < a_.num_topk && a_.topk_weights != nullptr;
+    return has ? a_.topk_weights[int64_t{token} * a_.num_topk + lane_id()] : 1;
+  }
+
+  // Where rows are many, all warps count; where they are few, the last one does.
+  using Counter = RowCounter<is_packed ? 1 : kMaxWarps>;
+
+  // False: not begun.
+  template <class T>
+  __device__ bool send() {
+    if constexpr (is_packed) {
+      return send_packed<T>();
+    } else {
+      return send_bulk<T>();
+    }
+  }
+
+  // Warps, each some chunks of tokens; but the last of a block, Places of some.
+  template <class T>
+  __device__ bool send_packed() {
+    const int lane = lane_id(), senders = f_.workers() - 1, chunks = shape_.parts;
+    const bool leads = Counter::leads();
+    const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
+    const int step = leads ? senders : senders * (kMaxWarps - 1);
+    Counter counter(a_, entries_, slots_);
+    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x) + warp_id(), f_.world_size());  // of this lane
+    uint32_t may_write = 0;
+    bool has_begun = false;
+#pragma unroll 1
+    for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
+         n += step) {
+      const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
+      // What is asked for here arrives while others are waited for.
+      const Entry entry = n < end ? entry_of(token) : Entry{};
+      const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
+      const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
+      Unit unit;
+      Channels<T> channels[kUnitVectors];
+      float weight = 1;
+      if (leads && n < end) {
+        weight = weight_of(token);
+        counter.load(token);
+      } else if (a_.quantize == Quantize::none) {
+        unit = load_unit(reinterpret_cast<const char*>(x), vectors);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kUnitVectors; ++i) {
+          channels[i].load(x, vectors.at(i), vectors.has(i));
+        }
+      }
+      if (!has_begun) {
+        has_begun = true;
+        if (!may_begin()) {
+          return false;
+        }
+        may_write = f_.writable();
+      }
+      float scales[kUnitVectors] = {};
+      if (!leads && a_.quantize != Quantize::none) {
+        quantize(channels, a_.quantize, unit.vectors, scales);
+      }
+      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token, shape_.packed_bytes);
+      Packs unit_packs(unit, f_.tag());
+      // One pack more: of scales, or a Place.
+      uint4 more{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
+      int64_t more_at = layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
+      bool has_more = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+      if (leads && n < end) {
+        more = place_of(counter, token, entry.value(), weight);
+        more_at = lane * kPackBytes;
+        has_more = lane < a_.num_topk;
+      }
+      keep_together(more);
+#pragma unroll
+      for (uint4& pack : unit_packs.packs) {
+        keep_together(pack);
+      }
+      const bool visits = ((ranks_of(entry.value()) & may_write) >> to & 1) != 0;
+#pragma unroll 1
+      for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
+        char* there = f_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packs);
+        if (vectors.any()) {
+          unit_packs.send(there + layout().row_packs_at + offset_of_unit(chunk));
+        }
+        if (has_more) {
+          store_relaxed_system_16(there + more_at, more);
+        }
+      }
+    }
+    return true;
+  }
+
+  // Of a whole warp, the one that counts: the Place of the lane's slot.
+  __device__ uint4 place_of(Counter& counter, int token, int entry, float weight) const {
+    const int expert = expert_of(entry);
+    counter.begin(expert);
+    Counter::sync();
+    counter.count(token);
+    Counter::sync();
+    const int index = counter.end(expert);
+    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
+  }
+
+  template <class T>
+  __device__ bool send_bulk() {
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
+    const bool as_is = a_.quantize == Quantize::none;
+    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x), f_.world_size());  // of this lane
+    int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
+    const auto tell = [&](int token) {
+      if (token >= 0) {
+        fence_async_global();
+        store_release_system(f_.peer(to, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
+      }
+    };
+    Counter counter(a_, entries_, slots_);
+    int n = 0;
+    bool has_begun = false, may_write = false;  // the latter: rank `to`
+#pragma unroll 1
+    for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
+      char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
+      const auto* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
+      __syncwarp();  // all lanes have seen the load before
+      if (as_is && tid == 0) {
+        barrier_expect(&memory_.barriers[0], a_.row_bytes);
+        bulk_load(stage, x, a_.row_bytes, &memory_.barriers[0]);
+      }
+      // What is asked for here arrives while others are waited for.
+      const Entry entry = entry_of(token);
+      const float weight = weight_of(token);
+      Channels<T> ahead[1];
+      if (!as_is) {
+        load_piece(x, warp_id(), ahead);
+      }
+      counter.load(token);
+      int expert = kNowhere;
+      if (Counter::leads()) {
+        expert = expert_of(entry.value());
+        counter.begin(expert);
+      }
+      if (!has_begun) {
+        has_begun = true;
+        if (!may_begin()) {
+          if (as_is && tid == 0) {
+            barrier_wait(&memory_.barriers[0], 0);  // nothing is to arrive in the memory of a block that has ended
+          }
+          return false;
+        }
+        if (warp_id() == 0) {
+          may_write = (f_.writable() >> to & 1) != 0;
+          fence_async_global();  // between the credit and the bulk copies that it allows
+        }
+      } else {
+        __syncthreads();  // what was in this stage has left
+      }
+      counter.count(token);
+      if (!as_is) {
+        quantize_row(x, stage, ahead);
+      }
+      Counter::sync();
+      if (Counter::leads()) {
+        const int index = counter.end(expert);
+        if (lane < a_.num_topk) {
+          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
+        }
+      }
+      fence_async_shared();
+      __syncthreads();
+      if (warp_id() != 0) {
+        continue;
+      }
+      if (as_is) {
+        barrier_wait(&memory_.barriers[0], n % 2);
+      }
+      const uint32_t ranks = ranks_of(entry.value());
+      const bool visits = may_write && (ranks >> to & 1) != 0;
+      if (visits) {
+        bulk_store(f_.peer(to, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
+      }
+      bulk_commit();
+      bulk_wait<1>();  // all but this token's
+      tell(untold);
+      untold = visits ? token : -1;
+    }
+    if (warp_id() == 0) {
+      bulk_wait<0>();
+      tell(untold);
+    }
+    __syncthreads();
+    fence_async_shared();  // this memory is for what arrives next
+    return has_begun || may_begin();
+  }
+
+  // Of a whole warp: piece n of a row that is quantized, a vector a lane.
+  template <class T>
+  __device__ void load_piece(const T* x, int n, Channels<T> (&channels)[1]) const {
+    const int v = n * kWarp + lane_id();
+    channels[0].load(x, v, v < a_.row_bytes / 16);
+  }
+
+  // Of a whole block: into `stage`, with its scales. `channels`: the warp's first piece.
+  template <class T>
+  __device__ void quantize_row(const T* x, char* stage, Channels<T> (&channels)[1]) const {
+    const int vectors = a_.row_bytes / 16;
+#pragma unroll 1
+    for (int n = warp_id(); n * kWarp < vectors; n += kMaxWarps) {
+      if (n != warp_id()) {
+        load_piece(x, n, channels);
+      }
+      uint4 vector[1];
+      float scale[1];
+      quantize(channels, a_.quantize, vector, scale);
+      const int v = n * kWarp + lane_id(), group = v / kGroupVectors;
+      if (v < vectors) {
+        reinterpret_cast<uint4*>(stage)[v] = vector[0];
+        if (v % kGroupVectors != 0) {
+          continue;
+        }
+        if (a_.quantize == Quantize::fp8_ue8m0) {
+          stage[scales_at_ + group] = static_cast<char>(exponent_of(scale[0]));
+        } else {
+          reinterpret_cast<float*>(stage + scales_at_)[group] = scale[0];
+        }
+      }
+    }
+    // Exponents of groups that are not there.
+    const int groups = (vectors + kGroupVectors - 1) / kGroupVectors;
+    const auto tid = static_cast<int>(threadIdx.x);
+    if (a_.quantize == Quantize::fp8_ue8m0 && tid < 4 && groups + tid < a_.num_scales * 4) {
+      stage[scales_at_ + groups + tid] = 0;
+    }
+  }
+
+  // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
+  __device__ int loads_before() const {
+    const int first = static_cast<int>(blockIdx.x) - 1, blocks = f_.workers() - 1;
+    const bool has_sent = !is_packed && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
+                          first >= 0 && first < a_.num_tokens;
+    return has_sent ? (a_.num_tokens - first + blocks - 1) / blocks : 0;
+  }
+
+  const LowLatencyDispatchArgs& a_;
+  Flight f_;
+  const Entries entries_;
+  const int num_local_;
+  const int scales_at_, places_at_, record_bytes_;
+  const LowLatencyShape& shape_;
+  LowLatencyShared& shared_;
+  LowLatencyMemory memory_;
+  int* told_;       // of the block that announces
+  uint8_t* slots_;  // of the Counter
+};
+
+template <class T, bool is_packed>
+__global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
+    const __grid_constant__ LowLatencyDispatchArgs args,
+    const __grid_constant__ LowLatencyShape shape) {
+  ask_for(args);
+  await_kernels_before();
+  __shared__ LowLatencyShared shared;
+  LowLatencyDispatch<is_packed>(args, shape, shared).template run<T>();
+}
+
+bool is_packed(const LowLatencyDispatchArgs& args) {
+  return args.comm.low_latency.are_packed(args.max_tokens, args.row_bytes);
+}
+
+template <bool is_packed>
+LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
+  const LowLatencyLayout& layout = args.comm.low_latency;
+  LowLatencyShape shape{};
+  shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
+  shape.parts = chunks_of(args.row_bytes / 16);
+  shape.packed_bytes = static_cast<int>(layout.packed_bytes_of(args.row_bytes));
+  shape.by_parts = Divisor(shape.parts);
+  shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
+  shape.by_local = Divisor(args.num_experts / layout.world_size);
+  shape.by_words = Divisor(layout.words);
+  shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
+  if (!is_packed) {
+    const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
+    shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
+  }
+  return shape;
+}
+
+// A block for each token and for each row that may come, or for some chunks of it; one that announces them; one that
+// tells.
+template <bool is_packed>
+int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
+  const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
+  constexpr int kWarpsABlock = 2;
+  const int64_t to_receive = is_packed ? (rows * shape.parts + kWarpsABlock - 1) / kWarpsABlock : rows;
+  const int64_t to_send = args.num_tokens + 1;
+  const int64_t workers =
+      std::max({args.part == Part::send ? 0 : to_receive, args.part == Part::receive ? 0 : to_send, int64_t{2}});
+  return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 3)));
+}
+
+template <class T, bool is_packed>
+cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
+  const LowLatencyShape shape = shape_of<is_packed>(args);
+  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
+  const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
+  const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
+  const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
+  return launch_kernel(how, kernel, blocks, kThreads, shared, stream, args, shape);
+}
+
+template <class T>
+cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
+  return is_packed(args) ? launch_as<T, true>(args, multiprocessors, stream)
+                         : launch_as<T, false>(args, multiprocessors, stream);
+}
+
+}  // namespace
+
+cudaError_t prepare_low_latency_dispatch() {
+  constexpr auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  for (const auto kernel :
+       {low_latency_dispatch_kernel<float, true>,
+        low_latency_dispatch_kernel<float, false>,
+        low_latency_dispatch_kernel<__nv_bfloat16, true>,
+        low_latency_dispatch_kernel<__nv_bfloat16, false>,
+        low_latency_dispatch_kernel<__half, true>,
+        low_latency_dispatch_kernel<__half, false>}) {
+    if (const auto error = cudaFuncSetAttribute(kernel, attribute, kSharedBytes); error != cudaSuccess) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
+  switch (args.element) {
+    case Element::f32:
+      return launch<float>(args, multiprocessors, stream);
+    case Element::bf16:
+      return launch<__nv_bfloat16>(args, multiprocessors, stream);
+    case Element::f16:
+      return launch<__half>(args, multiprocessors, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace ep::nvlink

@@ -1,0 +1,789 @@
+// ep::plan: who sends what where, in one kernel and one message to every peer.
+//   tell    each block checks and counts its share of this rank's tokens, and writes to every peer the counts, then the
+//           experts of the tokens
+//   hear    every block adds up what the blocks of all ranks told: how many rows go and come, and how many of them come
+//           before its own share of each rank's tokens; of expert_major, the same for every expert
+//   place   each block places its share of every rank's tokens, once these have come
+// Every rank gets the experts of all tokens, not of those alone that visit it: they are small, and so nothing has to be
+// counted before they leave. Each count is a word that holds the number of the exchange too: it waits for no flag, nor
+// for what was written before it, and so the host of an exact plan hears soon how many rows there are.
+#include "nvlink/device/exchange.cuh"
+
+namespace ep::nvlink {
+namespace {
+
+constexpr int kWarps = 16;
+constexpr int kThreads = kWarps * kWarp;
+// A thread has so many on their way at once.
+constexpr int kBatch = 12;  // words
+constexpr int kAhead = 8;   // entries of topk_idx
+// These wait for others first; the last warps have the fewest entries.
+constexpr int kMeetingWarp = kWarps - 1, kCreditWarp = kWarps - 2;
+
+// Of the launch.
+struct PlanShape {
+  int num_local;  // experts of a rank
+  int words;      // tokens of each rank that are placed at once, kWarp in a word
+  int threads;    // of a block, that place the tokens of one rank
+  Divisor by_local, by_topk, by_blocks, by_threads, by_told, by_alignment;
+};
+
+// For every expert, in shared memory.
+struct ExpertWords {
+  int* expert_total;  // [local experts] rows
+  int* expert_begin;  // [local experts] of its group in the result
+  int* before;        // [world_size][local experts] rows of the expert that come before this block's share of the rank
+  uint32_t* bits;     // [world_size][words][local experts] tokens that have the expert; before, [words][experts]
+  int* histogram;     // [experts] of this block's own tokens; later, [local experts] rows that are kept
+};
+
+struct RankCounts {
+  int sent, sent_before;  // wire rows to the rank; those of tokens before this block's share
+  int received, received_before;
+  int received_here;  // of tokens of this block's share
+  int num_tokens;     // of the rank
+};
+
+struct PlanShared {
+  RankCounts ranks[kMaxRanks];
+  unsigned long long first_bad;  // of all ranks: rank << 32 | status
+  int rows_to[kMaxRanks];        // of this block's own tokens
+  unsigned own_bad;              // index of their first bad entry
+  // Of the tokens that are placed at once: of each source, those that visit a rank; where the rows begin that a word of
+  // the own ones sends to each rank, and those that come of a word of each source.
+  uint32_t visits[kMaxRanks][kMaxRanks][kPlanWords];
+  int sent_begin[kMaxRanks][kPlanWords], received_begin[kMaxRanks][kPlanWords];
+};
+
+// Out of the way, and with a copy of its own, so that what calls it keeps its variables in registers.
+__device__ __noinline__ uint64_t await_word(Exchange x, const void* word, int rank) {
+  Wait wait(x, Phase::counts);
+  uint64_t seen = load_relaxed_system(word);
+  while (!x.is_tagged(seen) && wait.again(rank, seen)) {
+    seen = load_relaxed_system(word);
+  }
+  return seen;
+}
+
+class PlanBlock {
+ public:
+  __device__ PlanBlock(const PlanArgs& args, const PlanShape& shape, PlanShared& shared, int* words)
+      : a_(args),
+        shape_(shape),
+        x_(args.comm, Op::plan),
+        shared_(shared),
+        world_size_(x_.world_size()),
+        me_(args.comm.rank),
+        block_(static_cast<int>(blockIdx.x)),
+        blocks_(static_cast<int>(gridDim.x)),
+        num_local_(shape.num_local) {
+    s_.expert_total = words;
+    s_.expert_begin = s_.expert_total + num_local_;
+    s_.before = s_.expert_begin + num_local_;
+    s_.bits = reinterpret_cast<uint32_t*>(s_.before + world_size_ * num_local_);
+    s_.histogram = reinterpret_cast<int*>(s_.bits + world_size_ * shape.words * num_local_);
+  }
+
+  __device__ void run() {
+    if (tell() && hear()) {
+      if (block_ == 0) {
+        write_totals();
+      }
+      place();
+    } else if (a_.capacity < 0 && block_ == 0 && threadIdx.x == 0) {
+      tell_host(a_.comm, 0, true);
+    }
+    end_exchange(x_, &a_.comm.state->last_plan);
+  }
+
+  // One thread: the exact plan's host waits for this.
+  __device__ static void tell_host(const Comm& comm, int64_t rows, bool failed) {
+    const uint64_t word = kPlanTold | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
+    store_relaxed_system(&comm.mailbox->plan, word);
+  }
+
+ private:
+  struct Range {
+    int begin, end;
+  };
+
+  // This block's share of a rank's tokens.
+  __device__ int share_of(int num_tokens) const { return shape_.by_blocks.quotient(num_tokens + blocks_ - 1); }
+  __device__ Range tokens_of(int num_tokens) const {
+    const int share = share_of(num_tokens);
+    return {min(block_ * share, num_tokens), min((block_ + 1) * share, num_tokens)};
+  }
+
+  __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
+
+  // Tokens that are placed at once.
+  __device__ int round_tokens() const { return shape_.words * kWarp; }
+
+  // f(i, entry i) for this thread's share of so many entries: every `threads`-th from the `first` one on. A bad value
+  // stays bad.
+  template <class Int, class F>
+  __device__ static void each_entry(const Int* entries, int count, int first, int threads, F f) {
+    int ahead[kAhead];
+#pragma unroll 1
+    for (int i = first, n = 0; i < count; i += threads, ++n) {
+      if (n % kAhead == 0) {
+        Int batch[kAhead];
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          batch[j] = i + j * threads < count ? entries[i + j * threads] : -1;
+        }
+#pragma unroll
+        for (int j = 0; j < kAhead; ++j) {
+          ahead[j] = static_cast<int>(min(max(int64_t{batch[j]}, int64_t{INT32_MIN}), int64_t{INT32_MAX}));
+        }
+      }
+      f(i, ahead[0]);
+#pragma unroll
+      for (int j = 1; j < kAhead; ++j) {
+        ahead[j - 1] = ahead[j];
+      }
+    }
+  }
+
+  // Likewise, of the own entries from the `begin`-th on, each of them to a thread.
+  template <class F>
+  __device__ void each_own_entry(int64_t begin, int count, F f) const {
+    const auto tid = static_cast<int>(threadIdx.x);
+    if (a_.wide_idx) {
+      each_entry(static_cast<const int64_t*>(a_.topk_idx) + begin, count, tid, kThreads, f);
+    } else {
+      each_entry(static_cast<const int32_t*>(a_.topk_idx) + begin, count, tid, kThreads, f);
+    }
+  }
+
+  // --- tell ---
+
+  // False: given up.
+  __device__ bool tell() {
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
+    const Layout& layout = x_.layout();
+    const int num_tokens = a_.refused ? 0 : a_.num_tokens;
+    const Range own = tokens_of(num_tokens);
+    for (int i = tid; i < a_.num_experts; i += kThreads) {
+      s_.histogram[i] = 0;
+    }
+    if (tid < kMaxRanks) {
+      shared_.rows_to[tid] = 0;
+    }
+    if (tid == 0) {
+      shared_.own_bad = kNoBad;
+      shared_.first_bad = ~0ULL;
+    }
+    if (meets()) {
+      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
+      tell_peers(x_, agreed, -1, -1);
+    }
+    const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
+    for (int first = own.begin; first < own.end; first += round_tokens()) {
+      if (first != own.begin) {
+        __syncthreads();  // what is cleared next has been read
+      }
+      clear_bits(true);
+      __syncthreads();
+      const int64_t begin = int64_t{first} * a_.num_topk;
+      const int count = min(round_tokens(), own.end - first) * a_.num_topk;
+      each_own_entry(begin, count, [&](int i, int entry) { look_at(begin, i, entry); });
+      __syncthreads();
+      for (int e = tid; e < a_.num_experts; e += kThreads) {
+        s_.histogram[e] += tokens_in(s_.bits + e, a_.num_experts);
+      }
+      if (tid < world_size_) {
+        shared_.rows_to[tid] += tokens_in(shared_.visits[me_][tid], 1);
+      }
+    }
+    if (!__syncthreads_and(going)) {
+      return false;
+    }
+
+    const uint64_t status = a_.refused ? kRefused : shared_.own_bad == kNoBad ? 0 : 1 + shared_.own_bad;
+    const int told = num_local_ + Layout::kPlanSums;
+    for (int i = tid; i < world_size_ * told; i += kThreads) {
+      const int p = shape_.by_told.quotient(i), n = i - p * told;
+      const uint64_t value = n < num_local_                  ? s_.histogram[p * num_local_ + n]
+                             : n == word_of(Sum::rows)       ? shared_.rows_to[p]
+                             : n == word_of(Sum::num_tokens) ? num_tokens
+                                                             : status;
+      store_relaxed_system(x_.peer(p, layout.plan_counts(me_, block_)) + n * int64_t{8}, x_.tag() | value);
+    }
+    if (tid < world_size_) {
+      store_relaxed_system(&a_.comm.state->send_rows[block_ * kMaxRanks + tid], x_.tag() | shared_.rows_to[tid]);
+    }
+    const int64_t begin = int64_t{own.begin} * a_.num_topk;
+    each_own_entry(begin, (own.end - own.begin) * a_.num_topk, [&](int i, int entry) {
+#pragma unroll 1
+      for (int p = 0; p < world_size_; ++p) {
+        *reinterpret_cast<int*>(x_.peer(p, layout.plan_topk(me_) + (begin + i) * 4)) = entry;
+      }
+    });
+    __syncthreads();
+    if (warp_id() == kCreditWarp && lane < world_size_) {
+      // Releases the tokens that the whole block wrote: they are ordered before this by the barrier.
+      store_release_system(x_.peer(lane, layout.plan_flag(me_, block_)), x_.epoch);
+    }
+    return true;
+  }
+
+  __device__ void clear_bits(bool of_experts) {
+    const auto tid = static_cast<int>(threadIdx.x);
+    for (int i = tid; of_experts && i < shape_.words * a_.num_experts; i += kThreads) {
+      s_.bits[i] = 0;
+    }
+    for (int i = tid; i < kMaxRanks * kMaxRanks * kPlanWords; i += kThreads) {
+      (&shared_.visits[0][0][0])[i] = 0;
+    }
+  }
+
+  // Of words that lie `step` apart.
+  __device__ int tokens_in(const uint32_t* words, int step) const {
+    constexpr int kUnroll = 4;
+    static_assert(kPlanWords / 2 % kUnroll == 0);
+    int sum = 0;
+#pragma unroll 1
+    for (int w = 0; w < shape_.words; w += kUnroll) {
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        sum += __popc(words[(w + i) * step]);
+      }
+    }
+    return sum;
+  }
+
+  // The i-th entry of the tokens that are looked at together, which begin with entry `begin`: its token has this expert
+  // and visits this rank.
+  __device__ void look_at(int64_t begin, int i, int entry) const {
+    const int t = shape_.by_topk.quotient(i);
+    const uint32_t bit = 1U << t % kWarp;
+    if (entry >= 0 && entry < a_.num_experts) {
+      atomicOr(&shared_.visits[me_][rank_of(entry)][t / kWarp], bit);
+      if ((atomicOr(&s_.bits[t / kWarp * a_.num_experts + entry], bit) & bit) == 0) {
+        return;
+      }
+      // The token has it twice at least, whichever slot came first here: the second one is bad.
+      i = t * a_.num_topk - 1;
+#pragma unroll 1
+      for (int times = 0; times < 2;) {
+        const int64_t at = begin + ++i;
+        times += entry == (a_.wide_idx ? static_cast<const int64_t*>(a_.topk_idx)[at]
+                                       : static_cast<const int32_t*>(a_.topk_idx)[at]);
+      }
+    } else if (entry == -1) {
+      return;
+    }
+    atomicMin(&shared_.own_bad, static_cast<unsigned>(begin + i));
+  }
+
+  // The warp that meets the peers.
+  __device__ bool meets() const { return block_ == 0 && warp_id() == kMeetingWarp; }
+
+  // --- hear ---
+
+  // What a block of a rank tells besides the counts of the experts.
+  enum class Sum { rows, num_tokens, status };
+  __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
+
+  // Of the shares of all ranks, those of rank 0 first: what the n-th block told.
+  __device__ const char* words_of(int n) const {
+    return x_.own(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
+  }
+
+  // The value of a word, once it is there; `seen`: of the first look at it.
+  __device__ int heard(const void* word, uint64_t seen, int rank, bool& going) const {
+    if (!x_.is_tagged(seen)) {
+      seen = await_word(x_, word, rank);
+      going = going && x_.is_tagged(seen);
+    }
+    return static_cast<int>(seen & 0xffffffff);
+  }
+
+  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `words_of`; `words`:
+  // that of block 0.
+  template <int kLanes, class F>
+  __device__ void each_heard(const char* words, int end, int first, bool& going, F f) const {
+    const int64_t step = x_.layout().counts_bytes;
+    uint64_t ahead[kBatch];
+#pragma unroll 1
+    for (int i = first, n = 0; i < end; i += kLanes, ++n) {
+      if (n % kBatch == 0) {
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+          ahead[j] = i + j * kLanes < end ? load_relaxed_system(words + (i + j * kLanes) * step) : 0;
+        }
+      }
+      f(i, heard(words + i * step, ahead[0], shape_.by_blocks.quotient(i), going));
+#pragma unroll
+      for (int j = 1; j < kBatch; ++j) {
+        ahead[j - 1] = ahead[j];
+      }
+    }
+  }
+
+  // False: given up.
+  __device__ bool hear() {
+    bool going = true;
+    if (meets()) {
+      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
+      going = check_peers(x_, agreed, -1, -1);
+    }
+    if (warp_id() < world_size_) {
+      hear_rank(warp_id(), going);
+    }
+    if (a_.expert_major) {
+      hear_experts(going);
+    } else {
+      for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
+        const int rows = rows_of(e, world_size_ * blocks_, going);
+        if (lane_id() == 0) {
+          s_.expert_total[e] = rows;
+        }
+      }
+    }
+    if (!__syncthreads_and(going)) {
+      return false;
+    }
+    const int lane = lane_id();
+    is_void_ = shared_.first_bad != ~0ULL;
+    if (!is_void_ && lane < world_size_) {
+      mine_ = shared_.ranks[lane];
+    } else if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
+      record_bad(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
+    }
+    sent_end_ = sum_up_to_lane<kMaxRanks>(mine_.sent);
+    received_end_ = sum_up_to_lane<kMaxRanks>(mine_.received);
+    received_ = __shfl_sync(kFullWarp, received_end_, world_size_ - 1);
+    needed_ = a_.expert_major ? add_up_experts() : received_;
+    rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
+    // Where rows are dropped, `place` knows, where the capacity ends.
+    if (!a_.expert_major && received_ <= rows_ && lane == 0) {
+      for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
+        a_.tokens_per_expert[e] = is_void_ ? 0 : s_.expert_total[e];
+      }
+    }
+    return true;
+  }
+
+  // rank_major: of those whose rows this warp adds up, one of all blocks for each. The last warps have the time.
+  __device__ int first_expert() const { return block_ + blocks_ * (kWarps - 1 - warp_id()); }
+
+  // Of a whole warp: what all blocks of a rank told beside the experts.
+  __device__ void hear_rank(int rank, bool& going) const {
+    RankCounts sums{};
+    for (int b = lane_id(); b < blocks_; b += kWarp) {
+      const char* told = words_of(rank * blocks_ + b);
+      const void* words[] = {
+          &a_.comm.state->send_rows[b * kMaxRanks + rank],
+          told + word_of(Sum::rows) * int64_t{8},
+          told + word_of(Sum::num_tokens) * int64_t{8},
+          told + word_of(Sum::status) * int64_t{8}};
+      uint64_t seen[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        seen[j] = load_relaxed_system(words[j]);
+      }
+      const int sent = heard(words[0], seen[0], me_, going), received = heard(words[1], seen[1], rank, going);
+      sums.sent += sent;
+      sums.sent_before += b < block_ ? sent : 0;
+      sums.received += received;
+      sums.received_before += b < block_ ? received : 0;
+      sums.received_here += b == block_ ? received : 0;
+      sums.num_tokens = heard(words[2], seen[2], rank, going);  // every block tells the same
+      const auto status = static_cast<uint32_t>(heard(words[3], seen[3], rank, going));
+      if (status != 0) {
+        atomicMin(&shared_.first_bad, static_cast<unsigned long long>(rank) << 32 | status);
+      }
+    }
+    const auto add_up = [](int n) { return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(n))); };
+    sums = {
+        add_up(sums.sent),
+        add_up(sums.sent_before),
+        add_up(sums.received),
+        add_up(sums.received_before),
+        add_up(sums.received_here),
+        sums.num_tokens};
+    if (lane_id() == 0) {
+      shared_.ranks[rank] = sums;
+    }
+  }
+
+  // Of a whole block: for each (rank, local expert), in `before` the rows of blocks before this one; and the totals.
+  __device__ void hear_experts(bool& going) const {
+    constexpr int kLanes = 2;  // that share the blocks
+    const auto tid = static_cast<int>(threadIdx.x);
+    for (int first = 0; first < a_.num_experts; first += kThreads / kLanes) {
+      const int i = first + tid / kLanes, rank = rank_of(i), expert = i - rank * num_local_;
+      const int begin = rank * blocks_, end = i < a_.num_experts ? begin + blocks_ : begin;
+      int total = 0, before = 0;
+      each_heard<kLanes>(words_of(0) + expert * int64_t{8}, end, begin + tid % kLanes, going, [&](int n, int rows) {
+        total += rows;
+        before += n < begin + block_ ? rows : 0;
+      });
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+        total += __shfl_xor_sync(kFullWarp, total, lanes);
+        before += __shfl_xor_sync(kFullWarp, before, lanes);
+      }
+      if (i < a_.num_experts && tid % kLanes == 0) {
+        // Those of the ranks before: added once all totals are known.
+        s_.before[i] = before;
+        totals()[i] = total;
+      }
+    }
+  }
+
+  // [rank][local expert]. The bits are not needed yet.
+  __device__ int* totals() const { return reinterpret_cast<int*>(s_.bits); }
+
+  // Of a whole block, expert_major. Returns the rows of all groups.
+  __device__ int64_t add_up_experts() const {
+    for (int e = static_cast<int>(threadIdx.x); e < num_local_; e += kThreads) {
+      int sum = 0;
+      for (int i = e; i < a_.num_experts; i += num_local_) {
+        s_.before[i] += sum;
+        sum += is_void_ ? 0 : totals()[i];
+      }
+      s_.expert_total[e] = sum;
+    }
+    __syncthreads();
+    // Groups begin where the groups before end, padded: each lane has some, in a row.
+    if (warp_id() == 0) {
+      const int lane = lane_id(), share = (num_local_ + kWarp - 1) / kWarp;
+      const int from = min(lane * share, num_local_), to = min(from + share, num_local_);
+      int size = 0;
+      for (int e = from; e < to; ++e) {
+        size += aligned(s_.expert_total[e]);
+      }
+      int begin = sum_up_to_lane<kWarp>(size) - size;
+      for (int e = from; e < to; ++e) {
+        s_.expert_begin[e] = begin;
+        begin += aligned(s_.expert_total[e]);
+      }
+    }
+    __syncthreads();
+    return end_of(num_local_ - 1);
+  }
+
+  __device__ int aligned(int n) const { return shape_.by_alignment.quotient(n + a_.alignment - 1) * a_.alignment; }
+  // Of the group of an expert.
+  __device__ int64_t end_of(int expert) const {
+    return int64_t{s_.expert_begin[expert]} + aligned(s_.expert_total[expert]);
+  }
+
+  // One thread. `status`: of what the rank told, not 0.
+  __device__ void record_bad(int rank, int64_t status) const {
+    int64_t value = 0, cause = kTooManyTokens;
+    if (status != kRefused) {
+      bool going = true;
+      for (int b = 0; b < blocks_; ++b) {
+        going = going && wait_for_tokens(rank, b);
+      }
+      if (!going) {
+        return;
+      }
+      const int* entries = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(rank)));
+      const int64_t bad = status - 1, token = bad / a_.num_topk;
+      value = entries[bad];
+      cause = kOutOfRange;
+      for (int64_t i = token * a_.num_topk; cause == kOutOfRange && i < bad; ++i) {
+        cause = entries[i] == value ? i % a_.num_topk : kOutOfRange;
+      }
+    }
+    // Tensors of other shapes may have been planned for before the host reads this.
+    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
+    record(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
+  }
+
+  // Rows of an expert that find a place.
+  __device__ int kept(int expert) const {
+    return static_cast<int>(min(max(rows_ - s_.expert_begin[expert], int64_t{0}), int64_t{s_.expert_total[expert]}));
+  }
+
+  // Of the first block.
+  __device__ void write_totals() const {
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
+    if (tid == 0 && a_.capacity < 0) {
+      tell_host(a_.comm, rows_, is_void_);
+    }
+    if (warp_id() == 1) {
+      int64_t dropped = max(needed_ - rows_, int64_t{0});
+      if (a_.expert_major && dropped > 0) {  // of those, some are padding
+        int rows = 0;
+        for (int e = lane; e < num_local_; e += kWarp) {
+          rows += s_.expert_total[e] - kept(e);
+        }
+        dropped = __reduce_add_sync(kFullWarp, static_cast<unsigned>(rows));
+      }
+      if (lane == 0) {
+        *a_.num_dropped = static_cast<int>(dropped);
+      }
+    }
+    if (tid < world_size_) {
+      a_.send_counts[tid] = mine_.sent;
+      a_.recv_counts[tid] = mine_.received;
+      if (!a_.expert_major) {
+        a_.offsets[tid] = static_cast<int>(min(int64_t{received_end_}, rows_));
+      }
+    }
+    for (int e = tid; a_.expert_major && e < num_local_; e += kThreads) {
+      a_.offsets[e] = static_cast<int>(min(end_of(e), rows_));
+      a_.tokens_per_expert[e] = kept(e);
+    }
+  }
+
+  // --- place ---
+
+  // A thread: until it can read what a block of a rank wrote of its tokens.
+  __device__ bool wait_for_tokens(int rank, int block) const {
+    const void* flag = x_.own(x_.layout().plan_flag(rank, block));
+    Wait wait(x_, Phase::counts);
+    uint64_t seen = load_acquire_system(flag);
+    while (seen != x_.epoch) {
+      if (!wait.again(rank, seen)) {
+        return false;
+      }
+      seen = load_acquire_system(flag);
+    }
+    return true;
+  }
+
+  __device__ void place() {
+    const auto tid = static_cast<int>(threadIdx.x);
+    const bool waits = tid < world_size_ && !is_void_;
+    if (!__syncthreads_and(!waits || wait_for_tokens(tid, block_))) {
+      return;
+    }
+    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(mine_.num_tokens)));
+    place_tokens(share_of(most));
+    if (is_void_ && !a_.refused) {
+      const Range own = tokens_of(a_.num_tokens);
+      for (int i = own.begin * a_.num_topk + tid; i < own.end * a_.num_topk; i += kThreads) {
+        a_.send_row[i] = -1;
+      }
+    }
+    clear_rest();
+  }
+
+  // Of a whole block: its share of every rank's tokens, of the longest one `share` tokens.
+  __device__ void place_tokens(int share) {
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
+    const int source = shape_.by_threads.quotient(tid), thread = tid - source * shape_.threads;
+    const bool has_source = source < world_size_;  // the same for a whole warp
+    const Range own = tokens_of(__shfl_sync(kFullWarp, mine_.num_tokens, source));
+    const int* topk = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(has_source ? source : 0)));
+    // Lane r: where the rows to rank r begin, and those from rank r. First those before this block's share.
+    int sent = sent_end_ - mine_.sent + mine_.sent_before;
+    int received = received_end_ - mine_.received + mine_.received_before;
+    // rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
+    const uint32_t ends = __ballot_sync(kFullWarp, received <= rows_ && rows_ < received + mine_.received_here);
+    const bool counts_kept = !a_.expert_major && ends != 0;
+    const int ends_in = __ffs(static_cast<int>(ends)) - 1;
+    if (counts_kept) {
+      bool going = true;  // all of this has been heard, but for an exchange that ends anyway
+      for (int e = warp_id(); e < num_local_; e += kWarps) {
+        const int rows = rows_of(e, ends_in * blocks_ + block_, going);
+        if (lane == 0) {
+          s_.histogram[e] = rows;
+        }
+      }
+    }
+
+    for (int done = 0; done < share; done += round_tokens()) {
+      if (done != 0) {
+        __syncthreads();  // what is cleared next has been read
+        if (lane < world_size_) {
+          sent += tokens_in(shared_.visits[me_][lane], 1);
+          received += tokens_in(shared_.visits[lane][me_], 1);
+        }
+        for (int i = tid; a_.expert_major && i < a_.num_experts; i += kThreads) {
+          const int rank = rank_of(i);
+          s_.before[i] += tokens_in(s_.bits + (rank * shape_.words - rank) * num_local_ + i, num_local_);
+        }
+        __syncthreads();
+      }
+      clear_bits(a_.expert_major);
+      __syncthreads();
+      const int first = own.begin + done;
+      const int* entries = topk + int64_t{first} * a_.num_topk;
+      const int count = has_source ? min(round_tokens(), own.end - first) * a_.num_topk : 0;
+      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
+        const int t = shape_.by_topk.quotient(i), rank = expert >= 0 ? rank_of(expert) : -1;
+        if (rank == me_ || (rank >= 0 && source == me_)) {
+          atomicOr(&shared_.visits[source][rank][t / kWarp], 1U << t % kWarp);
+        }
+        if (a_.expert_major && rank == me_) {
+          atomicOr(bits_of(source, t, expert - me_ * num_local_), 1U << t % kWarp);
+        }
+      });
+      __syncthreads();
+      if (const int w = tid % kPlanWords, r = tid / kPlanWords % kMaxRanks; tid < 2 * kMaxRanks * kPlanWords) {
+        const bool is_sent = tid < kMaxRanks * kPlanWords;
+        int begin = __shfl_sync(kFullWarp, is_sent ? sent : received, r);
+        const uint32_t* visits = is_sent ? shared_.visits[me_][r] : shared_.visits[r][me_];
+#pragma unroll 1
+        for (int i = 0; i < w; ++i) {
+          begin += __popc(visits[i]);
+        }
+        (is_sent ? shared_.sent_begin : shared_.received_begin)[r][w] = begin;
+      }
+      __syncthreads();
+      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
+        const int t = shape_.by_topk.quotient(i), k = i - t * a_.num_topk;
+        place_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
+      });
+    }
+    if (counts_kept) {
+      __syncthreads();
+      for (int e = tid; e < num_local_; e += kThreads) {
+        a_.tokens_per_expert[e] = s_.histogram[e];
+      }
+    }
+  }
+
+  // Tokens that have an expert, of the word of a source's t-th token.
+  __device__ uint32_t* bits_of(int source, int t, int local) const {
+    return &s_.bits[(source * shape_.words + t / kWarp) * num_local_ + local];
+  }
+
+  // Slot k of a source's token, the t-th of those that are placed at once. `counts`: what the expert keeps.
+  __device__ void place_slot(int source, int t, int token, int k, int expert, bool counts) const {
+    const int w = t / kWarp;
+    const uint32_t bit = 1U << t % kWarp, below = bit - 1;
+    const int rank = expert >= 0 ? rank_of(expert) : -1;
+    if (source == me_) {
+      int row = -1;
+      if (rank >= 0) {
+        row = shared_.sent_begin[rank][w] + __popc(shared_.visits[me_][rank][w] & below);
+      }
+      a_.send_row[int64_t{token} * a_.num_topk + k] = row;
+    }
+    const uint32_t visits = shared_.visits[source][me_][w];
+    if ((visits & bit) == 0) {
+      return;
+    }
+    const int row = shared_.received_begin[source][w] + __popc(visits & below);
+    const int local = rank == me_ ? expert - me_ * num_local_ : -1;
+    const int64_t slot = int64_t{row} * a_.num_topk + k;
+    if (!a_.expert_major) {
+      if (row < rows_) {
+        write_topk(slot, local);
+        if (counts && local >= 0) {
+          atomicAdd(&s_.histogram[local], 1);
+        }
+      }
+    } else if (local >= 0) {
+      const uint32_t* bits = bits_of(source, 0, local);
+      int place = s_.expert_begin[local] + s_.before[source * num_local_ + local];
+#pragma unroll 1
+      for (int i = 0; i < w; ++i) {
+        place += __popc(bits[i * num_local_]);
+      }
+      place += __popc(bits[w * num_local_] & below);
+      if (place < rows_) {
+        static_cast<int32_t*>(a_.recv_map)[place] = static_cast<int>(slot);
+      }
+    }
+  }
+
+  __device__ void write_topk(int64_t i, int expert) const {
+    if (a_.wide_idx) {
+      static_cast<int64_t*>(a_.recv_map)[i] = expert;
+    } else {
+      static_cast<int32_t*>(a_.recv_map)[i] = expert;
+    }
+  }
+
+  // Of a whole warp: rows of an expert of this rank in the first n shares, counted as in `words_of`.
+  __device__ int rows_of(int expert, int n, bool& going) const {
+    int sum = 0;
+    each_heard<kWarp>(
+        words_of(0) + expert * int64_t{8}, n, lane_id(), going, [&](int /*block*/, int rows) { sum += rows; });
+    return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(sum)));
+  }
+
+  // Places of the result that no token takes.
+  __device__ void clear_rest() const {
+    const auto tid = static_cast<int64_t>(threadIdx.x);
+    const int64_t threads = int64_t{blocks_} * kThreads, thread = int64_t{block_} * kThreads + tid;
+    if (!a_.expert_major) {
+      for (int64_t i = received_ * a_.num_topk + thread; i < rows_ * a_.num_topk; i += threads) {
+        write_topk(i, -1);
+      }
+      return;
+    }
+    auto* slots = static_cast<int32_t*>(a_.recv_map);
+    for (int e = block_; e < num_local_; e += blocks_) {
+      const int64_t used = int64_t{s_.expert_begin[e]} + s_.expert_total[e];
+      const int64_t end = min(end_of(e), rows_);
+      for (int64_t i = used + tid; i < end; i += kThreads) {
+        slots[i] = -1;
+      }
+    }
+    for (int64_t i = needed_ + thread; i < rows_; i += threads) {
+      slots[i] = -1;
+    }
+  }
+
+  static constexpr unsigned kNoBad = 0xffffffff;
+  static constexpr int64_t kRefused = 0xffffffff;
+
+  const PlanArgs& a_;
+  const PlanShape& shape_;
+  const Exchange x_;
+  PlanShared& shared_;
+  ExpertWords s_;
+  const int world_size_, me_, block_, blocks_, num_local_;
+  bool is_void_ = false;  // some rank's values are bad: a plan of no rows, everywhere
+  // Lane r: what rank r told, and where the wire rows to it and from it end.
+  RankCounts mine_{};
+  int sent_end_ = 0, received_end_ = 0;
+  int64_t received_ = 0;  // wire rows
+  int64_t needed_ = 0;    // rows of the result if nothing is dropped
+  int64_t rows_ = 0;      // of the result
+};
+
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_kernel(const __grid_constant__ PlanArgs args, const __grid_constant__ PlanShape shape) {
+  ask_for(args);
+  extern __shared__ int words[];
+  __shared__ PlanShared shared;
+  if (!has_failed(args.comm)) {
+    PlanBlock(args, shape, shared, words).run();
+  } else if (args.capacity < 0 && blockIdx.x == 0 && threadIdx.x == 0) {
+    PlanBlock::tell_host(args.comm, 0, true);
+  }
+}
+
+PlanShape shape_of(const PlanArgs& args) {
+  const Layout& layout = args.comm.layout;
+  PlanShape shape{};
+  shape.num_local = args.num_experts / layout.world_size;
+  shape.words = plan_words(layout.world_size);
+  shape.threads = kWarps / layout.world_size * kWarp;
+  shape.by_local = Divisor(shape.num_local);
+  shape.by_topk = Divisor(args.num_topk);
+  shape.by_blocks = Divisor(layout.num_blocks);
+  shape.by_threads = Divisor(shape.threads);
+  shape.by_told = Divisor(shape.num_local + Layout::kPlanSums);
+  shape.by_alignment = Divisor(args.alignment);
+  return shape;
+}
+
+}  // namespace
+
+int64_t plan_shared_bytes(int num_experts, int world_size) {
+  return num_experts / world_size * plan_words_an_expert(world_size) * static_cast<int64_t>(sizeof(int));
+}
+
+cudaError_t prepare_plan() {
+  return cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 220 * 1024);
+}
+
+cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream) {
+  const auto shared = static_cast<int>(plan_shared_bytes(args.num_experts, args.comm.layout.world_size));
+  plan_kernel<<<args.comm.layout.num_blocks, kThreads, shared, stream>>>(args, shape_of(args));
+  return cudaGetLastError();
+}
+
+}  // namespace ep::nvlink

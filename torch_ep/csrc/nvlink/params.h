@@ -1,0 +1,286 @@
+// The kernels as the host sees them: their arguments, and a function that launches each. No torch header here.
+#pragma once
+
+#include "core/element.h"
+#include "nvlink/layout.h"
+
+#include <cuda_runtime_api.h>
+
+namespace ep::nvlink {
+
+// As ep::OpKind (c10d/communicator.h).
+enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
+
+enum class Failure : int64_t {
+  none = 0,
+  timeout,    // nothing from `peer` for too long; every later exchange ends at once, until a reset
+  left,       // `peer` gave up this exchange, for rank `detail` did not come; likewise
+  elsewhere,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
+  mismatch,   // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
+  bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
+              // the earlier slot of the token that has it too, or one of the two below
+  bad_order,  // the ticket of exchange `theirs` was received where `ours` was next; likewise as timeout
+  bad_plan,   // an index of the plan leaves its rows: `detail` = which tensor, `ours` = the bound, `theirs` = the value
+};
+
+enum class Phase : int64_t { header, credit, counts, rows, gate };
+
+constexpr int64_t kOutOfRange = -1, kTooManyTokens = -2;
+
+// What `detail` of Failure::bad_plan says.
+enum class PlanTensor : int64_t { send_row, recv_pair };
+
+// In page-locked host memory, written by kernels, read by the host. `kind` is written last.
+struct Mailbox {
+  int64_t kind;
+  int64_t op;
+  int64_t phase;
+  int64_t epoch;
+  int64_t peer;
+  int64_t detail;
+  int64_t ours;
+  int64_t theirs;
+  int64_t theirs_epoch;  // of bad_topk: num_topk << 32 | num_experts of that plan
+  // Of the exact plan that the host waits for, which has set it to 0: kPlanTold | its number of rows, and kPlanFailed
+  // where the record above says why, or will.
+  uint64_t plan;
+  // Not 0: a wait timed out, in that exchange, and every later one ends at once. `kind` may tell of an earlier failure.
+  int64_t stopped;
+};
+
+constexpr uint64_t kPlanTold = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
+
+constexpr int64_t kVector = 16;  // bytes: rows are copied in these
+constexpr int kMaxBlocks = 256;
+
+// Of one kind of low-latency exchange.
+struct LowLatencyState {
+  // Of each half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
+  // decides for all of them; only where a timeout masks.
+  uint64_t verdict[2][kMaxRanks];
+  // Numbers of the last exchanges that were, << kShareBits: see Note [Shares].
+  uint64_t sent, received;
+  uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either parity
+  uint64_t recorded;               // as State's
+};
+
+// Note [Shares]
+// Blocks of a kernel do not ask which of them is the last, since the answer would take as long as a message to a peer.
+// Each adds its share of 1 << kShareBits to the number of the exchange, once it needs the number before no longer; so
+// the upper bits change when all have added theirs: the first block what is left, the others 1.
+constexpr int kShareBits = 20;
+
+// Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except
+// where threads of one kernel tell each other something.
+struct State {
+  uint64_t epoch;  // of the last exchange that ended
+  // Epochs in which this rank last wrote into its peers' buffers: it may write again once they are done with these.
+  uint64_t last_plan, last_dispatch, last_combine;
+  uint64_t aborted;    // epoch of the exchange that its waits are to give up
+  uint64_t recorded;   // epoch of the last failure
+  uint32_t failed;     // a wait timed out: exchanges end at once until a reset
+  uint32_t elsewhere;  // 1 + a peer that left this exchange for a mismatch
+  uint32_t blocks_done;
+  uint32_t gate;  // warps that have built their part of rows_of
+  // The next pieces of work of this exchange that no warp has taken yet: see Tickets (device/exchange.cuh). Of dispatch
+  // also, of each rank, the next chunk after those that every warp begins with.
+  uint32_t tickets[2], chunks[kMaxRanks];
+  uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
+                                               // a rank
+  // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
+  uint32_t masked_by_host, masked_by_timeout;
+  LowLatencyState low_latency[LowLatencyLayout::kKinds];
+};
+
+struct Comm {
+  char* buffers[kMaxRanks];  // every rank's symmetric buffer, as mapped here
+  State* state;
+  Mailbox* mailbox;
+  // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_pair, rebuilt by every exchange that needs it
+  uint64_t* rows_of;
+  Layout layout;
+  LowLatencyLayout low_latency;
+  int rank;
+  bool shares_device;  // with other ranks
+  int64_t timeout_ns;
+  bool masks;  // low-latency pair: a timeout masks the peer, instead of failing
+};
+
+// Divides by what the host knows, by a multiplication where a division would take some thirty instructions. T. Granlund
+// and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
+class Divisor {
+ public:
+  Divisor() = default;
+  explicit Divisor(int divisor) {
+    while (uint64_t{1} << shift_ < static_cast<uint64_t>(divisor)) {
+      ++shift_;
+    }
+    multiplier_ = static_cast<uint32_t>(
+        (((uint64_t{1} << shift_) - static_cast<uint64_t>(divisor)) << 32) / static_cast<uint64_t>(divisor) + 1);
+  }
+  // 0 <= n < 2^31.
+  EP_HOST_DEVICE int quotient(int n) const {
+    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(multiplier_) * static_cast<uint32_t>(n) >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift_);
+  }
+
+ private:
+  uint32_t multiplier_ = 0, shift_ = 0;
+};
+
+struct PlanArgs {
+  Comm comm;
+  const void* topk_idx;
+  bool wide_idx;  // int64, not int32
+  int num_tokens, num_topk, num_experts;
+  bool expert_major;
+  int alignment;
+  int64_t capacity;  // -1: exact
+  int64_t map_rows;  // rows that there is room for in recv_map
+  // What a rank found wrong with its own arguments makes a plan of no rows, so that nobody waits for it.
+  bool refused;
+  int32_t* send_row;
+  int32_t* send_counts;
+  int32_t* recv_counts;
+  void* recv_map;  // int32, but for recv_topk_idx, which is as topk_idx
+  int32_t* offsets;
+  int32_t* tokens_per_expert;
+  int32_t* num_dropped;
+};
+
+struct PlanView {
+  const int32_t* send_row;
+  const int32_t* send_counts;
+  const int32_t* recv_counts;
+  const int32_t* recv_pair;   // expert_major
+  const void* recv_topk_idx;  // rank_major
+  bool wide_idx;              // of recv_topk_idx: int64, not int32
+  bool expert_major;
+  int num_tokens, num_topk;
+  int64_t rows;
+};
+
+// A row's payloads travel side by side in one record: [row | weights | scales], each from a multiple of 16 bytes on.
+struct Record {
+  int row_bytes;       // of this exchange: all of a row, or some columns of it
+  int64_t row_stride;  // bytes from row to row in x, y and the results
+  int weight_bytes;    // of one weight; 0: none
+  int scale_bytes;     // of all scales of a row; 0: none
+  EP_HOST_DEVICE int weights_at() const { return row_bytes; }
+  EP_HOST_DEVICE int scales_at(int num_topk) const {
+    return weights_at() + static_cast<int>(round_up(int64_t{weight_bytes} * num_topk, 16));
+  }
+  EP_HOST_DEVICE int bytes(int num_topk) const {
+    return scales_at(num_topk) + static_cast<int>(round_up(scale_bytes, 16));
+  }
+};
+
+struct DispatchArgs {
+  Comm comm;
+  PlanView plan;
+  Record record;
+  int64_t agreed[kNumAgreed];
+  const char* x;
+  const char* weights;
+  const char* scales;
+  char* out;
+  char* out_weights;
+  char* out_scales;
+};
+
+struct CombineArgs {
+  Comm comm;
+  PlanView plan;
+  Record record;
+  int64_t agreed[kNumAgreed];
+  Element element;
+  const char* y;
+  const void* row_weights;  // float32 (float64 for float64), or null
+  const char* weights;
+  char* out;
+  char* out_weights;
+};
+
+// --- the low-latency pair ---
+
+enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
+
+// What an operator does here: all of it, or one half.
+enum class Part : int { both, send, receive };
+
+struct LowLatencyDispatchArgs {
+  Comm comm;
+  Part part;
+  int64_t* ticket;  // of the halves: the number of the exchange
+  // To send.
+  const char* x;
+  const void* topk_idx;
+  bool wide_idx;              // int64, not int32
+  const float* topk_weights;  // or null: all 1
+  int num_tokens;
+  Element element;  // of x
+  // To receive. C = world_size * max_tokens rows of each local expert.
+  char* rows;          // [L, C] of row_bytes
+  void* scales;        // [L, num_scales, scale_rows] float32, or int32 of four exponents
+  int64_t scale_rows;  // C, padded
+  int32_t* tokens_per_expert;
+  int32_t* source_offsets;
+  int32_t* recv_pair;
+  int32_t* recv_row;
+  float* row_weights;
+  int64_t* wait_ns;
+  // Both.
+  Quantize quantize;
+  int max_tokens;  // the operator's: rows of `rows` are counted by it
+  int num_topk, num_experts;
+  int hidden;
+  int row_bytes;   // of a row as it travels and arrives
+  int num_scales;  // of a row, words of four bytes
+  // A row's record on its way: [row | scales | a Place for each slot].
+  EP_HOST_DEVICE int64_t scales_at() const { return round_up(row_bytes, 16); }
+  EP_HOST_DEVICE int64_t places_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
+  EP_HOST_DEVICE int64_t record_bytes() const { return places_at() + num_topk * kPlaceBytes; }
+};
+
+struct LowLatencyCombineArgs {
+  Comm comm;
+  Part part;
+  int64_t* ticket;  // likewise, and max_tokens
+  // To send.
+  const char* y;
+  const float* row_weights;
+  const int32_t* recv_row;
+  int max_tokens;  // of the dispatch
+  // To receive.
+  char* out;
+  const void* topk_idx;
+  bool wide_idx;
+  int num_tokens;
+  int64_t* wait_ns;
+  // Both.
+  Element element;
+  int num_topk, num_experts;
+  int row_bytes;
+};
+
+// Bytes of a record that one exchange can carry at most.
+int max_record_bytes();
+// Shared memory that ep::plan needs, in bytes; more than the device has if there are too many experts.
+int64_t plan_shared_bytes(int num_experts, int world_size);
+
+// Once a device, before the first launch there: so nothing is loaded or set up while a graph is captured. Fails where
+// the kernels were not built for the device.
+cudaError_t prepare_plan();
+cudaError_t prepare_dispatch();
+cudaError_t prepare_combine();
+cudaError_t prepare_low_latency_dispatch();
+cudaError_t prepare_low_latency_combine();
+
+cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
+// `multiprocessors`: of the device; the most blocks that may wait for each other.
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream);
+cudaError_t launch_low_latency_combine(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream);
+
+}  // namespace ep::nvlink
