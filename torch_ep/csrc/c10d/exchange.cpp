@@ -249,6 +249,8 @@ void Exchange::start(const at::Tensor& output, const at::Tensor& input, const st
     }
     tensors_.insert(tensors_.end(), {output, input});
     auto& channel = *comm_->channel;
+    // Receives first: gloo sends nothing before its peer has asked for it. The copy of own rows goes on beside both.
+    channel.recv_rows(out, recv_rows, transfers_);
     channel.send_rows(in, send_rows_, transfers_);
     const int rank = comm_->rank;
     if (recv_rows[rank] > 0) {
@@ -257,7 +259,6 @@ void Exchange::start(const at::Tensor& output, const at::Tensor& input, const st
       };
       out.narrow(0, before(recv_rows), recv_rows[rank]).copy_(in.narrow(0, before(send_rows_), recv_rows[rank]));
     }
-    channel.recv_rows(out, recv_rows, transfers_);
   });
 }
 
