@@ -7,7 +7,7 @@ SOURCES = $(shell find torch_ep/csrc test -name '*.cpp' -o -name '*.h' -o -name 
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo decode test test-gpu sanitize lint bench
+.PHONY: help demo decode test test-gpu sanitize lint docs bench
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,10 @@ lint: ## check style and types: ruff, clang-format, mypy
 		--dry-run -Werror $(SOURCES) || status=1; \
 	"$$python" -m mypy torch_ep || status=1; \
 	exit $$status
+
+docs: ## build these pages and the API reference as a website in build/docs; a broken link is an error
+	@python=$$($(SETUP) docs) && "$$python" docs/diagrams.py > /dev/null && \
+		"$$python" -m sphinx -W --keep-going -q -d build/doctrees $(ARGS) docs build/docs && echo build/docs/index.html
 
 bench: ## measure dispatch and combine against hand-written exchanges
 	@python=$$($(SETUP) demo) && exec "$$python" benchmarks/bench.py $(ARGS)
