@@ -538,7 +538,7 @@ def serving_diagram() -> Drawing:
     sizes = ((8, 8), (8, 3), (32, 20))
     for step, (size, busiest) in enumerate(sizes):
         x = 120 + 250 * step
-        d.text(x + 100, 56, f"step {step}: graph of {size} slots", anchor="middle")
+        d.text(x + 100, 56, f"step {step}: graph of {size} tokens", anchor="middle")
         for rank in range(2):
             y = 70 + 84 * rank
             used = busiest if rank == 0 else (5, 0, 32)[step]
@@ -547,10 +547,10 @@ def serving_diagram() -> Drawing:
             if used:
                 d.box(x + 8, y + 8, width, 20, "", fill=RANK_FILL[rank], line=RANK_LINE[rank])
             d.box(x + 8 + width, y + 8, 184 - width, 20, "", fill=PADDING, dashed=True)
-            d.text(x + 100, y + 46, f"{used} of {size} slots active", anchor="middle", size=12, color=MUTED)
+            d.text(x + 100, y + 46, f"{used} of {size} tokens active", anchor="middle", size=12, color=MUTED)
     d.text(20, 104, "rank 0", color=RANK_LINE[0])
     d.text(20, 188, "rank 1", color=RANK_LINE[1])
-    d.text(20, 260, "A rank without work takes part with no active slot (step 1, rank 1).", color=MUTED)
+    d.text(20, 260, "A rank without work takes part with padding alone (step 1, rank 1).", color=MUTED)
     d.text(20, 280, "The ranks agree on the smallest graph that holds the busiest rank (step 2).", color=MUTED)
     return d
 
