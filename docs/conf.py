@@ -33,8 +33,6 @@ autodoc_preserve_defaults = True
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 toc_object_entries_show_parents = "hide"
-# Napoleon takes "[world_size] int64: ..." before an attribute for a type, and finds several attributes of that name.
-suppress_warnings = ["ref.python"]
 
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -59,7 +57,24 @@ def _escape_bars(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
     lines[:] = [line.replace("|", r"\|") for line in lines]
 
 
+# Napoleon takes the words before the first colon of an attribute for its type. These two keep the description whole.
+_descriptions: dict[str, list[str]] = {}
+_ATTRIBUTES = ("attribute", "data", "property")
+
+
+def _keep_description(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if what in _ATTRIBUTES:
+        _descriptions[name] = [] if lines and lines[0].startswith("Alias for field number") else lines[:]
+
+
+def _restore_description(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    if what in _ATTRIBUTES:
+        lines[:] = _descriptions.pop(name)
+
+
 def setup(app: Any) -> None:
     app.add_config_value("repository", "", "env")
     app.connect("source-read", _link_to_repository)
-    app.connect("autodoc-process-docstring", _escape_bars)
+    app.connect("autodoc-process-docstring", _escape_bars, priority=480)
+    app.connect("autodoc-process-docstring", _keep_description, priority=490)  # napoleon's has 500
+    app.connect("autodoc-process-docstring", _restore_description, priority=510)
