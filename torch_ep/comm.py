@@ -27,7 +27,6 @@ _BACKENDS = ("auto", "c10d", "nvlink")
 _PROVIDERS = ("torch", "nvshmem")
 _ON_TIMEOUT = ("raise", "mask")
 _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
-_NO_LIMIT = -1
 # Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
 _MAX_RANKS = 8
 _MAX_TOPK = 32
@@ -254,24 +253,14 @@ def _agree(process: dist.ProcessGroup, timeout: timedelta, arguments: Mapping[st
 
     Returns whether they had to connect.
     """
-    limits = [arguments[name] for name in _LIMITS]
-    values = (
-        _milliseconds(timeout),
-        [_NO_LIMIT if limit is None else limit for limit in limits],
-        [
-            _BACKENDS.index(arguments["backend"]),
-            _PROVIDERS.index(arguments["provider"]),
-            arguments["num_sms"],
-            arguments["low_latency_tokens"] or 0,
-            _ON_TIMEOUT.index(arguments["on_timeout"]),
-        ],
-    )
+    options = {**arguments, "timeout_ms": _milliseconds(timeout)}
+    del options["timeout"]
     name = process.group_name
-    if torch.ops.ep._init(name, "", *values):
+    if torch.ops.ep._init(name, "", **options):
         return False
     torch.ops.ep._destroy(name)
     with rendezvous.connect(process, timeout) as connections:
-        torch.ops.ep._init(name, connections, *values)
+        torch.ops.ep._init(name, connections, **options)
     return True
 
 
@@ -290,7 +279,7 @@ def _why_not_nvlink(
     timeout: timedelta = _LEAST_INIT_TIMEOUT,
 ) -> str | None:
     """Collective if there is a process group: the same answer on every rank."""
-    if not torch.ops.ep._has_nvlink():
+    if "nvlink" not in torch.ops.ep._backends():
         return "torch_ep was built without CUDA"
     missing = [name for name, limit in limits.items() if limit is None]
     if missing:
@@ -318,23 +307,16 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _limits(communicator: Communicator) -> list[int]:
-    """Of a communicator that has all of them, but for the low-latency pair: 0 if there is to be none."""
-    limits = (
-        communicator.max_tokens_per_rank,
-        communicator.hidden,
-        communicator.num_topk,
-        communicator.num_experts,
-        communicator.low_latency_tokens,
-    )
-    return [limit or 0 for limit in limits]
+def _limits(communicator: Communicator) -> dict[str, int]:
+    """Limits of a communicator that has all of them; low_latency_tokens is 0 if there is to be no low-latency pair."""
+    return {name: getattr(communicator, name) or 0 for name in (*_LIMITS, "low_latency_tokens")}
 
 
 def _init_nvlink(
     communicator: Communicator, process: dist.ProcessGroup | None, num_sms: int, provider: symmetric.Provider
 ) -> Communicator:
     world_size = communicator.world_size
-    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(communicator), num_sms)
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, **_limits(communicator), num_sms=num_sms)
     if process is None:
         buffer, reason = _local_buffers(1, nbytes)[0], "one CUDA device, no peers"
     else:
@@ -359,11 +341,11 @@ def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, group
         communicator.rank,
         communicator.world_size,
         buffer.pointers,
-        _limits(communicator),
-        communicator.num_sms,
-        _milliseconds(communicator.timeout),
-        groupless,
-        communicator.on_timeout == "mask",
+        **_limits(communicator),
+        num_sms=communicator.num_sms,
+        timeout_ms=_milliseconds(communicator.timeout),
+        groupless=groupless,
+        masks=communicator.on_timeout == "mask",
     )
     if name in _buffers and not was_idle:
         _still_running.append(_buffers[name])
@@ -402,7 +384,7 @@ def init_virtual(
         names[0], 0, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
         backend="nvlink", reason="virtual ranks", num_sms=num_sms, on_timeout=on_timeout,
     )  # fmt: skip
-    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(first_rank), num_sms)
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, **_limits(first_rank), num_sms=num_sms)
     for rank, (name, buffer) in enumerate(zip(names, _local_buffers(world_size, nbytes), strict=True)):
         communicator = first_rank._replace(group_name=name, rank=rank, symmetric_bytes=nbytes)
         _start_nvlink(communicator, buffer, groupless=True)

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <ctime>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T>
 T load_word(const void* p) {
@@ -158,4 +158,4 @@ inline uint64_t global_timer_ns() {
   return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec);
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -1,10 +1,12 @@
 // The nvlink backend on the host: tensors to kernel arguments.
-#include "nvlink/backend.h"
+#include "core/backend.h"
 
+#include "core/checks.h"
 #include "core/cuda_stream.h"
 #include "core/cuda_tensors.h"
-#include "local/permute.h"
+#include "core/low_latency_wire_row.h"
 #include "nvlink/errors.h"
+#include "nvlink/limits.h"
 #include "nvlink/low_latency.h"
 
 #include <ATen/ops/zeros.h>
@@ -12,10 +14,13 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <thread>
 
@@ -87,7 +92,20 @@ int multiprocessors_of(c10::DeviceIndex device) {
   return count;
 }
 
-bool shares_device(const NvlinkOptions& options) {
+struct Options {
+  std::string group_name;
+  int64_t rank, world_size;
+  at::IntArrayRef buffers;  // address of every rank's symmetric buffer; zeroed before
+  Limits limits;
+  int64_t num_sms;
+  int64_t timeout_ms;
+  // Ranks without a process group: one alone, or several in one process.
+  bool groupless;
+  // A timeout in the low-latency pair masks the peer instead of failing.
+  bool masks;
+};
+
+bool shares_device(const Options& options) {
   return options.groupless && options.world_size > 1;
 }
 
@@ -103,13 +121,14 @@ cudaError_t prepare_kernels() {
 
 class Nvlink final : public Backend {
  public:
-  explicit Nvlink(const NvlinkOptions& options)
+  explicit Nvlink(const Options& options)
       : group_name_(options.group_name),
+        is_groupless_(options.groupless),
         layout_(layout_of(options.world_size, options.limits, options.num_sms)),
-        max_tokens_(options.limits[0]),
-        max_hidden_(options.limits[1]),
-        max_topk_(options.limits[2]),
-        max_experts_(options.limits[3]),
+        max_tokens_(options.limits.max_tokens_per_rank),
+        max_hidden_(options.limits.hidden),
+        max_topk_(options.limits.num_topk),
+        max_experts_(options.limits.num_experts),
         device_(c10::cuda::current_device()),
         // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
         multiprocessors_(shares_device(options) ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
@@ -155,16 +174,9 @@ class Nvlink final : public Backend {
   PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) override {
     constexpr auto kOp = OpKind::plan;
     const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
-    check_limit(kOp, "num_topk", max_topk_, num_topk);
-    check_limit(kOp, "num_experts", max_experts_, options.num_experts);
+    check_limit(name_of(kOp), "num_topk", max_topk_, num_topk);
+    check_limit(name_of(kOp), "num_experts", max_experts_, options.num_experts);
     const int64_t most_tokens = std::min(options.max_tokens_per_rank.value_or(max_tokens_), max_tokens_);
-    if (const auto* alone = one_rank_kernels(topk_idx, layout_.world_size)) {
-      throw_failure();
-      TORCH_CHECK_VALUE(num_tokens <= most_tokens, refusal(num_tokens, most_tokens));
-      return alone->plan(
-          topk_idx,
-          {options.expert_major, options.num_experts, options.alignment, options.capacity, topk_idx.scalar_type()});
-    }
     const bool exact = !options.capacity;
     const c10::cuda::CUDAGuard guard(device_);
     TORCH_CHECK(
@@ -230,11 +242,7 @@ class Nvlink final : public Backend {
       const at::Tensor& x,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
-    check_limit(OpKind::dispatch, "hidden", max_hidden_, x.size(1));
-    if (const auto* alone = one_rank_kernels(x, layout_.world_size)) {
-      throw_failure();
-      return alone->dispatch(plan, x, topk_weights, scales);
-    }
+    check_limit(name_of(OpKind::dispatch), "hidden", max_hidden_, x.size(1));
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_row.size(1), rows = plan.recv_map.size(0);
@@ -272,11 +280,7 @@ class Nvlink final : public Backend {
       const std::optional<at::Tensor>& row_weights,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
-    check_limit(OpKind::combine, "hidden", max_hidden_, y.size(1));
-    if (const auto* alone = one_rank_kernels(y, layout_.world_size)) {
-      throw_failure();
-      return alone->combine(plan, y, row_weights, topk_weights, scales);
-    }
+    check_limit(name_of(OpKind::combine), "hidden", max_hidden_, y.size(1));
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_row.size(1), num_tokens = plan.send_row.size(0);
@@ -313,21 +317,23 @@ class Nvlink final : public Backend {
     return low_latency_->dispatch(x, topk_idx, topk_weights, options, enter());
   }
 
-  at::Tensor low_latency_dispatch_send(
+  InFlight low_latency_dispatch_send(
       const at::Tensor& x,
       const at::Tensor& topk_idx,
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
+    const auto status = low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
+    const int64_t rows = layout_.world_size * options.max_tokens_per_rank;
+    return {status, empty({rows, LowLatencyWireRow(options).bytes}, status, at::kByte)};
   }
 
-  LowLatencyRows low_latency_dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options) override {
+  LowLatencyRows low_latency_dispatch_recv(const InFlight& sent, const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->dispatch_recv(ticket, options, enter());
+    return low_latency_->dispatch_recv(std::get<0>(sent), options, enter());
   }
 
-  std::tuple<at::Tensor, at::Tensor> low_latency_combine(
+  LowLatencySums low_latency_combine(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
@@ -337,30 +343,34 @@ class Nvlink final : public Backend {
     return low_latency_->combine(y, topk_idx, row_weights, recv_row, num_experts, enter());
   }
 
-  at::Tensor low_latency_combine_send(
+  InFlight low_latency_combine_send(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
       const at::Tensor& recv_row,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
+    const auto status = low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
+    const int64_t row_bytes = y.size(2) * static_cast<int64_t>(y.element_size());
+    return {status, empty({recv_row.size(0), row_bytes}, status, at::kByte)};
   }
 
-  std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
-      const at::Tensor& ticket,
+  LowLatencySums low_latency_combine_recv(
+      const InFlight& sent,
       const at::Tensor& topk_idx,
       int64_t hidden,
       at::ScalarType dtype,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->combine_recv(ticket, topk_idx, hidden, dtype, num_experts, enter());
+    return low_latency_->combine_recv(std::get<0>(sent), topk_idx, hidden, dtype, num_experts, enter());
   }
 
-  bool takes(const at::Tensor& t) const override { return t.is_cuda() && t.get_device() == device_; }
-  int64_t world_size() const override { return layout_.world_size; }
+  bool takes(const at::Tensor& t) const { return t.is_cuda() && t.get_device() == device_; }
+  bool is_groupless() const { return is_groupless_; }
+  int64_t world_size() const { return layout_.world_size; }
 
-  int64_t settle() override {
+  // Local halves of torch_ep.reset: waits for the device and returns the last exchange; continues with a later one.
+  int64_t settle() {
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(cudaDeviceSynchronize());
     State state{};
@@ -372,7 +382,7 @@ class Nvlink final : public Backend {
     return static_cast<int64_t>(epoch);
   }
 
-  void restart(int64_t epoch) override {
+  void restart(int64_t epoch) {
     const c10::cuda::CUDAGuard guard(device_);
     State state{};
     state.epoch = static_cast<uint64_t>(epoch);
@@ -386,7 +396,8 @@ class Nvlink final : public Backend {
     masked_ = 0;
   }
 
-  int64_t masked() const override {
+  // Bits of the ranks that the low-latency pair of this rank leaves out; `mask` adds some.
+  int64_t masked() const {
     uint32_t words[2] = {};
     const Stream stream;
     for (int i = 0; i < 2; ++i) {
@@ -396,12 +407,13 @@ class Nvlink final : public Backend {
     return words[0] | words[1];
   }
 
-  void mask(int64_t ranks) override {
+  void mask(int64_t ranks) {
     masked_ |= static_cast<uint32_t>(ranks);
     Stream().copy(&comm_.state->masked_by_host, &masked_, sizeof(masked_));
   }
 
-  bool is_idle() const override {
+  // Whether no kernel of it runs any more, so that its memory may go.
+  bool is_idle() const {
     const c10::cuda::CUDAGuard guard(device_);
     const auto status = last_stream_ ? cudaStreamQuery(*last_stream_) : cudaSuccess;
     if (status != cudaSuccess) {
@@ -582,6 +594,7 @@ class Nvlink final : public Backend {
   }
 
   const std::string group_name_;
+  const bool is_groupless_;
   const Layout layout_;
   const int64_t max_tokens_, max_hidden_, max_topk_, max_experts_;
   const c10::DeviceIndex device_;
@@ -597,8 +610,104 @@ class Nvlink final : public Backend {
   std::string fatal_;
 };
 
-}  // namespace
+// --- the registry ---
 
+std::mutex registry_mutex;
+
+std::map<std::string, std::shared_ptr<Nvlink>>& registry() {
+  // Never destroyed: the process may exit while kernels run.
+  static auto* backends = new std::map<std::string, std::shared_ptr<Nvlink>>();
+  return *backends;
+}
+
+std::shared_ptr<Nvlink> registered(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  return found == registry().end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Nvlink> existing(const char* caller, const std::string& group_name) {
+  auto backend = registered(group_name);
+  TORCH_CHECK(backend, caller, ": group '", group_name, "' does not use the nvlink backend");
+  return backend;
+}
+
+// False: a kernel still runs, so the buffers have to stay. A name without a backend is no error.
+bool destroy(std::string group_name) {
+  static auto* busy = new std::vector<std::shared_ptr<Nvlink>>();
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  if (found == registry().end()) {
+    return true;
+  }
+  const bool idle = found->second->is_idle();
+  if (!idle) {
+    busy->push_back(found->second);
+  }
+  registry().erase(found);
+  return idle;
+}
+
+std::shared_ptr<Backend>
+find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const at::Tensor& t) {
+  auto backend = registered(group_name);
+  if (!backend || !backend->takes(t)) {
+    return nullptr;
+  }
+  // One rank alone exchanges nothing: plan, dispatch and combine are the local backend's.
+  const bool is_low_latency = op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine;
+  if (world_size == 1 && backend->world_size() == 1 && !is_low_latency) {
+    return nullptr;
+  }
+  if (!backend->is_groupless()) {
+    check_group(op, group_name, world_size);
+  }
+  TORCH_CHECK_VALUE(
+      backend->world_size() == world_size,
+      name_of(op),
+      ": expected world_size ",
+      backend->world_size(),
+      " (the size of group '",
+      group_name,
+      "'), got ",
+      world_size);
+  return backend;
+}
+
+// The kernels of the other ranks wait on the device; their own timeout ends them.
+bool report_failure(OpKind /*op*/, const std::string& group_name, const std::string& /*failure*/) {
+  return registered(group_name) != nullptr;
+}
+
+const BackendRegistration registration(
+    {.name = "nvlink", .order = 0, .find = find_nvlink, .report_failure = report_failure});
+
+// Local; the group's communicator has to be there before unless groupless. Returns what `destroy` would of the backend
+// that it replaces.
+bool init(
+    std::string group_name,
+    int64_t rank,
+    int64_t world_size,
+    at::IntArrayRef buffers,
+    int64_t max_tokens_per_rank,
+    int64_t hidden,
+    int64_t num_topk,
+    int64_t num_experts,
+    int64_t low_latency_tokens,
+    int64_t num_sms,
+    int64_t timeout_ms,
+    bool groupless,
+    bool masks) {
+  const Limits limits{max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens};
+  auto backend = std::make_shared<Nvlink>(
+      Options{group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, masks});
+  const bool was_idle = destroy(group_name);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[group_name] = std::move(backend);
+  return was_idle;
+}
+
+// Whether the kernels were built for the current device.
 bool kernels_run() {
   const bool run = prepare_kernels() == cudaSuccess;
   if (!run) {
@@ -607,8 +716,36 @@ bool kernels_run() {
   return run;
 }
 
-std::shared_ptr<Backend> make_nvlink(const NvlinkOptions& options) {
-  return std::make_shared<Nvlink>(options);
+int64_t settle(std::string group_name) {
+  return existing("torch_ep.reset", group_name)->settle();
+}
+
+void restart(std::string group_name, int64_t epoch) {
+  existing("torch_ep.reset", group_name)->restart(epoch);
+}
+
+int64_t masked(std::string group_name) {
+  return existing("torch_ep.active_ranks", group_name)->masked();
+}
+
+void mask(std::string group_name, int64_t ranks) {
+  existing("torch_ep.mask_ranks", group_name)->mask(ranks);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ep, m) {
+  m.def("_nvlink_runs() -> bool", &kernels_run);
+  m.def(
+      "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, *, int max_tokens_per_rank, int hidden, "
+      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool masks) "
+      "-> bool",
+      &init);
+  m.def("_destroy_nvlink(str group_name) -> bool", &destroy);
+  m.def("_settle_nvlink(str group_name) -> int", &settle);
+  m.def("_restart_nvlink(str group_name, int epoch) -> ()", &restart);
+  m.def("_masked_nvlink(str group_name) -> int", &masked);
+  m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask);
 }
 
 }  // namespace ep::nvlink

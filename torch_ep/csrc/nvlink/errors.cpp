@@ -1,7 +1,7 @@
 #include "nvlink/errors.h"
 
-#include "c10d/communicator.h"
 #include "core/cuda_stream.h"
+#include "core/types.h"
 
 #include <c10/core/ScalarType.h>
 

@@ -1,5 +1,6 @@
 #include "nvlink/low_latency.h"
 
+#include "core/checks.h"
 #include "core/cuda_tensors.h"
 
 #include <ATen/ops/empty.h>
@@ -140,9 +141,9 @@ void LowLatencyPair::check_row(OpKind op, int64_t num_topk, int64_t num_experts,
       layout_.max_tokens > 0,
       name_of(op),
       ": expected low_latency_tokens of torch_ep.init to be given, on backend nvlink, got None");
-  check_limit(op, "num_topk", limits_.num_topk, num_topk);
-  check_limit(op, "num_experts", limits_.num_experts, num_experts);
-  check_limit(op, "hidden", limits_.hidden, hidden);
+  check_limit(name_of(op), "num_topk", limits_.num_topk, num_topk);
+  check_limit(name_of(op), "num_experts", limits_.num_experts, num_experts);
+  check_limit(name_of(op), "hidden", limits_.hidden, hidden);
   TORCH_CHECK_VALUE(
       row_bytes % kVector == 0,
       name_of(op),
@@ -190,7 +191,7 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
     args.num_scales = options.quantize == ep::Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
   }
   check_row(kDispatch, options.num_topk, options.num_experts, options.hidden, args.row_bytes);
-  check_limit(kDispatch, "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
+  check_limit(name_of(kDispatch), "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
   check_record(kDispatch, args.record_bytes());
   return args;
 }
@@ -248,7 +249,7 @@ LowLatencyCombineArgs LowLatencyPair::args_of(
   args.num_experts = static_cast<int>(num_experts);
   args.row_bytes = static_cast<int>(hidden * static_cast<int64_t>(c10::elementSize(dtype)));
   check_row(kCombine, args.num_topk, num_experts, hidden, args.row_bytes);
-  check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.num_tokens);
+  check_limit(name_of(kCombine), "low_latency_tokens", layout_.max_tokens, args.num_tokens);
   check_record(kCombine, args.row_bytes);
   return args;
 }
@@ -262,7 +263,7 @@ void LowLatencyPair::set_results(
   args.row_weights = data<float>(row_weights);
   args.recv_row = data<int32_t>(recv_row);
   args.max_tokens = static_cast<int>(recv_row.size(0) / layout_.world_size);
-  check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.max_tokens);
+  check_limit(name_of(kCombine), "low_latency_tokens", layout_.max_tokens, args.max_tokens);
   check_tokens(kCombine, args.num_tokens, args.max_tokens);
 }
 
