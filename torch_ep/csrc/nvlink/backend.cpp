@@ -101,13 +101,11 @@ struct Options {
   int64_t timeout_ms;
   // Ranks without a process group: one alone, or several in one process.
   bool groupless;
+  // Other ranks use this device as well: all thread blocks of all ranks have to fit on it at once.
+  bool shares_device;
   // A timeout in the low-latency pair masks the peer instead of failing.
   bool masks;
 };
-
-bool shares_device(const Options& options) {
-  return options.groupless && options.world_size > 1;
-}
 
 cudaError_t prepare_kernels() {
   for (const auto prepare :
@@ -131,7 +129,7 @@ class Nvlink final : public Backend {
         max_experts_(options.limits.num_experts),
         device_(c10::cuda::current_device()),
         // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
-        multiprocessors_(shares_device(options) ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
+        multiprocessors_(options.shares_device ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
     TORCH_CHECK_VALUE(
         max_experts_ <= most_experts(options.world_size),
         "torch_ep.init: expected num_experts of at most ",
@@ -162,7 +160,7 @@ class Nvlink final : public Backend {
     comm_.layout = layout_;
     comm_.low_latency = low_latency_layout_of(layout_, options.limits);
     comm_.rank = static_cast<int>(options.rank);
-    comm_.shares_device = shares_device(options);
+    comm_.shares_device = options.shares_device;
     comm_.timeout_ns = options.timeout_ms * 1'000'000;
     comm_.masks = options.masks;
     low_latency_.emplace(comm_, LowLatencyLimits{max_hidden_, max_topk_, max_experts_}, multiprocessors_);
@@ -697,10 +695,11 @@ bool init(
     int64_t num_sms,
     int64_t timeout_ms,
     bool groupless,
+    bool shares_device,
     bool masks) {
   const Limits limits{max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens};
   auto backend = std::make_shared<Nvlink>(
-      Options{group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, masks});
+      Options{group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, shares_device, masks});
   const bool was_idle = destroy(group_name);
   std::lock_guard<std::mutex> lock(registry_mutex);
   registry()[group_name] = std::move(backend);
@@ -738,7 +737,8 @@ TORCH_LIBRARY_FRAGMENT(ep, m) {
   m.def("_nvlink_runs() -> bool", &kernels_run);
   m.def(
       "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, *, int max_tokens_per_rank, int hidden, "
-      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool masks) "
+      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool shares_device, "
+      "bool masks) "
       "-> bool",
       &init);
   m.def("_destroy_nvlink(str group_name) -> bool", &destroy);
