@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import LIMIT_S, PATIENCE, free_port
+from harness import LIMIT_S, PATIENCE, free_port, process_context
 
 # What a rank waits for another, by its own clock: short, since that is what the tests are about.
 TIMEOUT = timedelta(seconds=5)
@@ -123,7 +122,7 @@ class Launcher:
     """One process that forks the ranks of every scenario."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = process_context()
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_launch, args=(theirs,), daemon=True)
         self._process.start()

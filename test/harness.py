@@ -21,6 +21,20 @@ PATIENCE = timedelta(minutes=10)
 LIMIT_S = 1200.0
 
 
+# What every process of the tests needs. Its import takes seconds, so it happens once, in the process that they are forks of.
+PRELOADED = ["pytest", "torch_ep", "torch.testing", "torch._dynamo.testing", "torch._inductor.compile_fx"]
+
+
+def process_context() -> Any:
+    """How the processes of ranks start: as forks of a server that has imported PRELOADED; on GPU hosts anew, because
+    CUDA reads its environment when a process starts."""
+    if torch.cuda.is_available():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -67,7 +81,7 @@ class Workers:
     def __init__(self, count: int, target: Callable[..., None], *args: Any) -> None:
         self.world_size = count
         self.failed = False  # whether something was raised: the ranks may be out of step since
-        context = mp.get_context("spawn")
+        context = process_context()
         self._pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):
