@@ -21,13 +21,16 @@ PATIENCE = timedelta(minutes=10)
 LIMIT_S = 1200.0
 
 
-# What every process of the tests needs. Its import takes seconds, so it happens once, in the process that they are forks of.
+# Every rank needs these modules. Importing them takes seconds, so the server from which ranks are forked does it once.
 PRELOADED = ["pytest", "torch_ep", "torch.testing", "torch._dynamo.testing", "torch._inductor.compile_fx"]
 
 
 def process_context() -> Any:
-    """How the processes of ranks start: as forks of a server that has imported PRELOADED; on GPU hosts anew, because
-    CUDA reads its environment when a process starts."""
+    """The multiprocessing context that starts ranks.
+
+    Ranks are forks of a server that has imported PRELOADED. On a GPU host they are new processes, because CUDA reads
+    its environment when a process starts.
+    """
     if torch.cuda.is_available():
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")

@@ -31,6 +31,8 @@ MODES = {
     "rank_major-capacity": {"layout": "rank_major", "alignment": 4, "capacity": 7},
 }
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+# The two that share least: sizes that depend on data, and static sizes after an unknown number of tokens.
+two_modes = pytest.mark.parametrize("name", ["expert_major-exact", "rank_major-capacity"])
 
 
 @pytest.fixture(autouse=True)
@@ -103,8 +105,7 @@ def test_a_graph_for_each_special_size_without_marks(device: str) -> None:
     assert backend.frame_count == 4
 
 
-# The two that share least: sizes that depend on data, and static ones behind an unknown number of tokens.
-@pytest.mark.parametrize("name", ["expert_major-exact", "rank_major-capacity"])
+@two_modes
 def test_inductor_fullgraph_equals_eager_for_every_number_of_tokens(device: str, name: str) -> None:
     layer = make_layer(device, **MODES[name])
     backend = CompileCounterWithBackend("inductor")
@@ -224,7 +225,7 @@ def test_operators_take_products_that_inductor_has_padded(device: str, step: Any
     topk_idx = random_topk(5, TOPK, EXPERTS, seeded(1)).to(device)
     weights = torch.rand(5, TOPK, generator=seeded(2)).to(device)
     results = []
-    with one_rank_on(device), fresh_cache(), padded_products():
+    with one_rank_on(device), inductor_cache(artifacts()), padded_products():
         for run in (step, torch.compile(step, fullgraph=True)):
             x_leaf = x.clone().requires_grad_(step is _training)
             y = run(x_leaf, topk_idx, weights, w)
@@ -270,39 +271,33 @@ def _step_on_ranks(
     mode: dict[str, Any],
     counts: Sequence[Sequence[int]],
     marked: bool,
-    cache: str,
 ) -> int:
     """Steps with different numbers of tokens here and there; each equal to eager. Returns the graphs made."""
     torch._dynamo.reset()
     layer = make_layer(device, **mode)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    with inductor_cache(cache):
-        for step, step_counts in enumerate(counts):
-            count = step_counts[rank]
-            x = tokens(device, count, rank, step)
-            if marked:
-                torch_ep.mark_tokens(x)
-            got = run_layer(compiled, layer, x)
-            assert_same(got, run_layer(layer, layer, tokens(device, count, rank, step)))
+    for step, step_counts in enumerate(counts):
+        count = step_counts[rank]
+        x = tokens(device, count, rank, step)
+        if marked:
+            torch_ep.mark_tokens(x)
+        got = run_layer(compiled, layer, x)
+        assert_same(got, run_layer(layer, layer, tokens(device, count, rank, step)))
     torch._dynamo.reset()
     return counter.frame_count
 
 
-@each_mode
-def test_two_ranks_that_compile_different_numbers_of_graphs(device: str, mode: dict[str, Any]) -> None:
+@two_modes
+def test_two_ranks_that_compile_different_numbers_of_graphs(device: str, name: str) -> None:
     counts = [(5, 3), (6, 3), (0, 3), (1, 0), (7, 1)]
-    graphs = Ranks(device, 2).run(_step_on_ranks, device, "aot_eager", mode, counts, marked=False, cache=artifacts())
+    graphs = Ranks(device, 2).run(_step_on_ranks, device, "aot_eager", MODES[name], counts, marked=False)
     assert graphs == [4, 3]  # 5, any, 0, 1 here; 3, 0, 1 there
 
 
 def test_two_ranks_need_one_graph_each_where_tokens_are_marked(device: str) -> None:
     counts = [(2, 3), (0, 1), (1, 0), (17, 0), (0, 0), (300, 40)]
-    if device == "cuda" and DIVIDES_BY_NO_ROWS:  # a rank that fails alone would leave the other one waiting
-        counts = [step for step in counts if sum(step) > 1]
-    graphs = Ranks(device, 2).run(
-        _step_on_ranks, device, "inductor", MODES["expert_major-exact"], counts, marked=True, cache=artifacts()
-    )
+    graphs = Ranks(device, 2).run(_step_on_ranks, device, "aot_eager", MODES["expert_major-exact"], counts, marked=True)
     assert graphs == [1, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # also in the ranks, which import this file
 
 import train_moe as demo  # noqa: E402
+from compiling import InductorGraphs  # noqa: E402
 from harness import LIMIT_S, world  # noqa: E402
 
 import torch_ep  # noqa: E402
@@ -166,8 +169,10 @@ def test_clipping_counts_the_experts_of_all_ranks(tmp_path: Path) -> None:
 
 
 def compiled_steps(rank: int, world_size: int, args: argparse.Namespace) -> list[float]:
+    """Compiled up to Inductor's code generation, which takes most of the time and is not what this tests."""
     args.eager = False
-    trainer = demo.Trainer(args, demo.Ranks(rank, world_size))
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=InductorGraphs())):
+        trainer = demo.Trainer(args, demo.Ranks(rank, world_size))
     return [trainer.train_step()[0].item() for _ in range(2)]
 
 
