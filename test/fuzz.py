@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from harness import Workers, World, answer_jobs
-from test_low_latency import FORMS
-from test_low_latency import Case as LowLatencyCase
-from test_low_latency import case_differs as low_latency_case_differs
-from test_reference import LAYOUTS, SUM_TYPES, Case, Comparison, Mode, padding
+from api.test_low_latency import FORMS
+from api.test_low_latency import Case as LowLatencyCase
+from api.test_low_latency import case_differs as low_latency_case_differs
+from api.test_reference import LAYOUTS, SUM_TYPES, Case, Comparison, Mode, padding
+from support.harness import Workers, World, answer_jobs
 from torch import Tensor
 
 import torch_ep

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from emulator.translate import KERNELS, translate
-from harness import LIMIT_S
+from support.harness import LIMIT_S
 from test_cuda_sources import cuda_include_folders, needs_nvcc
 
 # CUDA's headers come with nvcc, which itself is not needed here.

@@ -1,6 +1,6 @@
 """Every fake: what a compiler sees of an operator. The same shapes, dtypes, devices and errors as the kernels'.
 
-The messages are those of `csrc/core/checks.h` and its callers; `test/test_errors.py` runs both over one table.
+The messages are those of `csrc/core/checks.h` and its callers; `test/api/test_errors.py` runs both over one table.
 """
 
 from __future__ import annotations
