@@ -258,6 +258,7 @@ struct LowLatencyLayout {
   // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
   // `bytes`: of one; there is room for more of those that are quantized.
   EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token, int64_t bytes) const {
+    // fault: low latency: two inline rows in one place
     return dispatch_packs_at + packed_row(half, source, 0) * packed_bytes + token * bytes;
   }
   EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {

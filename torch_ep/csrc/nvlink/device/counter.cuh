@@ -61,6 +61,7 @@ class RowCounter {
         for (int j = 0; j < kAhead; ++j) {
           const int expert = ahead_[j].value();
           const int same = expert >= 0 && expert < a_.num_experts ? slots_[expert] : 0;
+          // fault: low latency: doubled expert
           visited |= same != 0 ? 1U << (same - 1) : 0;
         }
       }

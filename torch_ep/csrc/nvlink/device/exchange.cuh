@@ -211,8 +211,11 @@ __device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer,
 // Of a whole warp: lane p until peer p is done with the exchange `last`, in which its buffer was written before.
 __device__ inline bool wait_for_credits(const Exchange& x, uint64_t last) {
   const int p = lane_id();
-  const bool may = wait_lanes(
-      x, Phase::credit, x.is_peer(p), p, [&] { return load_acquire_system(x.own(x.layout().done(p))) >= last; });
+  const auto has_credit = [&] {
+    // fault: rows written without a credit
+    return load_acquire_system(x.own(x.layout().done(p))) >= last;
+  };
+  const bool may = wait_lanes(x, Phase::credit, x.is_peer(p), p, has_credit);
   fence_async_global();  // between the credit and the bulk copies that it allows
   return may;
 }
@@ -325,6 +328,7 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
     chunks = 0;
   }
   *last_use = x.epoch;
+  // fault: skipped epoch
   state.epoch = x.epoch;
   fence_system();
 #pragma unroll 1

@@ -68,6 +68,7 @@ class Flight {
     const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
     const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
     const uint32_t active = ~(by_host | by_timeout) & ((1U << world_size()) - 1);
+    // fault: low latency: half reused too early
     const uint32_t late = __ballot_sync(kFullWarp, is_peer && done + 2 < number);
     if (p < kMaxRanks) {
       memory_.waited[p] = 0;
@@ -193,6 +194,7 @@ class Flight {
     __syncthreads();
     const int lane = lane_id();
     // Two lanes of one warp, so that one instruction tells both.
+    // fault: low latency: receive not counted
     if (warp_id() == 0 && lane < 2 && part_ != (lane == 0 ? Part::receive : Part::send)) {
       static_assert(offsetof(LowLatencyState, received) == offsetof(LowLatencyState, sent) + sizeof(uint64_t));
       add_relaxed_device(&state_.sent + lane, memory_.share);

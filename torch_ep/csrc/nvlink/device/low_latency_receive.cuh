@@ -107,6 +107,7 @@ class LowLatencyReceive {
       int sum = 0;
 #pragma unroll 1
       for (int s = 0; s < source; ++s) {
+        // fault: low latency: rows of earlier ranks
         sum += count(s, expert);
       }
       return sum;

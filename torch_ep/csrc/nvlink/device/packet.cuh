@@ -70,6 +70,7 @@ struct Packs {
     const uint4 &a = u.vectors[0], &b = u.vectors[1], &c = u.vectors[2];
     packs[0] = {a.x, a.y, a.z, number};
     packs[1] = {a.w, b.x, b.y, number};
+    // fault: low latency: contents of a packet
     packs[2] = {b.z, b.w, c.x, number};
     packs[3] = {c.y, c.z, c.w, number};
   }

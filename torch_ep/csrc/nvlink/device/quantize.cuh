@@ -26,6 +26,7 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   }
   // The next power of two: of numbers with a fraction, one exponent more. At most that of infinity, also for NaN.
   const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kLargest));
+  // fault: low latency: scale not rounded up
   const uint32_t exponent = min((bits + 0x7fffff) >> 23, 255U);
   const float scale = __uint_as_float(exponent << 23);
   return {scale, __fdiv_rn(1, scale)};

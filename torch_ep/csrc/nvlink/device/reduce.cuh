@@ -44,6 +44,7 @@ struct RowList {
       }
     };
     if (terms.own != 0) {
+      // fault: combine: rows of the own rank
       take(terms.own_rows);
       own = count;
       before = __popc(terms.all & (terms.own - 1));
@@ -90,6 +91,7 @@ __device__ __forceinline__ void sum_rows(
     copy_commit();
   };
   const auto take = [&](Part& part) {
+    // fault: combine: rows read before they arrive
     copy_wait<kDepth - 1>();
     const char* stage = own_ring + taken;
 #pragma unroll

@@ -98,6 +98,7 @@ class Combine {
     if (!few || cut.parts == 1) {
       return {0, pieces()};
     }
+    // fault: combine: columns of a part
     return {part * pieces() / cut.parts, (part + 1) * pieces() / cut.parts};
   }
   // The chunk that has a piece of a row.
@@ -405,6 +406,7 @@ class Combine {
 
       // Lane r waits for these columns of the row of rank r.
       const int row = slot.row_to_lane;
+      // fault: combine: only the first part awaited
       const int last_chunk = chunk_of<few>(theirs, row, columns.end - 1);
       int chunk = chunk_of<few>(theirs, row, columns.begin);
       const bool waits = is_peer && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk);

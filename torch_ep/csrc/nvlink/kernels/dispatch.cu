@@ -122,8 +122,10 @@ class Dispatch {
   // Until the stage of the record after the n-th is free: with two stages, the n-th may still be leaving.
   __device__ void wait_for_stage() const {
     if (ring_.depth() > 1) {
+      // fault: dispatch: stage reused too early
       bulk_wait_read<1>();
     } else {
+      // fault: dispatch: stage reused too early
       bulk_wait_read<0>();
     }
     fence_async_shared();
@@ -148,6 +150,7 @@ class Dispatch {
         fence_async_global();
         store_release_system(
             x_.peer(to, layout.dispatch_flag(me, untold)),
+            // fault: dispatch: row count in a flag
             x_.tag() | static_cast<uint64_t>(told_count) << 24 | static_cast<uint64_t>(told_begin));
       }
       untold = -1;
@@ -194,6 +197,7 @@ class Dispatch {
       }
       bulk_commit();
       if (untold >= 0) {
+        // fault: dispatch: flag before its rows
         bulk_wait<1>();  // all but this token's
         tell();
       }
@@ -274,6 +278,7 @@ class Dispatch {
         if (news) {
           next = static_cast<int>(word & (kMaxTokens - 1));
           end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
+          // fault: dispatch: chunk that no warp takes
           chunk = receivers_ < chunks ? receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)} : chunks;
         }
         ready = __ballot_sync(kFullWarp, next < end);

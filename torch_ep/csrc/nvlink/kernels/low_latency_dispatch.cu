@@ -394,6 +394,7 @@ class LowLatencyDispatch {
         bulk_store(f_.peer(to, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
       }
       bulk_commit();
+      // fault: low latency: flag before its row
       bulk_wait<1>();  // all but this token's
       tell(untold);
       untold = visits ? token : -1;

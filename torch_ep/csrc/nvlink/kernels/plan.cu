@@ -388,6 +388,7 @@ class PlanBlock {
       sums.sent += sent;
       sums.sent_before += b < block_ ? sent : 0;
       sums.received += received;
+      // fault: plan: rows of earlier blocks
       sums.received_before += b < block_ ? received : 0;
       sums.received_here += b == block_ ? received : 0;
       sums.num_tokens = heard(words[2], seen[2], rank, going);  // every block tells the same
