@@ -101,12 +101,12 @@ namespace {
 
 constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
 constexpr int kMostLocalExperts = 9;
-constexpr int64_t kSlotBytes = 10240;
+constexpr int64_t kWireRowBytes = 10240;
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
 
 // Only once the device is idle.
 std::string failure_of(const Comm& comm) {
-  const Mailbox& m = *comm.mailbox;
+  const HostReport& m = *comm.host_report;
   return "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
          std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
          ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
@@ -116,7 +116,7 @@ std::string failure_of(const Comm& comm) {
 class World {
  public:
   World(int world_size, int num_blocks)
-      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, kSlotBytes} {
+      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, kWireRowBytes} {
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
       comm.state = memory_.zeros<State>(1);
@@ -124,10 +124,10 @@ class World {
       comm.layout = layout_;
       comm.rank = r;
       comm.timeout_ns = default_timeout_ns();
-      void* mailbox = nullptr;
-      check(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-      std::memset(mailbox, 0, sizeof(Mailbox));
-      comm.mailbox = static_cast<Mailbox*>(mailbox);
+      void* host_report = nullptr;
+      check(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+      std::memset(host_report, 0, sizeof(HostReport));
+      comm.host_report = static_cast<HostReport*>(host_report);
       comms_.push_back(comm);
     }
     for (int r = 0; r < world_size; ++r) {
@@ -141,7 +141,7 @@ class World {
   World& operator=(const World&) = delete;
   ~World() {
     for (const Comm& comm : comms_) {
-      check(cudaFreeHost(comm.mailbox));
+      check(cudaFreeHost(comm.host_report));
     }
   }
 
@@ -153,7 +153,7 @@ class World {
   void settle() const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      if (comm.mailbox->kind != 0) {
+      if (comm.host_report->kind != 0) {
         fail(failure_of(comm));
       }
       const uint64_t epoch = fetch(&comm.state->epoch, 1)[0];
@@ -392,8 +392,13 @@ void each_copy(const Case& c, const Wanted& w, F f) {
 
 // The i-th received wire row of `y`, as it goes home. `weights`: of y's rows, or empty.
 template <class T>
-vector<T>
-fold(const Case& c, const Wanted& w, const vector<T>& y, const vector<WideOf<T>>& weights, int64_t i, int hidden) {
+vector<T> reduce_row(
+    const Case& c,
+    const Wanted& w,
+    const vector<T>& y,
+    const vector<WideOf<T>>& weights,
+    int64_t i,
+    int hidden) {
   vector<int64_t> rows;
   if (!c.expert_major) {
     if (i < w.rows) {
@@ -486,9 +491,9 @@ class Run {
       launch(ranks, dispatch_file::ep::nvlink::launch_virtual);
       check(cudaDeviceSynchronize());
       for (const DispatchArgs& a : ranks) {
-        const Mailbox& m = *a.comm.mailbox;
+        const HostReport& m = *a.comm.host_report;
         const auto kind = static_cast<Failure>(m.kind);
-        const int64_t missing = kind == Failure::left ? m.detail : kind == Failure::timeout ? m.peer : -1;
+        const int64_t missing = kind == Failure::peer_aborted ? m.detail : kind == Failure::timeout ? m.peer : -1;
         if (missing != world_size() - 1 || m.stopped == 0) {
           fail(
               failure_of(a.comm) + ", so rank " + std::to_string(missing) + " is missing; stopped in exchange " +
@@ -521,7 +526,7 @@ class Run {
       DispatchArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, 0, 0};
+      a.format = {c_.row_bytes, c_.row_bytes, 0, 0};
       a.x = memory_.copy(random_.bytes(size_t{1} * c_.tokens[r] * c_.row_bytes));
       a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
       ranks.push_back(a);
@@ -533,13 +538,13 @@ class Run {
     check(cudaDeviceSynchronize());
     for (int r = 0; r < world_size(); ++r) {
       const Comm& comm = world_.comm(r);
-      const auto failure = static_cast<Failure>(comm.mailbox->kind);
-      if (r < 2 ? failure != Failure::mismatch : failure != Failure::none && failure != Failure::elsewhere) {
+      const auto failure = static_cast<Failure>(comm.host_report->kind);
+      if (r < 2 ? failure != Failure::mismatch : failure != Failure::none && failure != Failure::mismatch_of_peer) {
         fail(
-            "a mismatch of two ranks is failure " + std::to_string(comm.mailbox->kind) + " on rank " +
+            "a mismatch of two ranks is failure " + std::to_string(comm.host_report->kind) + " on rank " +
             std::to_string(r));
       }
-      comm.mailbox->kind = 0;
+      comm.host_report->kind = 0;
     }
     world_.settle();
   }
@@ -562,7 +567,7 @@ class Run {
     for (int r = 0; r < world_size(); ++r) {
       PlanArgs a{};
       a.comm = world_.comm(r);
-      a.comm.mailbox->plan = 0;
+      a.comm.host_report->plan = 0;
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;
       a.num_tokens = c_.tokens[r];
@@ -595,11 +600,11 @@ class Run {
       const PlanArgs& a = ranks[r];
       const Wanted& w = wanted_[r];
       if (capacity_ < 0) {
-        const uint64_t told = a.comm.mailbox->plan;
-        if (told != (kPlanTold | static_cast<uint64_t>(w.rows))) {
+        const uint64_t told = a.comm.host_report->plan;
+        if (told != (kPlanReady | static_cast<uint64_t>(w.rows))) {
           fail(
               "exact plan of rank " + std::to_string(r) + ": expected " + std::to_string(w.rows) + " rows, got " +
-              ((told & kPlanTold) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
+              ((told & kPlanReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
               ((told & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
@@ -647,11 +652,11 @@ class Run {
         continue;
       }
       for (Args& a : ranks) {
-        a.record.row_bytes = bytes;
+        a.format.row_bytes = bytes;
       }
       launch(ranks, launch_ranks);
       for (Args& a : ranks) {
-        a.record.weight_bytes = a.record.scale_bytes = 0;
+        a.format.weight_bytes = a.format.scale_bytes = 0;
         shift(a, bytes);
       }
     }
@@ -668,7 +673,7 @@ class Run {
       DispatchArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, c_.weight_bytes, c_.scale_bytes};
+      a.format = {c_.row_bytes, c_.row_bytes, c_.weight_bytes, c_.scale_bytes};
       a.agreed[0] = c_.row_bytes;
       a.x = memory_.copy(x[r]);
       a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
@@ -751,7 +756,7 @@ class Run {
       CombineArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, with_weights ? c_.weight_bytes : 0, 0};
+      a.format = {c_.row_bytes, c_.row_bytes, with_weights ? c_.weight_bytes : 0, 0};
       a.agreed[0] = c_.row_bytes;
       a.element = c_.element;
       a.y = reinterpret_cast<const char*>(memory_.copy(y[r]));
@@ -759,7 +764,7 @@ class Run {
       if (!row_weights.empty()) {
         a.row_weights = memory_.copy(row_weights[r]);
       }
-      if (a.record.weight_bytes != 0) {
+      if (a.format.weight_bytes != 0) {
         back_.push_back(random_.bytes(weights_of(wanted_[r]) * c_.weight_bytes));
         a.weights = memory_.copy(back_[r]);
         a.out_weights = memory_.make<char>(size_t{1} * c_.tokens[r] * c_.num_topk * c_.weight_bytes);
@@ -809,7 +814,8 @@ class Run {
           continue;
         }
         seen[to] = true;
-        const auto term = fold(c_, w, y[to], row_weights.empty() ? vector<Wide>() : row_weights[to], wire_row, hidden_);
+        const auto term =
+            reduce_row(c_, w, y[to], row_weights.empty() ? vector<Wide>() : row_weights[to], wire_row, hidden_);
         for (int j = 0; j < hidden_; ++j) {
           total[j] = is_first ? to_wide(term[j]) : total[j] + to_wide(term[j]);
         }
@@ -831,7 +837,7 @@ class Run {
       const vector<vector<Wide>>& row_weights,
       const vector<CombineArgs>& ranks) {
     for (int r = 0; r < world_size(); ++r) {
-      const auto [sums, home] = wanted_of_combine(r, y, row_weights, ranks[r].record.weight_bytes != 0);
+      const auto [sums, home] = wanted_of_combine(r, y, row_weights, ranks[r].format.weight_bytes != 0);
       const auto got = fetch(reinterpret_cast<const T*>(ranks[r].out), sums.size());
       expect(name + ": sums", r, as_numbers(got), as_numbers(sums));
       expect(name + ": weights", r, fetch(ranks[r].out_weights, home.size()), home);

@@ -129,16 +129,16 @@ class Nvlink final : public Backend {
     const auto bytes = at::TensorOptions().device(at::kCUDA, device_).dtype(at::kByte);
     state_ = at::zeros({static_cast<int64_t>(sizeof(State))}, bytes);
     rows_of_ = at::zeros({layout_.world_size * layout_.max_tokens * layout_.num_topk * int64_t{8}}, bytes);
-    void* mailbox = nullptr;
-    C10_CUDA_CHECK(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-    mailbox_ = static_cast<Mailbox*>(mailbox);
-    *mailbox_ = {};
+    void* host_report = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+    host_report_ = static_cast<HostReport*>(host_report);
+    *host_report_ = {};
     comm_ = {};
     for (int r = 0; r < layout_.world_size; ++r) {
       comm_.buffers[r] = reinterpret_cast<char*>(options.buffers[r]);
     }
     comm_.state = reinterpret_cast<State*>(mutable_data<char>(state_));
-    comm_.mailbox = mailbox_;
+    comm_.host_report = host_report_;
     comm_.rows_of = reinterpret_cast<uint64_t*>(mutable_data<char>(rows_of_));
     comm_.layout = layout_;
     comm_.low_latency = low_latency_layout_of(layout_, options.limits);
@@ -150,7 +150,7 @@ class Nvlink final : public Backend {
     C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
   }
 
-  ~Nvlink() override { static_cast<void>(cudaFreeHost(mailbox_)); }
+  ~Nvlink() override { static_cast<void>(cudaFreeHost(host_report_)); }
 
   PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) override {
     constexpr auto kOp = OpKind::plan;
@@ -209,7 +209,7 @@ class Nvlink final : public Backend {
     last_tokens_ = num_tokens;
     last_most_tokens_ = most_tokens;
     if (exact) {
-      mailbox_->plan = 0;
+      host_report_->plan = 0;
     }
     C10_CUDA_CHECK(launch_plan(args, stream));
     if (args.refused && !exact) {
@@ -242,7 +242,7 @@ class Nvlink final : public Backend {
     DispatchArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
     set_agreed(args.agreed, x, topk_weights, scales, num_topk);
     if (topk_weights) {
       std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
@@ -251,16 +251,16 @@ class Nvlink final : public Backend {
     }
     // Scales travel in the row's record if there is room beside at least as much of the row.
     const int64_t scale_bytes = bytes_per_row(scales);
-    const bool beside = 2 * (round_up(scale_bytes, kVector) + record_tail(args.record, num_topk)) <= record_limit();
+    const bool beside = 2 * (round_up(scale_bytes, kVector) + wire_row_tail(args.format, num_topk)) <= wire_row_limit();
     if (scales && beside) {
       std::get<2>(result) = empty({rows, scales->size(1)}, *scales);
-      args.record.scale_bytes = static_cast<int>(scale_bytes);
+      args.format.scale_bytes = static_cast<int>(scale_bytes);
       args.scales = data<char>(*scales);
       args.out_scales = mutable_data<char>(*std::get<2>(result));
     }
     std::get<0>(result) = dispatch_rows(args, x, rows, stream);
     if (scales && !beside) {
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
       std::get<2>(result) = dispatch_rows(args, *scales, rows, stream);
     }
     return result;
@@ -284,7 +284,7 @@ class Nvlink final : public Backend {
     CombineArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
     set_agreed(args.agreed, y, topk_weights, scales, num_topk);
     at::Tensor wide_weights;
     if (row_weights) {
@@ -298,7 +298,7 @@ class Nvlink final : public Backend {
     }
     std::get<0>(result) = combine_rows(args, y, num_tokens, stream);
     if (scales) {
-      args.record.weight_bytes = 0;
+      args.format.weight_bytes = 0;
       std::get<2>(result) = combine_rows(args, *scales, num_tokens, stream);
     }
     return result;
@@ -381,7 +381,7 @@ class Nvlink final : public Backend {
     }
     C10_CUDA_CHECK(cudaMemcpy(comm_.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     C10_CUDA_CHECK(cudaDeviceSynchronize());
-    *mailbox_ = {};
+    *host_report_ = {};
     fatal_.clear();
     masked_ = 0;
   }
@@ -465,9 +465,9 @@ class Nvlink final : public Backend {
     agreed[3] = with_dtype(scales, bytes_per_row(scales));
   }
 
-  int64_t record_limit() const { return std::min<int64_t>(layout_.slot_bytes, max_record_bytes()); }
+  int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
 
-  static int64_t record_tail(Record record, int64_t num_topk) {
+  static int64_t wire_row_tail(WireFormat record, int64_t num_topk) {
     record.row_bytes = 0;
     return record.bytes(static_cast<int>(num_topk));
   }
@@ -475,12 +475,12 @@ class Nvlink final : public Backend {
   // One exchange for each slice of columns that a slot has room for; the first takes what travels along.
   template <class Args, class Launch>
   void by_columns(Args& args, int64_t row_bytes, int64_t num_topk, Launch launch) const {
-    args.record.row_stride = row_bytes;
-    const int64_t widest = (record_limit() - record_tail(args.record, num_topk)) / kVector * kVector;
+    args.format.row_stride = row_bytes;
+    const int64_t widest = (wire_row_limit() - wire_row_tail(args.format, num_topk)) / kVector * kVector;
     for (int64_t begin = 0; begin < row_bytes; begin += widest) {
-      args.record.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
+      args.format.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
       launch(begin);
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
     }
   }
 
@@ -512,19 +512,19 @@ class Nvlink final : public Backend {
   // The one number that an exact plan waits for.
   int64_t await_rows(cudaStream_t stream) {
     // The kernel's own waits end by the timeout; this one is for a kernel that ended without a word, or never began.
-    const auto look_at = std::chrono::milliseconds(10);
-    auto look = steady_clock::now() + look_at;
-    std::atomic_ref<uint64_t> mail(mailbox_->plan);
+    const auto count_entry = std::chrono::milliseconds(10);
+    auto look = steady_clock::now() + count_entry;
+    std::atomic_ref<uint64_t> word(host_report_->plan);
     uint64_t told = 0;
-    while ((told = mail.load(std::memory_order_acquire)) == 0) {
+    while ((told = word.load(std::memory_order_acquire)) == 0) {
       if (steady_clock::now() < look) {
         continue;
       }
-      look += look_at;
+      look += count_entry;
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
-        TORCH_CHECK(mail.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
+        TORCH_CHECK(word.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
       }
       std::this_thread::yield();
     }
@@ -549,8 +549,9 @@ class Nvlink final : public Backend {
     if (!fatal_.empty()) {
       C10_THROW_ERROR(DistError, fatal_);
     }
-    const int64_t stopped = std::atomic_ref<int64_t>(mailbox_->stopped).load(std::memory_order_acquire);
-    const auto kind = static_cast<Failure>(std::atomic_ref<int64_t>(mailbox_->kind).load(std::memory_order_acquire));
+    const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
+    const auto kind =
+        static_cast<Failure>(std::atomic_ref<int64_t>(host_report_->kind).load(std::memory_order_acquire));
     if (kind == Failure::none) {
       if (stopped != 0) {
         std::ostringstream message;
@@ -562,12 +563,12 @@ class Nvlink final : public Backend {
       }
       return;
     }
-    const Mailbox report = *mailbox_;
-    if (kind == Failure::timeout || kind == Failure::left || kind == Failure::bad_order) {
+    const HostReport report = *host_report_;
+    if (kind == Failure::timeout || kind == Failure::peer_aborted || kind == Failure::bad_order) {
       fatal_ = describe(group_name_, comm_, report);
       C10_THROW_ERROR(DistError, fatal_);
     }
-    std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
+    std::atomic_ref<int64_t>(host_report_->kind).store(0, std::memory_order_release);
     // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
     const bool all_refused =
         kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
@@ -587,7 +588,7 @@ class Nvlink final : public Backend {
   const c10::DeviceIndex device_;
   const int multiprocessors_;
   at::Tensor state_, rows_of_;
-  Mailbox* mailbox_ = nullptr;
+  HostReport* host_report_ = nullptr;
   Comm comm_;
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;

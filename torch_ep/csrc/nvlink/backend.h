@@ -28,7 +28,7 @@ inline LowLatencyLayout low_latency_layout_of(const Layout& layout, at::IntArray
       static_cast<int>(limits[4]),
       layout.num_topk,
       layout.num_local_experts(),
-      round_up(round_up(2 * hidden, 16) + kPlaceBytes * num_topk, 128)};
+      round_up(round_up(2 * hidden, 16) + kSlotRouteBytes * num_topk, 128)};
 }
 
 // Whether the kernels were built for the current device.

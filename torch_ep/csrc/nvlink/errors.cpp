@@ -15,7 +15,7 @@ const char* op_name(int64_t op) {
   return name_of(static_cast<OpKind>(op));
 }
 
-std::string describe_topk(const Mailbox& report) {
+std::string describe_topk(const HostReport& report) {
   if (report.ours == kTooManyTokens) {
     return "ep::plan: expected at most max_tokens_per_rank tokens, got more";
   }
@@ -32,7 +32,7 @@ std::string describe_topk(const Mailbox& report) {
   return message.str();
 }
 
-std::string describe_plan(const Mailbox& report) {
+std::string describe_plan(const HostReport& report) {
   static constexpr const char* kNames[] = {"send_row", "recv_pair"};
   std::ostringstream message;
   message << op_name(report.op) << ": expected " << kNames[report.detail] << " of this plan in [-1, " << report.ours
@@ -40,7 +40,7 @@ std::string describe_plan(const Mailbox& report) {
   return message.str();
 }
 
-std::string describe_mismatch(const std::string& group_name, const Comm& comm, const Mailbox& report) {
+std::string describe_mismatch(const std::string& group_name, const Comm& comm, const HostReport& report) {
   std::ostringstream message;
   const auto op = static_cast<OpKind>(report.op);
   message << name_of(op) << ": ";
@@ -118,7 +118,7 @@ uint64_t announced(const Comm& comm, OpKind op, uint64_t epoch, int source, cons
 }
 
 // Ranks of which this one saw no header of the exchange.
-std::vector<int> absent(const Comm& comm, const Mailbox& report) {
+std::vector<int> absent(const Comm& comm, const HostReport& report) {
   const auto epoch = static_cast<uint64_t>(report.epoch);
   std::vector<int> ranks;
   const Stream stream;
@@ -130,7 +130,7 @@ std::vector<int> absent(const Comm& comm, const Mailbox& report) {
   return ranks;
 }
 
-std::string describe_order(const std::string& group_name, const Mailbox& report) {
+std::string describe_order(const std::string& group_name, const HostReport& report) {
   std::ostringstream message;
   message << op_name(report.op) << ": expected exchange " << report.ours << " of group '" << group_name
           << "' to be received next, got the ticket of exchange " << report.theirs
@@ -139,12 +139,12 @@ std::string describe_order(const std::string& group_name, const Mailbox& report)
   return message.str();
 }
 
-bool is_third_send(const Comm& comm, const Mailbox& report) {
+bool is_third_send(const Comm& comm, const HostReport& report) {
   return static_cast<Failure>(report.kind) == Failure::timeout && report.peer == comm.rank &&
          static_cast<Phase>(report.phase) == Phase::credit;
 }
 
-std::string describe_third_send(const std::string& group_name, const Mailbox& report) {
+std::string describe_third_send(const std::string& group_name, const HostReport& report) {
   std::ostringstream message;
   message << op_name(report.op) << ": expected at most two exchanges of group '" << group_name
           << "' on their way, got a third, exchange " << report.epoch
@@ -152,7 +152,7 @@ std::string describe_third_send(const std::string& group_name, const Mailbox& re
   return message.str();
 }
 
-std::string describe_absence(const std::string& group_name, const Comm& comm, const Mailbox& report) {
+std::string describe_absence(const std::string& group_name, const Comm& comm, const HostReport& report) {
   const auto kind = static_cast<Failure>(report.kind);
   static constexpr const char* kPhases[] = {"headers", "the buffer", "counts", "rows", "its own blocks"};
   std::ostringstream message;
@@ -160,7 +160,7 @@ std::string describe_absence(const std::string& group_name, const Comm& comm, co
           << group_name << "' (" << kPhases[report.phase] << ", timeout " << comm.timeout_ns / 1'000'000 << " ms) for ";
   // Who waits for a credit has entered no exchange that peers could have seen.
   auto late = static_cast<Phase>(report.phase) == Phase::credit ? std::vector<int>() : absent(comm, report);
-  const auto missing = static_cast<int>(kind == Failure::left ? report.detail : report.peer);
+  const auto missing = static_cast<int>(kind == Failure::peer_aborted ? report.detail : report.peer);
   if (late.empty() && missing == comm.rank) {
     message << "rank " << report.peer << ", which gave up this exchange: rank " << comm.rank << " came too late";
   } else {
@@ -179,18 +179,18 @@ std::string describe_absence(const std::string& group_name, const Comm& comm, co
 
 }  // namespace
 
-std::string describe(const std::string& group_name, const Comm& comm, const Mailbox& report) {
+std::string describe(const std::string& group_name, const Comm& comm, const HostReport& report) {
   std::ostringstream message;
   switch (static_cast<Failure>(report.kind)) {
     case Failure::timeout:
-    case Failure::left:
+    case Failure::peer_aborted:
       return is_third_send(comm, report) ? describe_third_send(group_name, report)
                                          : describe_absence(group_name, comm, report);
     case Failure::bad_order:
       return describe_order(group_name, report);
     case Failure::mismatch:
       return describe_mismatch(group_name, comm, report);
-    case Failure::elsewhere:
+    case Failure::mismatch_of_peer:
       message << op_name(report.op) << ": rank " << report.peer << " disagrees with another rank in exchange "
               << report.epoch << " of group '" << group_name << "', whose errors say on what";
       return message.str();

@@ -21,8 +21,8 @@ constexpr int64_t kMaxTokens = int64_t{1} << 24;
 // Of ep::combine: where a rank sends up to kMostSingleRows, they are cut into chunks by columns, so that all warps have
 // some: kLeastParts a row, or of very few rows more, about kFewChunks in all. Measured on two H100.
 constexpr int kFewChunks = 192;
-constexpr int kLeastParts = 2;
-constexpr int kMostSingleRows = 512;
+constexpr int kMinParts = 2;
+constexpr int kMaxSplitRows = 512;
 
 // A block of ep::plan places so many words of tokens of each rank at once, 32 in a word.
 constexpr int kPlanWords = 8;
@@ -32,14 +32,14 @@ EP_HOST_DEVICE constexpr int plan_words(int world_size) {
 
 // Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
 // of each token that is placed at once; and counts of that expert of every rank.
-EP_HOST_DEVICE constexpr int64_t plan_words_an_expert(int world_size) {
+EP_HOST_DEVICE constexpr int64_t plan_words_per_expert(int world_size) {
   return 2 + 2 * world_size + world_size * plan_words(world_size);
 }
 
 // That find room in the shared memory of a block.
 EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
   constexpr int64_t kSharedBytes = 200 * 1024;
-  return kSharedBytes / 4 / plan_words_an_expert(static_cast<int>(world_size)) * world_size;
+  return kSharedBytes / 4 / plan_words_per_expert(static_cast<int>(world_size)) * world_size;
 }
 
 EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
@@ -71,13 +71,13 @@ struct Layout {
   int num_topk;
   int num_experts;
   int64_t max_tokens;
-  int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+  int64_t wire_row_bytes;  // room of one row on its way, with what travels along; a multiple of 128
 
   // What follows from these, worked out once.
   int64_t counts_bytes;  // of one block
   int64_t topk_bytes;    // of one rank
   int64_t rows_bytes;    // a rank sends itself nothing, so its buffer has rows of the others only
-  int64_t done_at, left_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
+  int64_t done_at, abort_signals_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
       dispatch_rows_at, combine_rows_at, end;
 
   Layout() = default;
@@ -87,13 +87,13 @@ struct Layout {
         num_topk(topk),
         num_experts(experts),
         max_tokens(tokens),
-        slot_bytes(slot),
+        wire_row_bytes(slot),
         counts_bytes(round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16)),
         topk_bytes(round_up(tokens * topk * 4, 16)),
         rows_bytes((ranks - 1) * tokens * slot),
         done_at(header(2, 0)),
-        left_at(done_at + ranks * int64_t{8}),
-        plan_flags_at(left_at + ranks * int64_t{8}),
+        abort_signals_at(done_at + ranks * int64_t{8}),
+        plan_flags_at(abort_signals_at + ranks * int64_t{8}),
         dispatch_flags_at(plan_flags_at + int64_t{ranks} * blocks * 8),
         combine_flags_at(dispatch_flags_at + ranks * tokens * 8),
         plan_counts_at(round_up(combine_flags_at + ranks * combine_chunks() * 8, 128)),
@@ -106,7 +106,7 @@ struct Layout {
   int64_t bytes() const { return end; }
   // From one rank, at most.
   EP_HOST_DEVICE int64_t combine_chunks() const {
-    constexpr int64_t kMost = int64_t{kLeastParts} * kMostSingleRows;
+    constexpr int64_t kMost = int64_t{kMinParts} * kMaxSplitRows;
     return max_tokens > kMost ? max_tokens : kMost;
   }
 
@@ -114,7 +114,7 @@ struct Layout {
     return (int64_t{parity} * world_size + source) * static_cast<int64_t>(sizeof(Header));
   }
   EP_HOST_DEVICE int64_t done(int source) const { return done_at + source * int64_t{8}; }
-  EP_HOST_DEVICE int64_t left(int source) const { return left_at + source * int64_t{8}; }
+  EP_HOST_DEVICE int64_t abort_signal(int source) const { return abort_signals_at + source * int64_t{8}; }
   EP_HOST_DEVICE int64_t plan_flag(int source, int block) const {
     return plan_flags_at + (int64_t{source} * num_blocks + block) * 8;
   }
@@ -130,21 +130,21 @@ struct Layout {
   }
   EP_HOST_DEVICE int64_t plan_topk(int source) const { return plan_topk_at + source * topk_bytes; }
   EP_HOST_DEVICE int64_t dispatch_rows(int source, int reader) const {
-    return dispatch_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
+    return dispatch_rows_at + (source - (source > reader)) * max_tokens * wire_row_bytes;
   }
   EP_HOST_DEVICE int64_t combine_rows(int source, int reader) const {
-    return combine_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
+    return combine_rows_at + (source - (source > reader)) * max_tokens * wire_row_bytes;
   }
 };
 
 // What travels with a row of the low-latency pair for each slot of its token.
-struct alignas(16) Place {
+struct alignas(16) SlotRoute {
   int expert;  // -1: none
   int index;   // among the rows that the source sends to this expert
   float weight;
   int unused;
 };
-constexpr int64_t kPlaceBytes = sizeof(Place);
+constexpr int64_t kSlotRouteBytes = sizeof(SlotRoute);
 
 // Note [Packed rows]
 // Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
@@ -152,17 +152,17 @@ constexpr int64_t kPlaceBytes = sizeof(Place);
 // are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
 // so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Places have
 // packs of their own, one each; so have the scales of a chunk, three in each.
-constexpr int kPackBytes = 16;
-constexpr int kUnitPacks = 4;
-constexpr int kUnitVectors = 3;  // of 16 bytes
-constexpr int kUnitsAChunk = 32;
-constexpr int kChunkVectors = kUnitsAChunk * kUnitVectors;
-constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
+constexpr int kPacketBytes = 16;
+constexpr int kPacketsPerLane = 4;
+constexpr int kVectorsPerLane = 3;  // of 16 bytes
+constexpr int kLanesPerChunk = 32;
+constexpr int kChunkVectors = kLanesPerChunk * kVectorsPerLane;
+constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // on its way
 
 constexpr int kGroup = 128;                 // channels that share a scale
 constexpr int kGroupVectors = kGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
-constexpr int kChunkScalePacks = kChunkGroups / 3;
+constexpr int kScalePacketsPerChunk = kChunkGroups / 3;
 
 // Chunks of `vectors` of 16 bytes.
 EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
@@ -171,7 +171,7 @@ EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
 
 // Rows are packed as long as those to all peers take no more than the first on their way, and those to one no more than
 // the second: beyond, the links or the warps that pack take longer for them than a fence does.
-constexpr int64_t kMostPackedBytes = int64_t{9} << 18, kMostPackedBytesToOne = int64_t{3} << 19;
+constexpr int64_t kMaxPacketBytes = int64_t{9} << 18, kMaxPacketBytesPerPeer = int64_t{3} << 19;
 
 // Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
 // has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
@@ -187,15 +187,15 @@ struct LowLatencyLayout {
   int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
   int num_topk;
   int num_local_experts;
-  int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packed_tokens;   // of a rank: so many packed rows of slot_bytes have room
+  int64_t wire_row_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+  int packet_tokens;       // of a rank: so many packed rows of slot_bytes have room
 
   // What follows from these, worked out once.
   int words;  // of an announcement
   int64_t announcement_bytes;
-  int64_t scale_packs_at, row_packs_at, packed_bytes;  // of a packed row, which begins with its Places
+  int64_t scale_packets_at, row_packets_at, packet_row_bytes;  // of a packed row, which begins with its Places
   int64_t entered_at, announcements_at, dispatch_flags_at, combine_flags_at, dispatch_rows_at, combine_rows_at,
-      dispatch_packs_at, combine_packs_at, end;
+      dispatch_packets_at, combine_packets_at, end;
 
   LowLatencyLayout() = default;
   // `packed_tokens`: if not given, as many as the limits above allow.
@@ -205,34 +205,34 @@ struct LowLatencyLayout {
         max_tokens(tokens),
         num_topk(topk),
         num_local_experts(local_experts),
-        slot_bytes(slot),
+        wire_row_bytes(slot),
         words(kNumAgreed + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
-        scale_packs_at(round_up(topk * int64_t{kPackBytes}, 128)),
-        row_packs_at(scale_packs_at + round_up(chunks_of(slot) * kChunkScalePacks * kPackBytes, 128)),
-        packed_bytes(packed_bytes_of(slot)) {
-    const int64_t share = kMostPackedBytes / (ranks > 1 ? ranks - 1 : 1);
-    const int64_t most = (share < kMostPackedBytesToOne ? share : kMostPackedBytesToOne) / packed_bytes;
-    packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
-    const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;
+        scale_packets_at(round_up(topk * int64_t{kPacketBytes}, 128)),
+        row_packets_at(scale_packets_at + round_up(chunks_of(slot) * kScalePacketsPerChunk * kPacketBytes, 128)),
+        packet_row_bytes(packet_row_bytes_of(slot)) {
+    const int64_t share = kMaxPacketBytes / (ranks > 1 ? ranks - 1 : 1);
+    const int64_t most = (share < kMaxPacketBytesPerPeer ? share : kMaxPacketBytesPerPeer) / packet_row_bytes;
+    packet_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
+    const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packet_rows = sources * packet_tokens;
     entered_at = begin + int64_t{kKinds} * ranks * 8;
     announcements_at = round_up(entered_at + sources * 8, 128);
     dispatch_flags_at = announcements_at + sources * announcement_bytes;
     combine_flags_at = dispatch_flags_at + rows * 8;
     dispatch_rows_at = round_up(combine_flags_at + rows * kRowFlags * 8, 128);
-    combine_rows_at = dispatch_rows_at + rows * slot_bytes;
-    dispatch_packs_at = combine_rows_at + rows * slot_bytes;
-    combine_packs_at = dispatch_packs_at + packed_rows * packed_bytes;
-    end = combine_packs_at + packed_rows * packed_bytes;
+    combine_rows_at = dispatch_rows_at + rows * wire_row_bytes;
+    dispatch_packets_at = combine_rows_at + rows * wire_row_bytes;
+    combine_packets_at = dispatch_packets_at + packet_rows * packet_row_bytes;
+    end = combine_packets_at + packet_rows * packet_row_bytes;
   }
 
   EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
   EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
   // Of a packed row of so many bytes.
-  int64_t packed_bytes_of(int64_t row_bytes) const { return row_packs_at + chunks_of(row_bytes) * kChunkBytes; }
+  int64_t packet_row_bytes_of(int64_t row_bytes) const { return row_packets_at + chunks_of(row_bytes) * kChunkBytes; }
   // Whether dispatch packs rows of so many bytes, of `tokens` of each rank at most. Combine goes by packed_tokens.
-  bool are_packed(int tokens, int64_t row_bytes) const {
-    return tokens * packed_bytes_of(row_bytes) <= packed_tokens * packed_bytes;
+  bool use_packets(int tokens, int64_t row_bytes) const {
+    return tokens * packet_row_bytes_of(row_bytes) <= packet_tokens * packet_row_bytes;
   }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
@@ -250,19 +250,19 @@ struct LowLatencyLayout {
     return combine_flags_at + (row(half, source, token) * kRowFlags + part) * 8;
   }
   EP_HOST_DEVICE int64_t dispatch_row(int half, int source, int token) const {
-    return dispatch_rows_at + row(half, source, token) * slot_bytes;
+    return dispatch_rows_at + row(half, source, token) * wire_row_bytes;
   }
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
-    return combine_rows_at + row(half, source, token) * slot_bytes;
+    return combine_rows_at + row(half, source, token) * wire_row_bytes;
   }
   // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
   // `bytes`: of one; there is room for more of those that are quantized.
-  EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token, int64_t bytes) const {
+  EP_HOST_DEVICE int64_t dispatch_packets(int half, int source, int token, int64_t bytes) const {
     // fault: low latency: two inline rows in one place
-    return dispatch_packs_at + packed_row(half, source, 0) * packed_bytes + token * bytes;
+    return dispatch_packets_at + packet_row(half, source, 0) * packet_row_bytes + token * bytes;
   }
-  EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
-    return combine_packs_at + packed_row(half, source, token) * packed_bytes;
+  EP_HOST_DEVICE int64_t combine_packets(int half, int source, int token) const {
+    return combine_packets_at + packet_row(half, source, token) * packet_row_bytes;
   }
 
  private:
@@ -270,8 +270,8 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t row(int half, int source, int token) const {
     return (half * world_size + source) * max_tokens + token;
   }
-  EP_HOST_DEVICE int64_t packed_row(int half, int source, int token) const {
-    return (half * world_size + source) * packed_tokens + token;
+  EP_HOST_DEVICE int64_t packet_row(int half, int source, int token) const {
+    return (half * world_size + source) * packet_tokens + token;
   }
 };
 

@@ -13,10 +13,10 @@ enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispa
 
 enum class Failure : int64_t {
   none = 0,
-  timeout,    // nothing from `peer` for too long; every later exchange ends at once, until a reset
-  left,       // `peer` gave up this exchange, for rank `detail` did not come; likewise
-  elsewhere,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
-  mismatch,   // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
+  timeout,           // nothing from `peer` for too long; every later exchange ends at once, until a reset
+  peer_aborted,      // `peer` gave up this exchange, for rank `detail` did not come; likewise
+  mismatch_of_peer,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
+  mismatch,          // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
   bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
               // the earlier slot of the token that has it too, or one of the two below
   bad_order,  // the ticket of exchange `theirs` was received where `ours` was next; likewise as timeout
@@ -31,7 +31,7 @@ constexpr int64_t kOutOfRange = -1, kTooManyTokens = -2;
 enum class PlanTensor : int64_t { send_row, recv_pair };
 
 // In page-locked host memory, written by kernels, read by the host. `kind` is written last.
-struct Mailbox {
+struct HostReport {
   int64_t kind;
   int64_t op;
   int64_t phase;
@@ -48,7 +48,7 @@ struct Mailbox {
   int64_t stopped;
 };
 
-constexpr uint64_t kPlanTold = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
+constexpr uint64_t kPlanReady = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
 
 constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 constexpr int kMaxBlocks = 256;
@@ -76,15 +76,15 @@ struct State {
   uint64_t epoch;  // of the last exchange that ended
   // Epochs in which this rank last wrote into its peers' buffers: it may write again once they are done with these.
   uint64_t last_plan, last_dispatch, last_combine;
-  uint64_t aborted;    // epoch of the exchange that its waits are to give up
-  uint64_t recorded;   // epoch of the last failure
-  uint32_t failed;     // a wait timed out: exchanges end at once until a reset
-  uint32_t elsewhere;  // 1 + a peer that left this exchange for a mismatch
+  uint64_t aborted;          // epoch of the exchange that its waits are to give up
+  uint64_t recorded;         // epoch of the last failure
+  uint32_t failed;           // a wait timed out: exchanges end at once until a reset
+  uint32_t mismatched_peer;  // 1 + a peer that left this exchange for a mismatch
   uint32_t blocks_done;
   uint32_t gate;  // warps that have built their part of rows_of
   // The next pieces of work of this exchange that no warp has taken yet: see Tickets (device/exchange.cuh). Of dispatch
   // also, of each rank, the next chunk after those that every warp begins with.
-  uint32_t tickets[2], chunks[kMaxRanks];
+  uint32_t work_queues[2], chunks[kMaxRanks];
   uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
                                                // a rank
   // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
@@ -95,7 +95,7 @@ struct State {
 struct Comm {
   char* buffers[kMaxRanks];  // every rank's symmetric buffer, as mapped here
   State* state;
-  Mailbox* mailbox;
+  HostReport* host_report;
   // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_pair, rebuilt by every exchange that needs it
   uint64_t* rows_of;
   Layout layout;
@@ -161,7 +161,7 @@ struct PlanView {
 };
 
 // A row's payloads travel side by side in one record: [row | weights | scales], each from a multiple of 16 bytes on.
-struct Record {
+struct WireFormat {
   int row_bytes;       // of this exchange: all of a row, or some columns of it
   int64_t row_stride;  // bytes from row to row in x, y and the results
   int weight_bytes;    // of one weight; 0: none
@@ -178,7 +178,7 @@ struct Record {
 struct DispatchArgs {
   Comm comm;
   PlanView plan;
-  Record record;
+  WireFormat format;
   int64_t agreed[kNumAgreed];
   const char* x;
   const char* weights;
@@ -191,7 +191,7 @@ struct DispatchArgs {
 struct CombineArgs {
   Comm comm;
   PlanView plan;
-  Record record;
+  WireFormat format;
   int64_t agreed[kNumAgreed];
   Element element;
   const char* y;
@@ -211,7 +211,7 @@ enum class Part : int { both, send, receive };
 struct LowLatencyDispatchArgs {
   Comm comm;
   Part part;
-  int64_t* ticket;  // of the halves: the number of the exchange
+  int64_t* in_flight;  // of the halves: the number of the exchange
   // To send.
   const char* x;
   const void* topk_idx;
@@ -238,14 +238,14 @@ struct LowLatencyDispatchArgs {
   int num_scales;  // of a row, words of four bytes
   // A row's record on its way: [row | scales | a Place for each slot].
   EP_HOST_DEVICE int64_t scales_at() const { return round_up(row_bytes, 16); }
-  EP_HOST_DEVICE int64_t places_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
-  EP_HOST_DEVICE int64_t record_bytes() const { return places_at() + num_topk * kPlaceBytes; }
+  EP_HOST_DEVICE int64_t routes_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
+  EP_HOST_DEVICE int64_t wire_row_bytes() const { return routes_at() + num_topk * kSlotRouteBytes; }
 };
 
 struct LowLatencyCombineArgs {
   Comm comm;
   Part part;
-  int64_t* ticket;  // likewise, and max_tokens
+  int64_t* in_flight;  // likewise, and max_tokens
   // To send.
   const char* y;
   const float* row_weights;
@@ -264,7 +264,7 @@ struct LowLatencyCombineArgs {
 };
 
 // Bytes of a record that one exchange can carry at most.
-int max_record_bytes();
+int max_wire_row_bytes();
 // Shared memory that ep::plan needs, in bytes; more than the device has if there are too many experts.
 int64_t plan_shared_bytes(int num_experts, int world_size);
 

@@ -23,7 +23,7 @@ __device__ __forceinline__ volatile T& fresh(T& value) {
 
 // Asks for the arguments of the launch, each warp for some: one after the other they would be missed one at a time.
 template <class Args>
-__device__ __forceinline__ void ask_for(const Args& args) {
+__device__ __forceinline__ void prefetch_arguments(const Args& args) {
   constexpr int kLineWords = 16;
   if (const int word = warp_id() * kLineWords; word * 4 < static_cast<int>(sizeof(Args))) {
     const int value = reinterpret_cast<const int*>(&args)[word];
@@ -64,7 +64,7 @@ __device__ inline int rank_of_lane(int turn, int world_size) {
 }
 
 // What `record` is told, as in Mailbox.
-struct Trouble {
+struct FailureCause {
   Failure kind;
   Phase phase;
   int64_t peer, detail, ours, theirs, theirs_epoch;
@@ -72,20 +72,20 @@ struct Trouble {
 
 // The first failure of an exchange goes to the host; it is what the next call raises. `recorded`: the epoch of the last
 // one of exchanges that are counted as this one is.
-__device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* recorded) {
-  Mailbox& mailbox = *x.comm.mailbox;
+__device__ inline void publish_failure(const Exchange& x, const FailureCause& r, uint64_t* recorded) {
+  HostReport& host_report = *x.comm.host_report;
   const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(recorded), x.epoch);
-  if (last < x.epoch && fresh(mailbox.kind) == 0) {
-    fresh(mailbox.op) = static_cast<int64_t>(x.op);
-    fresh(mailbox.phase) = static_cast<int64_t>(r.phase);
-    fresh(mailbox.epoch) = static_cast<int64_t>(x.epoch);
-    fresh(mailbox.peer) = r.peer;
-    fresh(mailbox.detail) = r.detail;
-    fresh(mailbox.ours) = r.ours;
-    fresh(mailbox.theirs) = r.theirs;
-    fresh(mailbox.theirs_epoch) = r.theirs_epoch;
+  if (last < x.epoch && fresh(host_report.kind) == 0) {
+    fresh(host_report.op) = static_cast<int64_t>(x.op);
+    fresh(host_report.phase) = static_cast<int64_t>(r.phase);
+    fresh(host_report.epoch) = static_cast<int64_t>(x.epoch);
+    fresh(host_report.peer) = r.peer;
+    fresh(host_report.detail) = r.detail;
+    fresh(host_report.ours) = r.ours;
+    fresh(host_report.theirs) = r.theirs;
+    fresh(host_report.theirs_epoch) = r.theirs_epoch;
     __threadfence_system();
-    fresh(mailbox.kind) = static_cast<int64_t>(r.kind);
+    fresh(host_report.kind) = static_cast<int64_t>(r.kind);
   }
 }
 
@@ -93,8 +93,8 @@ __device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* rec
 // not fit into the memory for instructions. Arguments are copies, so that what calls it keeps its variables in
 // registers.
 
-__device__ __noinline__ inline void record(Exchange x, Trouble r) {
-  record(x, r, &x.comm.state->recorded);
+__device__ __noinline__ inline void publish_failure(Exchange x, FailureCause r) {
+  publish_failure(x, r, &x.comm.state->recorded);
 }
 
 // Makes every wait of this exchange end.
@@ -107,16 +107,16 @@ __device__ inline bool is_aborted(const Exchange& x) {
 }
 
 // What `left` holds beside the epoch: that it was left for a mismatch; or 1 + the rank that did not come.
-constexpr uint64_t kMismatch = uint64_t{1} << 63;
-constexpr int kMissingShift = 56;
-constexpr uint64_t kMissing = uint64_t{0x7f} << kMissingShift;
+constexpr uint64_t kAbortForMismatch = uint64_t{1} << 63;
+constexpr int kAbortMissingShift = 56;
+constexpr uint64_t kAbortMissingRank = uint64_t{0x7f} << kAbortMissingShift;
 
-__device__ __noinline__ inline void leave(Exchange x, uint64_t cause) {
+__device__ __noinline__ inline void publish_abort(Exchange x, uint64_t cause) {
   abort_exchange(x);
 #pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {
-      store_release_system(x.peer(p, x.layout().left(x.comm.rank)), x.epoch | cause);
+      store_release_system(x.peer(p, x.layout().abort_signal(x.comm.rank)), x.epoch | cause);
     }
   }
 }
@@ -124,16 +124,16 @@ __device__ __noinline__ inline void leave(Exchange x, uint64_t cause) {
 // Every later exchange ends at once, until a reset. The mailbox may still have an earlier failure: the host is told
 // that this one came after it.
 __device__ inline void stop(const Exchange& x) {
-  fresh(x.comm.mailbox->stopped) = static_cast<int64_t>(x.epoch);
+  fresh(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
   __threadfence_system();
   fresh(x.comm.state->failed) = 1;
 }
 
 // `missing`: the rank without which this exchange cannot end.
-__device__ inline void give_up(const Exchange& x, const Trouble& r, int missing) {
-  record(x, r);
+__device__ inline void give_up(const Exchange& x, const FailureCause& r, int missing) {
+  publish_failure(x, r);
   stop(x);
-  leave(x, static_cast<uint64_t>(missing + 1) << kMissingShift);
+  publish_abort(x, static_cast<uint64_t>(missing + 1) << kAbortMissingShift);
 }
 
 // A wait that ends: by timeout, because a peer gave up, or because this exchange was aborted.
@@ -142,23 +142,23 @@ class Wait {
   __device__ Wait(const Exchange& x, Phase phase) : x_(x), phase_(phase) {}
 
   // After a look that found nothing. False: there is no point in looking again.
-  __device__ bool again(int peer, uint64_t seen) {
-    ++looks_;
-    if (looks_ % kLooksPerGlance == 0) {
-      since_ = glance(x_, phase_, peer, seen, since_);
+  __device__ bool keep_waiting(int peer, uint64_t seen) {
+    ++polls_;
+    if (polls_ % kPollsPerCheck == 0) {
+      since_ = check_slowly(x_, phase_, peer, seen, since_);
     }
     return since_ >= 0;
   }
 
  private:
-  static constexpr int kLooksPerGlance = 64;
+  static constexpr int kPollsPerCheck = 64;
 
   // When the first glance was, if `since` is 0; or -1: there is no point in looking again.
-  __device__ __noinline__ static int64_t glance(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
+  __device__ __noinline__ static int64_t check_slowly(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
     // Headers, and the credits before them, are awaited whatever else is known of the exchange: no rank leaves it
     // before it met all, so every mismatch is found by both of its sides.
-    const bool meets = phase == Phase::header || phase == Phase::credit;
-    if (is_aborted(x) && !(meets && fresh(x.comm.state->failed) == 0)) {
+    const bool in_handshake = phase == Phase::header || phase == Phase::credit;
+    if (is_aborted(x) && !(in_handshake && fresh(x.comm.state->failed) == 0)) {
       return -1;
     }
     const auto now = static_cast<int64_t>(global_timer_ns());
@@ -171,14 +171,14 @@ class Wait {
     }
 #pragma unroll 1
     for (int p = 0; p < x.world_size(); ++p) {
-      const uint64_t left = p == x.comm.rank ? 0 : load_relaxed_system(x.own(x.layout().left(p)));
-      if ((left & ~kMissing) == x.epoch) {
-        const auto missing = static_cast<int>((left & kMissing) >> kMissingShift) - 1;
-        give_up(x, {Failure::left, phase, p, missing, 0, 0, 0}, missing);
+      const uint64_t signal = p == x.comm.rank ? 0 : load_relaxed_system(x.own(x.layout().abort_signal(p)));
+      if ((signal & ~kAbortMissingRank) == x.epoch) {
+        const auto missing = static_cast<int>((signal & kAbortMissingRank) >> kAbortMissingShift) - 1;
+        give_up(x, {Failure::peer_aborted, phase, p, missing, 0, 0, 0}, missing);
         return -1;
       }
-      if (left == (x.epoch | kMismatch) && !meets) {
-        fresh(x.comm.state->elsewhere) = p + 1;
+      if (signal == (x.epoch | kAbortForMismatch) && !in_handshake) {
+        fresh(x.comm.state->mismatched_peer) = p + 1;
         abort_exchange(x);
         return -1;
       }
@@ -189,7 +189,7 @@ class Wait {
   const Exchange& x_;
   const Phase phase_;
   int64_t since_ = 0;
-  uint32_t looks_ = 0;
+  uint32_t polls_ = 0;
 };
 
 // Of a whole warp: until `ready()` holds on every lane that has `waits` set. False: given up.
@@ -201,7 +201,7 @@ __device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer,
     if (ready()) {
       break;
     }
-    going = wait.again(peer, 0);
+    going = wait.keep_waiting(peer, 0);
   }
   going = __all_sync(kFullWarp, going);
   __syncwarp();  // what one lane acquired is there for all
@@ -238,8 +238,12 @@ __device__ inline bool wait_for_headers(const Exchange& x) {
 }
 
 // Of one whole warp: lane p tells peer p that this rank has entered the exchange.
-__device__ inline void
-tell_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
+__device__ inline void publish_handshake(
+    const Exchange& x,
+    const int64_t* agreed,
+    int64_t rows_to_lane,
+    int64_t rows_from_lane,
+    int64_t chunks = 0) {
   const int p = lane_id();
   if (x.is_peer(p)) {
     auto* theirs = reinterpret_cast<Header*>(x.peer(p, x.layout().header(static_cast<int>(x.epoch % 2), x.comm.rank)));
@@ -256,7 +260,7 @@ tell_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64
 
 // Of one whole warp: lane p checks that peer p entered the same.
 __device__ inline bool
-check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane) {
+check_handshake(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane) {
   const int p = lane_id();
   const bool is_peer = x.is_peer(p);
   const Header* header = header_of_lane(x);
@@ -284,12 +288,13 @@ check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int6
     compare(1 + kNumAgreed, rows_to_lane, &header->rows_from_you);
     compare(2 + kNumAgreed, rows_from_lane, &header->rows_to_you);
     if (!same) {
-      record(x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
+      publish_failure(
+          x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
     }
   }
   if (!__all_sync(kFullWarp, same)) {
     if (p == 0) {
-      leave(x, kMismatch);  // also those that agree with this rank may wait for what does not come
+      publish_abort(x, kAbortForMismatch);  // also those that agree with this rank may wait for what does not come
     }
     __syncwarp();
     return false;
@@ -298,9 +303,9 @@ check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int6
 }
 
 __device__ inline bool
-meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
-  tell_peers(x, agreed, rows_to_lane, rows_from_lane, chunks);
-  return check_peers(x, agreed, rows_to_lane, rows_from_lane);
+handshake(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
+  publish_handshake(x, agreed, rows_to_lane, rows_from_lane, chunks);
+  return check_handshake(x, agreed, rows_to_lane, rows_from_lane);
 }
 
 // Of a whole block, at the end: the last block ends the exchange. `last_use`: of the peers' buffer that was written.
@@ -316,13 +321,14 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   if (fresh(state.failed) != 0) {
     return;  // a reset has to put things in order
   }
-  if (const uint32_t elsewhere = fresh(state.elsewhere); elsewhere != 0) {
-    state.elsewhere = 0;
-    record(x, {Failure::elsewhere, Phase::rows, elsewhere - 1, 0, 0, 0, 0});  // unless it is between us and a peer
+  if (const uint32_t peer = fresh(state.mismatched_peer); peer != 0) {
+    state.mismatched_peer = 0;
+    publish_failure(
+        x, {Failure::mismatch_of_peer, Phase::rows, peer - 1, 0, 0, 0, 0});  // unless it is between us and a peer
   }
   state.blocks_done = 0;
   state.gate = 0;
-  state.tickets[0] = state.tickets[1] = 0;
+  state.work_queues[0] = state.work_queues[1] = 0;
 #pragma unroll
   for (uint32_t& chunks : state.chunks) {
     chunks = 0;
@@ -340,29 +346,29 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
 }
 
 // Work that warps take as they get to it, in the order in which it is to be done: so none is late because of its share.
-class Tickets {
+class WorkQueue {
  public:
-  __device__ Tickets(const Exchange& x, int kind) : counter_(&x.comm.state->tickets[kind]) {}
+  __device__ WorkQueue(const Exchange& x, int kind) : counter_(&x.comm.state->work_queues[kind]) {}
   // Draws the ticket that the next `next` returns: early, so that its latency passes meanwhile. What it stands for is
   // then this warp's to do.
-  __device__ void draw() {
+  __device__ void prefetch() {
     if (lane_id() == 0) {
-      drawn_ = atomicAdd(counter_, 1);
+      prefetched_ = atomicAdd(counter_, 1);
     }
-    has_drawn_ = true;
+    has_prefetched_ = true;
   }
   __device__ int64_t next() {
-    if (!has_drawn_) {
-      draw();
+    if (!has_prefetched_) {
+      prefetch();
     }
-    has_drawn_ = false;
-    return static_cast<int64_t>(__shfl_sync(kFullWarp, drawn_, 0));
+    has_prefetched_ = false;
+    return static_cast<int64_t>(__shfl_sync(kFullWarp, prefetched_, 0));
   }
 
  private:
   uint32_t* counter_;
-  uint32_t drawn_ = 0;
-  bool has_drawn_ = false;
+  uint32_t prefetched_ = 0;
+  bool has_prefetched_ = false;
 };
 
 // Of a whole warp: the sum of what this lane and those below it have, for each of the first kLanes lanes.

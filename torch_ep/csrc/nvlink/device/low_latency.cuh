@@ -32,10 +32,10 @@ namespace ep::nvlink {
 
 constexpr int kDispatchKind = 0, kCombineKind = 1;
 
-enum class Outcome : int { there, absent, failed };
+enum class Outcome : int { arrived, absent, failed };
 
 // What a block knows of an exchange, in shared memory.
-struct FlightMemory {
+struct LowLatencyExchangeState {
   // As its kernel begins.
   uint64_t number, received;
   uint32_t failed;
@@ -46,25 +46,26 @@ struct FlightMemory {
 };
 
 // One exchange, from the point of view of one rank.
-class Flight {
+class LowLatencyExchange {
  public:
   // `ticket`: of the half that receives alone.
-  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket, FlightMemory& memory)
+  __device__
+  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* in_flight, LowLatencyExchangeState& memory)
       : state_(comm.state->low_latency[kind]),
         kind_(kind),
         part_(part),
-        ticket_(ticket),
+        in_flight_(in_flight),
         memory_(memory),
         x_(comm, op_of(kind), 0) {}
 
   // Of one whole warp of a block, first of all.
-  __device__ void look() const {
+  __device__ void poll_state() const {
     const State& state = *x_.comm.state;
     const int p = lane_id();
     const uint32_t failed = fresh(state.failed);
     const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
     const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
-    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*ticket_) : (sent >> kShareBits) + 1;
+    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*in_flight_) : (sent >> kShareBits) + 1;
     const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
     const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
     const uint32_t active = ~(by_host | by_timeout) & ((1U << world_size()) - 1);
@@ -106,25 +107,27 @@ class Flight {
   __device__ bool is_active(int rank) const { return (memory_.active >> rank & 1) != 0; }
   __device__ bool masks() const { return x_.comm.masks; }
 
-  __device__ void record(const Trouble& t) const {
-    record(x_.comm, kind_, number(), false, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  __device__ void publish_failure(const FailureCause& t) const {
+    publish_failure(
+        x_.comm, kind_, number(), false, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
   }
   // Likewise, and every later exchange ends at once.
-  __device__ void fail(const Trouble& t) const {
-    record(x_.comm, kind_, number(), true, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  __device__ void publish_fatal_failure(const FailureCause& t) const {
+    publish_failure(
+        x_.comm, kind_, number(), true, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
   }
 
   // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
   template <class Ready>
   __device__ Outcome wait(Phase phase, int peer, bool measures, const Ready& ready) const {
     if (ready()) {
-      return Outcome::there;
+      return Outcome::arrived;
     }
     const uint64_t since = global_timer_ns();
-    for (int looks = 1; !ready(); ++looks) {
-      if (looks % kLooksPerGlance == 0) {
-        const auto outcome = glance(x_.comm, kind_, number(), phase, peer, since);
-        if (outcome != Outcome::there) {
+    for (int polls = 1; !ready(); ++polls) {
+      if (polls % kPollsPerCheck == 0) {
+        const auto outcome = check_slowly(x_.comm, kind_, number(), phase, peer, since);
+        if (outcome != Outcome::arrived) {
           return outcome;
         }
       }
@@ -132,20 +135,20 @@ class Flight {
     if (measures && peer != me()) {
       atomicMax(&memory_.waited[peer], static_cast<unsigned long long>(global_timer_ns() - since));
     }
-    return Outcome::there;
+    return Outcome::arrived;
   }
 
   // The last block does nothing but tell: its fence takes about as long as a small exchange.
-  __device__ bool is_teller() const { return blockIdx.x == gridDim.x - 1; }
+  __device__ bool publishes_credits() const { return blockIdx.x == gridDim.x - 1; }
   __device__ int workers() const { return static_cast<int>(gridDim.x) - 1; }
 
   // Of the whole teller: to peers, what earlier kernels have received; to the host, how long the exchange before
   // waited.
-  __device__ void tell(int64_t* wait_ns) const {
+  __device__ void publish_credits(int64_t* wait_ns) const {
     if (warp_id() == 0) {
-      give_credits();
+      write_credits();
       if (part_ != Part::send) {
-        tell_waits(wait_ns);
+        report_waits(wait_ns);
       }
     }
     end();
@@ -156,7 +159,7 @@ class Flight {
   __device__ uint32_t writable() const {
     if (memory_.received + 2 < number()) {
       if (blockIdx.x == 0 && threadIdx.x == 0) {
-        fail({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
+        publish_fatal_failure({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
       }
       return 0;
     }
@@ -171,7 +174,7 @@ class Flight {
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
       const auto expected = static_cast<int64_t>(next), got = static_cast<int64_t>(number());
-      fail({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
+      publish_fatal_failure({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
     }
     return false;
   }
@@ -205,23 +208,23 @@ class Flight {
   }
 
  private:
-  static constexpr int kLooksPerGlance = 64;
+  static constexpr int kPollsPerCheck = 64;
 
   // Likewise.
   __device__ uint32_t await_credits() const {
     const int p = lane_id();
-    auto outcome = (memory_.active >> p & 1) != 0 ? Outcome::there : Outcome::absent;
+    auto outcome = (memory_.active >> p & 1) != 0 ? Outcome::arrived : Outcome::absent;
     if ((memory_.awaited >> p & 1) != 0) {
       outcome = wait(
           Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
     }
     const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
     __syncwarp();  // what one lane acquired is there for all
-    return going ? __ballot_sync(kFullWarp, outcome == Outcome::there) : 0;
+    return going ? __ballot_sync(kFullWarp, outcome == Outcome::arrived) : 0;
   }
 
   // Of a whole warp.
-  __device__ void give_credits() const {
+  __device__ void write_credits() const {
     const int p = lane_id();
     const State& state = *x_.comm.state;
     const uint64_t received[LowLatencyLayout::kKinds] = {
@@ -235,7 +238,7 @@ class Flight {
   }
 
   // Of a whole warp. All waits of the exchange before are known.
-  __device__ void tell_waits(int64_t* wait_ns) const {
+  __device__ void report_waits(int64_t* wait_ns) const {
     const int p = lane_id();
     if (p < world_size()) {
       uint64_t& before = state_.wait_ns[1 - half()][p];
@@ -245,7 +248,7 @@ class Flight {
   }
 
   // What is not on the way of a healthy exchange takes neither registers nor instructions there.
-  __device__ static __noinline__ void record(
+  __device__ static __noinline__ void publish_failure(
       const Comm& comm,
       int kind,
       uint64_t number,
@@ -258,8 +261,8 @@ class Flight {
       int64_t theirs,
       int64_t theirs_epoch) {
     const Exchange x(comm, op_of(kind), number);
-    const Trouble trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
-    ::ep::nvlink::record(x, trouble, &comm.state->low_latency[kind].recorded);
+    const FailureCause trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
+    ::ep::nvlink::publish_failure(x, trouble, &comm.state->low_latency[kind].recorded);
     if (stops) {
       stop(x);
     }
@@ -267,7 +270,7 @@ class Flight {
 
   // Whether to go on waiting (there), to go on without the peer, or not to go on.
   __device__ static __noinline__ Outcome
-  glance(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
+  check_slowly(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
     State& state = *comm.state;
     if (fresh(state.failed) != 0) {
       return Outcome::failed;
@@ -276,13 +279,13 @@ class Flight {
       return Outcome::absent;
     }
     if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
-      return Outcome::there;
+      return Outcome::arrived;
     }
     if (comm.masks && peer != comm.rank) {
       atomicOr(&state.masked_by_timeout, 1U << peer);
       return Outcome::absent;
     }
-    record(comm, kind, number, true, Failure::timeout, phase, peer, 0, 0, 0, 0);
+    publish_failure(comm, kind, number, true, Failure::timeout, phase, peer, 0, 0, 0, 0);
     return Outcome::failed;
   }
 
@@ -293,8 +296,8 @@ class Flight {
   LowLatencyState& state_;
   const int kind_;
   const Part part_;
-  const int64_t* ticket_;
-  FlightMemory& memory_;
+  const int64_t* in_flight_;
+  LowLatencyExchangeState& memory_;
   Exchange x_;
 };
 

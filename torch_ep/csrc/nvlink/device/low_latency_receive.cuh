@@ -12,10 +12,10 @@ constexpr int kDispatchWarps = kDispatchThreads / kWarp;
 
 // Of the launch.
 struct LowLatencyShape {
-  int stage_bytes;    // a record, padded
-  int receive_warps;  // of a block, each with a stage; none if rows are packed
-  int parts;          // chunks of a packed row, a warp each
-  int packed_bytes;   // of such a row on its way
+  int stage_bytes;       // a record, padded
+  int receive_warps;     // of a block, each with a stage; none if rows are packed
+  int parts;             // chunks of a packed row, a warp each
+  int packet_row_bytes;  // of such a row on its way
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
@@ -56,48 +56,48 @@ struct LowLatencyMemory {
   bool* is_lost;  // of each rank
 };
 
-template <bool is_packed>
+template <bool uses_packets>
 class LowLatencyReceive {
  public:
   // `loads`: that the barrier of this warp has counted before.
   __device__ LowLatencyReceive(
       const LowLatencyDispatchArgs& args,
       const LowLatencyShape& shape,
-      const Flight& flight,
+      const LowLatencyExchange& flight,
       const LowLatencyMemory& memory,
       int loads)
       : a_(args),
         shape_(shape),
-        f_(flight),
+        x_(flight),
         memory_(memory),
         loads_(loads),
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
-        places_at_(static_cast<int>(args.places_at())),
-        record_bytes_(static_cast<int>(args.record_bytes())) {}
+        routes_at_(static_cast<int>(args.routes_at())),
+        wire_row_bytes_(static_cast<int>(args.wire_row_bytes())) {}
 
   __device__ void run() const {
-    const Heard heard{memory_.words, layout().words};
-    if constexpr (is_packed) {
+    const Announced announced{memory_.words, layout().words};
+    if constexpr (uses_packets) {
       // The warp's first chunk is looked at as soon as its words are heard: most likely it has arrived.
       ChunkOfRow first(*this, first_chunk());
-      if (hear(memory_.words, [&] { first.look(); })) {
-        receive_packed(heard, first);
-        count_rows(heard);
+      if (wait_for_announcements(memory_.words, [&] { first.poll(); })) {
+        receive_packets(announced, first);
+        count_rows(announced);
       }
-    } else if (hear(memory_.words, [] {})) {
+    } else if (wait_for_announcements(memory_.words, [] {})) {
       if (warp_id() < shape_.receive_warps) {
-        receive_rows(heard);
+        receive_rows(announced);
       }
-      count_rows(heard);
+      count_rows(announced);
     }
   }
 
  private:
-  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+  __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
   // What has arrived of the plan, in shared memory.
-  struct Heard {
+  struct Announced {
     const int* words;  // [world_size][words of an announcement]
     int stride;
 
@@ -119,20 +119,20 @@ class LowLatencyReceive {
   };
 
   __device__ const char* word_at(int source, int i) const {
-    return f_.own(layout().announcement(f_.half(), source)) + int64_t{i} * 8;
+    return x_.own(layout().announcement(x_.half(), source)) + int64_t{i} * 8;
   }
 
   // Word `i` of what `source` announced, as it is kept. False: another exchange.
-  __device__ bool keep(int& kept, int source, int i, uint32_t value) const {
+  __device__ bool store_word(int& stored, int source, int i, uint32_t value) const {
     const Agreed agreed(a_);
     const bool is_count = i >= kNumAgreed && i < kNumAgreed + num_local_;
-    kept = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
+    stored = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
     if (i >= kNumAgreed || value == agreed.word(i)) {
       return true;
     }
     if (blockIdx.x == 0) {
-      const auto number = static_cast<int64_t>(f_.number());
-      f_.record(
+      const auto number = static_cast<int64_t>(x_.number());
+      x_.publish_failure(
           {Failure::mismatch,
            Phase::header,
            source,
@@ -147,8 +147,8 @@ class LowLatencyReceive {
   // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange. `then`: what
   // each thread does between its own words and the others'.
   template <class Then>
-  __device__ bool hear(int* heard, const Then& then) const {
-    const int words = layout().words, all = f_.world_size() * words;
+  __device__ bool wait_for_announcements(int* announced, const Then& then) const {
+    const int words = layout().words, all = x_.world_size() * words;
     bool going = true;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); going && i < all; i += kDispatchThreads) {
@@ -156,56 +156,57 @@ class LowLatencyReceive {
       const char* from = word_at(s, word);
       uint64_t value = 0;
       auto outcome = Outcome::absent;
-      if (f_.is_active(s)) {
-        outcome = f_.wait(Phase::header, s, word == 0, [&] {
+      if (x_.is_active(s)) {
+        outcome = x_.wait(Phase::header, s, word == 0, [&] {
           value = load_relaxed_system(from);
-          return f_.is_word(value);
+          return x_.is_word(value);
         });
       }
-      if (outcome == Outcome::there) {
-        going = keep(heard[i], s, word, static_cast<uint32_t>(value));
+      if (outcome == Outcome::arrived) {
+        going = store_word(announced[i], s, word, static_cast<uint32_t>(value));
       } else {
         going = outcome == Outcome::absent;
         memory_.is_lost[s] = true;
-        heard[i] = 0;
+        announced[i] = 0;
       }
     }
     then();
     going = __syncthreads_and(going) != 0;
-    return going && (!f_.masks() || hear_together(heard));
+    return going && (!x_.masks() || agree_on_ranks(announced));
   }
 
   // Where timeouts mask: of one mind with all other blocks on who takes part.
-  __device__ bool hear_together(int* heard) const {
+  __device__ bool agree_on_ranks(int* announced) const {
     __shared__ bool is_there[kMaxRanks];
     const int words = layout().words, s = lane_id();
     bool same = true;
-    if (warp_id() == 0 && s < f_.world_size()) {
-      is_there[s] = f_.decide(s, !memory_.is_lost[s]);
+    if (warp_id() == 0 && s < x_.world_size()) {
+      is_there[s] = x_.decide(s, !memory_.is_lost[s]);
 #pragma unroll 1
       for (int i = 0; is_there[s] && memory_.is_lost[s] && i < words; ++i) {
         // Another block has heard it, so it is there.
-        same = keep(heard[s * words + i], s, i, static_cast<uint32_t>(load_relaxed_system(word_at(s, i)))) && same;
+        same = store_word(announced[s * words + i], s, i, static_cast<uint32_t>(load_relaxed_system(word_at(s, i)))) &&
+               same;
       }
     }
     same = __syncthreads_and(same) != 0;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < f_.world_size() * words; i += kDispatchThreads) {
-      heard[i] = is_there[shape_.by_words.quotient(i)] ? heard[i] : 0;
+    for (int i = static_cast<int>(threadIdx.x); i < x_.world_size() * words; i += kDispatchThreads) {
+      announced[i] = is_there[shape_.by_words.quotient(i)] ? announced[i] : 0;
     }
     __syncthreads();
     return same;
   }
 
   // Warps, each some experts: how many rows there are of each, up to which rank; and slots of rows that nobody sent.
-  __device__ void count_rows(const Heard& heard) const {
-    const int lane = lane_id(), world_size = f_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
+  __device__ void count_rows(const Announced& announced) const {
+    const int lane = lane_id(), world_size = x_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
     // Those begin that have the fewest rows to receive.
-    const int turn = is_packed ? warp_id() : kDispatchWarps - 1 - warp_id();
+    const int turn = uses_packets ? warp_id() : kDispatchWarps - 1 - warp_id();
 #pragma unroll 1
-    for (int e = static_cast<int>(blockIdx.x) + f_.workers() * turn; e < num_local_;
-         e += f_.workers() * kDispatchWarps) {
-      int end = lane < world_size ? heard.count(lane, e) : 0;
+    for (int e = static_cast<int>(blockIdx.x) + x_.workers() * turn; e < num_local_;
+         e += x_.workers() * kDispatchWarps) {
+      int end = lane < world_size ? announced.count(lane, e) : 0;
 #pragma unroll
       for (int step = 1; step < kMaxRanks; step *= 2) {
         const int below = __shfl_up_sync(kFullWarp, end, step);
@@ -226,13 +227,14 @@ class LowLatencyReceive {
   }
 
   // The row of a slot whose place is known, or -1.
-  __device__ int64_t row_at(const Heard& heard, int source, int expert_of_all, int index) const {
-    const int expert = expert_of_all - f_.me() * num_local_;
-    if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 || index >= heard.count(source, expert)) {
+  __device__ int64_t row_at(const Announced& announced, int source, int expert_of_all, int index) const {
+    const int expert = expert_of_all - x_.me() * num_local_;
+    if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 ||
+        index >= announced.count(source, expert)) {
       return -1;
     }
-    const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
-    return expert * rows_of_expert + heard.before(source, expert) + index;
+    const int64_t rows_of_expert = int64_t{x_.world_size()} * a_.max_tokens;
+    return expert * rows_of_expert + announced.before(source, expert) + index;
   }
 
   // Of lane k for slot k of a token. `i`: source * max_tokens + token.
@@ -249,7 +251,7 @@ class LowLatencyReceive {
 
   // Which word of the scales is the first of a row; the next is scale_rows further.
   __device__ int64_t scales_of(int64_t row) const {
-    const int rows_of_expert = f_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
+    const int rows_of_expert = x_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
     return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
@@ -257,12 +259,12 @@ class LowLatencyReceive {
   // What there is not for this lane counts as arrived.
   struct ChunkOfRow {
     int row, chunk, source, token;  // row: source * max_tokens + token
-    UnitVectors vectors;
-    bool has_place, has_unit, has_scale;
-    const char *place_at, *unit_at, *scale_at;
+    LaneVectors vectors;
+    bool has_route, has_payload, has_scale;
+    const char *route_at, *payload_at, *scale_at;
     int nth_scale;  // of the pack at scale_at
-    uint4 place, scale;
-    Packs packs;
+    uint4 route, scale;
+    Packets packets;
 
     // The n-th of all; nothing, if there is none.
     __device__ ChunkOfRow(const LowLatencyReceive& r, int n)
@@ -274,37 +276,38 @@ class LowLatencyReceive {
       const int lane = lane_id();
       const bool is_there = n < r.num_chunks();
       const LowLatencyLayout& layout = r.layout();
-      const char* from = r.f_.own(layout.dispatch_packs(r.f_.half(), source, token, r.shape_.packed_bytes));
-      has_place = is_there && lane < r.a_.num_topk;
-      place_at = from + lane * kPackBytes;
-      has_unit = is_there && vectors.any();
-      unit_at = from + layout.row_packs_at + offset_of_unit(chunk);
+      const char* from = r.x_.own(layout.dispatch_packets(r.x_.half(), source, token, r.shape_.packet_row_bytes));
+      has_route = is_there && lane < r.a_.num_topk;
+      route_at = from + lane * kPacketBytes;
+      has_payload = is_there && vectors.any();
+      payload_at = from + layout.row_packets_at + packet_offset(chunk);
       // Packs are of the i-th vectors of one group after the other.
       const int groups = vectors.step() / kGroupVectors;
       nth_scale = (lane >= groups ? 1 : 0) + (lane >= 2 * groups ? 1 : 0);
-      scale_at = from + layout.scale_packs_at + (chunk * kChunkScalePacks + lane - nth_scale * groups) * kPackBytes;
+      scale_at =
+          from + layout.scale_packets_at + (chunk * kScalePacketsPerChunk + lane - nth_scale * groups) * kPacketBytes;
       has_scale = is_there && r.a_.num_scales > 0 && lane < r.groups_of(chunk);
-      const uint32_t tag = r.f_.tag();
-      place = {0, 0, 0, has_place ? 0 : tag};  // 0 is not the tag of any exchange
+      const uint32_t tag = r.x_.tag();
+      route = {0, 0, 0, has_route ? 0 : tag};  // 0 is not the tag of any exchange
       scale = {0, 0, 0, has_scale ? 0 : tag};
 #pragma unroll
-      for (int i = 0; i < kUnitPacks; ++i) {
-        packs.packs[i].w = has_unit ? 0 : tag;
+      for (int i = 0; i < kPacketsPerLane; ++i) {
+        packets.packets[i].w = has_payload ? 0 : tag;
       }
     }
 
-    __device__ void look() {
-      if (has_place) {
-        place = load_relaxed_system_16(place_at);
+    __device__ void poll() {
+      if (has_route) {
+        route = load_relaxed_system_16(route_at);
       }
       if (has_scale) {
         scale = load_relaxed_system_16(scale_at);
       }
-      if (has_unit) {
-        packs.look(unit_at);
+      if (has_payload) {
+        packets.poll(payload_at);
       }
     }
-    __device__ bool has_arrived(uint32_t tag) const { return place.w == tag && scale.w == tag && packs.arrived(tag); }
+    __device__ bool has_arrived(uint32_t tag) const { return route.w == tag && scale.w == tag && packets.arrived(tag); }
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
@@ -312,9 +315,9 @@ class LowLatencyReceive {
   __device__ int first_chunk() const {
     constexpr int kFirst = kDispatchWarps - 2;
     const int turn = (kFirst - warp_id() + kDispatchWarps) % kDispatchWarps;
-    return static_cast<int>(blockIdx.x) + f_.workers() * turn;
+    return static_cast<int>(blockIdx.x) + x_.workers() * turn;
   }
-  __device__ int num_chunks() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
+  __device__ int num_chunks() const { return x_.world_size() * a_.max_tokens * shape_.parts; }
   // Groups of channels in a chunk.
   __device__ int groups_of(int chunk) const {
     const int groups = (a_.row_bytes / 16 + kGroupVectors - 1) / kGroupVectors;
@@ -322,26 +325,27 @@ class LowLatencyReceive {
   }
 
   // Warps, each a chunk of one row. `c`: the first, which may not be there.
-  __device__ void receive_packed(const Heard& heard, ChunkOfRow& c) const {
+  __device__ void receive_packets(const Announced& announced, ChunkOfRow& c) const {
 #pragma unroll 1
     for (int n = first_chunk(); n < num_chunks();) {
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), c.source, c.token)) {
-        const auto outcome = await(c);
+      if (announced.visits(layout(), c.source, c.token)) {
+        const auto outcome = wait_for_chunk(c);
         if (outcome == Outcome::failed) {
           break;
         }
-        if (outcome == Outcome::there) {
-          row = c.has_place ? row_at(heard, c.source, static_cast<int>(c.place.x), static_cast<int>(c.place.y)) : -1;
-          weight = __uint_as_float(c.place.z);
-          place(c, row);
+        if (outcome == Outcome::arrived) {
+          row =
+              c.has_route ? row_at(announced, c.source, static_cast<int>(c.route.x), static_cast<int>(c.route.y)) : -1;
+          weight = __uint_as_float(c.route.z);
+          write_chunk(c, row);
         }
       }
       if (c.chunk == 0) {
         write_slot(c.row, row, weight);
       }
-      n += f_.workers() * kDispatchWarps;
+      n += x_.workers() * kDispatchWarps;
       if (n < num_chunks()) {
         c = ChunkOfRow(*this, n);
       }
@@ -349,25 +353,25 @@ class LowLatencyReceive {
   }
 
   // Of a whole warp, also what it says: whether all its lanes may go on.
-  __device__ Outcome await(ChunkOfRow& c) const {
-    auto outcome = Outcome::there;
-    if (!c.has_arrived(f_.tag())) {
-      outcome = f_.wait(Phase::rows, c.source, lane_id() == 0, [&] {
-        c.look();
-        return c.has_arrived(f_.tag());
+  __device__ Outcome wait_for_chunk(ChunkOfRow& c) const {
+    auto outcome = Outcome::arrived;
+    if (!c.has_arrived(x_.tag())) {
+      outcome = x_.wait(Phase::rows, c.source, lane_id() == 0, [&] {
+        c.poll();
+        return c.has_arrived(x_.tag());
       });
     }
-    if (__all_sync(kFullWarp, outcome == Outcome::there)) {
-      return Outcome::there;
+    if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
+      return Outcome::arrived;
     }
     return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
   }
 
   // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
-  __device__ void place(const ChunkOfRow& c, int64_t row) const {
-    Unit unit = c.packs.unit();
+  __device__ void write_chunk(const ChunkOfRow& c, int64_t row) const {
+    LanePayload payload = c.packets.payload();
 #pragma unroll
-    for (uint4& vector : unit.vectors) {
+    for (uint4& vector : payload.vectors) {
       keep_together(vector);
     }
     const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
@@ -383,7 +387,7 @@ class LowLatencyReceive {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       const int64_t to = __shfl_sync(kFullWarp, static_cast<int>(row), lane);
       char* to_scale = scales + int64_t{__shfl_sync(kFullWarp, scale_row, lane)} * 4;
-      store_unit(a_.rows + to * a_.row_bytes, unit, c.vectors);
+      store_payload(a_.rows + to * a_.row_bytes, payload, c.vectors);
       if (has_word) {
         *reinterpret_cast<uint32_t*>(to_scale) = scale;
       }
@@ -394,42 +398,42 @@ class LowLatencyReceive {
   }
 
   // Warps, each a row.
-  __device__ void receive_rows(const Heard& heard) const {
-    const int lane = lane_id(), rows_of_expert = f_.world_size() * a_.max_tokens;
+  __device__ void receive_rows(const Announced& announced) const {
+    const int lane = lane_id(), rows_of_expert = x_.world_size() * a_.max_tokens;
     char* stage = memory_.stages + int64_t{warp_id()} * shape_.stage_bytes;
     uint64_t* barrier = &memory_.barriers[warp_id()];
     int n = loads_;
-    const int step = f_.workers() * shape_.receive_warps;
+    const int step = x_.workers() * shape_.receive_warps;
 #pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); i < rows_of_expert; i += step) {
+    for (int i = static_cast<int>(blockIdx.x) + x_.workers() * warp_id(); i < rows_of_expert; i += step) {
       const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), source, token)) {
-        const char* flag = f_.own(layout().dispatch_flag(f_.half(), source, token));
-        auto outcome = Outcome::there;
+      if (announced.visits(layout(), source, token)) {
+        const char* flag = x_.own(layout().dispatch_flag(x_.half(), source, token));
+        auto outcome = Outcome::arrived;
         if (lane == 0) {
-          outcome = f_.wait(Phase::rows, source, true, [&] { return load_acquire_system(flag) == f_.number(); });
+          outcome = x_.wait(Phase::rows, source, true, [&] { return load_acquire_system(flag) == x_.number(); });
         }
         if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
           break;
         }
-        if (__all_sync(kFullWarp, outcome == Outcome::there)) {
+        if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
           bulk_wait_read<0>();   // of what left from this stage
           fence_async_shared();  // what this lane read of it
           __syncwarp();
           if (lane == 0) {
             fence_async_global();  // between the flag and the bulk copy of what it tells of
-            barrier_expect(barrier, record_bytes_);
-            bulk_load(stage, f_.own(layout().dispatch_row(f_.half(), source, token)), record_bytes_, barrier);
+            barrier_expect(barrier, wire_row_bytes_);
+            bulk_load(stage, x_.own(layout().dispatch_row(x_.half(), source, token)), wire_row_bytes_, barrier);
           }
           barrier_wait(barrier, n++ % 2);
           if (lane < a_.num_topk) {
-            const Place place = reinterpret_cast<const Place*>(stage + places_at_)[lane];
-            row = row_at(heard, source, place.expert, place.index);
-            weight = place.weight;
+            const SlotRoute route = reinterpret_cast<const SlotRoute*>(stage + routes_at_)[lane];
+            row = row_at(announced, source, route.expert, route.index);
+            weight = route.weight;
           }
-          place_row(stage, row);
+          write_row(stage, row);
         }
       }
       write_slot(i, row, weight);
@@ -438,7 +442,7 @@ class LowLatencyReceive {
   }
 
   // Of a whole warp: a record to the rows of all lanes.
-  __device__ void place_row(const char* stage, int64_t row) const {
+  __device__ void write_row(const char* stage, int64_t row) const {
     if (row >= 0) {
       bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);
     }
@@ -457,11 +461,11 @@ class LowLatencyReceive {
 
   const LowLatencyDispatchArgs& a_;
   const LowLatencyShape& shape_;
-  const Flight& f_;
+  const LowLatencyExchange& x_;
   const LowLatencyMemory& memory_;
   const int loads_;
   const int num_local_;
-  const int scales_at_, places_at_, record_bytes_;
+  const int scales_at_, routes_at_, wire_row_bytes_;
 };
 
 }  // namespace ep::nvlink

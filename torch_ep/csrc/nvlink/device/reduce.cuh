@@ -56,7 +56,7 @@ struct RowList {
 // Of a whole warp: the sum of `terms`, whose rows are at the lanes' addresses `row`; own ones are multiplied by the
 // lanes' `weight`. sink(piece, vectors): takes this lane's part of each piece of the result.
 template <class T, bool weighted, int kDepth, class Sink>
-__device__ __forceinline__ void sum_rows(
+__device__ __forceinline__ void reduce_rows(
     const Terms& terms,
     const char* row,
     typename Vector<T>::Wide weight,

@@ -94,7 +94,7 @@ __device__ inline Slot find_slot(const Exchange& x, int entry, const WireRows& o
   slot.row_to_lane = of_lane != 0 ? row : -1;
   const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
   if (entry != -1 && slot.row < 0) {
-    record(
+    publish_failure(
         x, {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::send_row), total, entry, 0});
   }
   return slot;
@@ -109,7 +109,7 @@ invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int 
     if (slot >= 0 && slot < slots) {
       x.comm.rows_of[slot] = x.tag() | static_cast<uint64_t>(row);
     } else if (slot != -1) {
-      record(
+      publish_failure(
           x,
           {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::recv_pair), slots, slot, 0});
     }

@@ -32,7 +32,7 @@ class Combine {
         memory_(shared_memory() + warp_id() * kWarpBytes),
         out_(wire_rows(x_, args.plan.send_counts)),
         in_(wire_rows(x_, args.plan.recv_counts)),
-        vectors_(args.record.row_bytes / 16) {}
+        vectors_(args.format.row_bytes / 16) {}
 
   __device__ void run() {
     const bool sends = static_cast<int>(blockIdx.x) < send_blocks_;
@@ -46,7 +46,7 @@ class Combine {
       going = wait_for_gate(x_, static_cast<uint32_t>(warps));
     }
     if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
-      going = meet_peers(x_, a_.agreed, in_.count(), out_.count()) && going;
+      going = handshake(x_, a_.agreed, in_.count(), out_.count()) && going;
     }
     going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
     if (going && sends) {
@@ -54,9 +54,9 @@ class Combine {
     }
     if (going) {
       if (is_few(a_.plan.num_tokens) || any_few(out_)) {
-        sum<true>();
+        reduce<true>();
       } else {
-        sum<false>();
+        reduce<false>();
       }
     }
     end_exchange(x_, &a_.comm.state->last_combine);
@@ -82,9 +82,9 @@ class Combine {
     if (!is_few(rows)) {
       return {kChunkShift, 1};
     }
-    return {0, min(max(kFewChunks / (rows * peers()), kLeastParts), pieces())};
+    return {0, min(max(kFewChunks / (rows * peers()), kMinParts), pieces())};
   }
-  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMostSingleRows; }
+  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMaxSplitRows; }
   __device__ bool any_few(const WireRows& rows) const {
     return __any_sync(kFullWarp, x_.is_peer(lane_id()) && is_few(rows.count())) != 0;
   }
@@ -135,11 +135,11 @@ class Combine {
     return rows;
   }
 
-  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.record.row_stride; }
+  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.format.row_stride; }
 
   // What lane k's slot brings home of the weights of a wire row.
   __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
-    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
       zero_weight(to, bytes);
     } else {
@@ -151,9 +151,9 @@ class Combine {
   // --- send ---
 
   // The chunks of wire rows that this warp sends, one after the other.
-  class Turn {
+  class SendQueue {
    public:
-    __device__ explicit Turn(const Combine& c) : c_(c), tickets_(c.x_, 0), rows_(c.in_.count()) {
+    __device__ explicit SendQueue(const Combine& c) : c_(c), queue_(c.x_, 0), rows_(c.in_.count()) {
       const Cut cut = c.cut_of(rows_);
       int most = c.x_.is_peer(lane_id()) ? ((rows_ + (1 << cut.shift) - 1) >> cut.shift) * cut.parts : 0;
       for (int step = kMaxRanks / 2; step > 0; step /= 2) {
@@ -166,20 +166,20 @@ class Combine {
     __device__ bool advance() {
       const int peers = c_.peers();
       while (true) {
-        const auto ticket = static_cast<int>(tickets_.next());
-        if (ticket >= chunks_ * peers) {
+        const auto item = static_cast<int>(queue_.next());
+        if (item >= chunks_ * peers) {
           return false;
         }
-        chunk = ticket / peers;
-        // Note [Peers in turn].
-        to = (c_.a_.comm.rank + 1 + ticket - chunk * peers) % c_.x_.world_size();
+        chunk = item / peers;
+        // Note [Peers in work].
+        to = (c_.a_.comm.rank + 1 + item - chunk * peers) % c_.x_.world_size();
         const int rows = __shfl_sync(kFullWarp, rows_, to);
         const Cut cut = c_.cut_of(rows);
         begin = min(cut.parts == 1 ? chunk << cut.shift : chunk / cut.parts, rows);
         end = min(begin + (1 << cut.shift), rows);
         columns = c_.template columns_of<true>(cut, chunk - (begin >> cut.shift) * cut.parts);
         if (begin < end) {
-          tickets_.draw();
+          queue_.prefetch();
           return true;
         }
       }
@@ -191,15 +191,15 @@ class Combine {
 
    private:
     const Combine& c_;
-    Tickets tickets_;
+    WorkQueue queue_;
     const int rows_;
     int chunks_ = 0;
   };
 
   // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
-  class Flags {
+  class ChunkFlags {
    public:
-    __device__ explicit Flags(const Exchange& x) : x_(x) {}
+    __device__ explicit ChunkFlags(const Exchange& x) : x_(x) {}
     // After each record's last bulk_commit; `copies`: of the record, at least.
     __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
       if (chunk_ >= 0) {
@@ -208,7 +208,7 @@ class Combine {
         } else {
           bulk_wait<1>();
         }
-        tell();
+        signal();
       }
       if (ends_chunk) {
         to_ = to;
@@ -218,12 +218,12 @@ class Combine {
     __device__ void finish() {
       bulk_wait<0>();
       if (chunk_ >= 0) {
-        tell();
+        signal();
       }
     }
 
    private:
-    __device__ void tell() {
+    __device__ void signal() {
       __syncwarp();
       // The lane whose bulk copies they were; what the others stored is ordered by the barrier.
       if (lane_id() == to_) {
@@ -237,11 +237,11 @@ class Combine {
   };
 
   __device__ void send() {
-    Turn turn(*this);
+    SendQueue work(*this);
     if (a_.plan.expert_major || weighted) {
-      send_sums(turn);
+      send_reduced(work);
     } else {
-      send_copies(turn);
+      send_copies(work);
     }
     fence_async_shared();  // this memory is for sums next
     __syncwarp();
@@ -249,26 +249,26 @@ class Combine {
 
   __device__ char* slot_of(int to, int row) const {
     const Layout& layout = x_.layout();
-    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.slot_bytes);
+    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.wire_row_bytes);
   }
 
   __device__ void send_weights(char* slot, int64_t wire_row, const Rows& rows) const {
-    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (bytes != 0 && lane < a_.plan.num_topk) {
-      take_weight(slot + a_.record.weights_at() + lane * bytes, wire_row, rows);
+      take_weight(slot + a_.format.weights_at() + lane * bytes, wire_row, rows);
     }
   }
 
   // Two pieces of the warp's memory hold what is leaving.
-  __device__ void send_sums(Turn& turn) {
-    Flags flags(x_);
+  __device__ void send_reduced(SendQueue& work) {
+    ChunkFlags flags(x_);
     char* leaving = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
-    while (turn.advance()) {
-      for (int row = turn.begin; row < turn.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+    while (work.advance()) {
+      for (int row = work.begin; row < work.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, work.to)} + row;
         const Rows rows = rows_of(wire_row, 0);
-        char* slot = slot_of(turn.to, row);
+        char* slot = slot_of(work.to, row);
         const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
           bulk_wait_read<1>();
           __syncwarp();
@@ -280,32 +280,32 @@ class Combine {
           }
           fence_async_shared();
           __syncwarp();
-          if (lane_id() == turn.to) {
-            const int at = (turn.columns.begin + piece) * kPieceBytes;
-            bulk_store(slot + at, stage, min(kPieceBytes, a_.record.row_bytes - at));
+          if (lane_id() == work.to) {
+            const int at = (work.columns.begin + piece) * kPieceBytes;
+            bulk_store(slot + at, stage, min(kPieceBytes, a_.format.row_bytes - at));
           }
           bulk_commit();
         };
-        sum_rows<T, weighted, kSumDepth>(
+        reduce_rows<T, weighted, kSumDepth>(
             {1, 1, rows.lanes},
-            y_row(rows) + turn.columns.offset(),
+            y_row(rows) + work.columns.offset(),
             rows.weight,
-            vectors_in(turn.columns),
+            vectors_in(work.columns),
             memory_,
             sink);
-        if (turn.columns.begin == 0) {
+        if (work.columns.begin == 0) {
           send_weights(slot, wire_row, rows);
         }
-        flags.sent(turn.to, turn.chunk, turn.columns.count(), row + 1 == turn.end);
+        flags.sent(work.to, work.chunk, work.columns.count(), row + 1 == work.end);
       }
     }
     flags.finish();
   }
 
   // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
-  __device__ void send_copies(Turn& turn) {
+  __device__ void send_copies(SendQueue& work) {
     const Ring ring = copy_ring();
-    Flags flags(x_);
+    ChunkFlags flags(x_);
     // What is loaded, and the one before, which leaves next.
     struct Piece {
       int to, row, chunk;
@@ -333,22 +333,22 @@ class Combine {
         flags.sent(p.to, p.chunk, p.copies, p.ends_chunk);
       }
     };
-    while (turn.advance()) {
-      for (int row = turn.begin; row < turn.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
-        const int end = min(turn.columns.end * kPieceBytes, a_.record.row_bytes);
+    while (work.advance()) {
+      for (int row = work.begin; row < work.end; ++row) {
+        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, work.to)} + row;
+        const int end = min(work.columns.end * kPieceBytes, a_.format.row_bytes);
         int copies = 0;
-        for (int begin = turn.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
+        for (int begin = work.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
           const Piece piece{
-              turn.to,
+              work.to,
               row,
-              turn.chunk,
+              work.chunk,
               wire_row,
               begin,
               min(kHalf, end - begin),
               ++copies,
               begin + kHalf >= end,
-              row + 1 == turn.end};
+              row + 1 == work.end};
           bulk_wait_read<0>();  // of what leaves from this half
           load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
           if (has_waiting) {
@@ -378,7 +378,7 @@ class Combine {
     if (lane_id() == 0) {
       barrier_expect(ring.barrier(n), is_dropped ? 0 : bytes);
       if (!is_dropped) {
-        bulk_load(ring.stage(n), a_.y + wire_row * a_.record.row_stride + begin, bytes, ring.barrier(n));
+        bulk_load(ring.stage(n), a_.y + wire_row * a_.format.row_stride + begin, bytes, ring.barrier(n));
       }
     }
   }
@@ -386,8 +386,8 @@ class Combine {
   // --- sum ---
 
   template <bool few>
-  __device__ void sum() {
-    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
+  __device__ void reduce() {
+    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
     const Layout& layout = x_.layout();
     const bool is_peer = x_.is_peer(lane);
     const int from = is_peer ? lane : me;
@@ -395,9 +395,9 @@ class Combine {
     const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
     const Cut theirs = cut_of(out_.count()), ours = cut_of(a_.plan.num_tokens);
     int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
-    Tickets tickets(x_, 1);
-    for (int64_t i = tickets.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = tickets.next()) {
-      tickets.draw();
+    WorkQueue queue(x_, 1);
+    for (int64_t i = queue.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = queue.next()) {
+      queue.prefetch();
       const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
       const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
       const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
@@ -426,7 +426,8 @@ class Combine {
 
       const char* base =
           reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
-      const char* arrived_row = base + slot.row * layout.slot_bytes;  // lane k: what came back for slot k, unless own
+      const char* arrived_row =
+          base + slot.row * layout.wire_row_bytes;  // lane k: what came back for slot k, unless own
       const bool is_own = slot.row >= 0 && slot.rank == me;
       const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
       Rows own{0, -1, Wide{1}};
@@ -437,7 +438,7 @@ class Combine {
         own = rows_of(own_wire_row, own_lane);
         own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
       }
-      char* result = a_.out + token * a_.record.row_stride + columns.offset() + lane * 16;
+      char* result = a_.out + token * a_.format.row_stride + columns.offset() + lane * 16;
       const int vectors = vectors_in(columns);
       const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
 #pragma unroll
@@ -456,7 +457,7 @@ class Combine {
             __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
         own_term = 0;
       }
-      sum_rows<T, weighted, kSumDepth>(
+      reduce_rows<T, weighted, kSumDepth>(
           {terms, own_term, own.lanes},
           (is_own ? own_row : arrived_row) + columns.offset(),
           own.weight,
@@ -471,7 +472,7 @@ class Combine {
         } else if (is_own) {
           take_weight(to, own_wire_row, own);
         } else {
-          copy_weight(to, arrived_row + a_.record.weights_at() + lane * weight_bytes, weight_bytes);
+          copy_weight(to, arrived_row + a_.format.weights_at() + lane * weight_bytes, weight_bytes);
         }
       }
     }
@@ -502,7 +503,7 @@ class Combine {
 template <class T, bool weighted>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     combine_kernel(const __grid_constant__ CombineArgs args, int send_blocks) {
-  ask_for(args);
+  prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Combine<T, weighted>(args, send_blocks).run();
   }

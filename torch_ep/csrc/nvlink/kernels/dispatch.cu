@@ -33,7 +33,7 @@ class Dispatch {
   __device__ void run() {
     ring_.init();
     if (sends_) {
-      place_rest(send());
+      write_own_rows(send());
     } else {
       receive();
     }
@@ -42,35 +42,35 @@ class Dispatch {
 
  private:
   __device__ bool is_bulk(const void* p) const { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-  __device__ bool scales_in_bulk() const { return a_.record.scale_bytes % 16 == 0 && is_bulk(a_.scales); }
+  __device__ bool scales_in_bulk() const { return a_.format.scale_bytes % 16 == 0 && is_bulk(a_.scales); }
 
   // --- send ---
 
   // One lane.
   __device__ void load_token_row(int64_t token, int n) const {
-    const bool scales = a_.record.scale_bytes != 0 && scales_in_bulk();
-    barrier_expect(ring_.barrier(n), a_.record.row_bytes + (scales ? a_.record.scale_bytes : 0));
-    bulk_load(ring_.stage(n), a_.x + token * a_.record.row_stride, a_.record.row_bytes, ring_.barrier(n));
+    const bool scales = a_.format.scale_bytes != 0 && scales_in_bulk();
+    barrier_expect(ring_.barrier(n), a_.format.row_bytes + (scales ? a_.format.scale_bytes : 0));
+    bulk_load(ring_.stage(n), a_.x + token * a_.format.row_stride, a_.format.row_bytes, ring_.barrier(n));
     if (scales) {
       bulk_load(
-          ring_.stage(n) + a_.record.scales_at(a_.plan.num_topk),
-          a_.scales + token * a_.record.scale_bytes,
-          a_.record.scale_bytes,
+          ring_.stage(n) + a_.format.scales_at(a_.plan.num_topk),
+          a_.scales + token * a_.format.scale_bytes,
+          a_.format.scale_bytes,
           ring_.barrier(n));
     }
   }
 
   // What bulk copies do not load. `weight`: this lane's.
-  __device__ void fill_record(char* stage, int64_t token, uint64_t weight) const {
-    const int lane = lane_id(), weight_bytes = a_.record.weight_bytes, num_topk = a_.plan.num_topk;
-    const bool scales = a_.record.scale_bytes != 0 && !scales_in_bulk();
+  __device__ void fill_wire_row(char* stage, int64_t token, uint64_t weight) const {
+    const int lane = lane_id(), weight_bytes = a_.format.weight_bytes, num_topk = a_.plan.num_topk;
+    const bool scales = a_.format.scale_bytes != 0 && !scales_in_bulk();
     if (weight_bytes != 0 && lane < num_topk) {
       copy_weight(
-          stage + a_.record.weights_at() + lane * weight_bytes, reinterpret_cast<const char*>(&weight), weight_bytes);
+          stage + a_.format.weights_at() + lane * weight_bytes, reinterpret_cast<const char*>(&weight), weight_bytes);
     }
     if (scales) {
       copy_bytes(
-          stage + a_.record.scales_at(num_topk), a_.scales + token * a_.record.scale_bytes, a_.record.scale_bytes);
+          stage + a_.format.scales_at(num_topk), a_.scales + token * a_.format.scale_bytes, a_.format.scale_bytes);
     }
     if (weight_bytes != 0 || scales) {
       fence_async_shared();
@@ -88,12 +88,12 @@ class Dispatch {
   // The tokens of this warp, chunk by chunk.
   class Tokens {
    public:
-    __device__ Tokens(const Exchange& x, const DispatchArgs& args, int tickets, int chunk_tokens)
-        : tickets_(x, tickets), a_(args), chunk_tokens_(chunk_tokens) {}
+    __device__ Tokens(const Exchange& x, const DispatchArgs& args, int queue, int chunk_tokens)
+        : queue_(x, queue), a_(args), chunk_tokens_(chunk_tokens) {}
     __device__ Token next() {
       if (next_ == end_) {
-        next_ = tickets_.next() * chunk_tokens_;
-        tickets_.draw();
+        next_ = queue_.next() * chunk_tokens_;
+        queue_.prefetch();
         end_ = min(next_ + chunk_tokens_, int64_t{a_.plan.num_tokens});
         if (next_ >= end_) {
           next_ = end_ = 0;
@@ -104,16 +104,16 @@ class Dispatch {
       if (lane_id() < a_.plan.num_topk) {
         const int64_t i = token.index * a_.plan.num_topk + lane_id();
         token.entry = a_.plan.send_row[i];
-        if (a_.record.weight_bytes != 0) {
+        if (a_.format.weight_bytes != 0) {
           copy_weight(
-              reinterpret_cast<char*>(&token.weight), a_.weights + i * a_.record.weight_bytes, a_.record.weight_bytes);
+              reinterpret_cast<char*>(&token.weight), a_.weights + i * a_.format.weight_bytes, a_.format.weight_bytes);
         }
       }
       return token;
     }
 
    private:
-    Tickets tickets_;
+    WorkQueue queue_;
     const DispatchArgs& a_;
     const int chunk_tokens_;
     int64_t next_ = 0, end_ = 0;
@@ -139,21 +139,21 @@ class Dispatch {
     const int to = rank_of_lane(me + warp_id(), x_.world_size());  // of this lane
     const bool is_peer = x_.is_peer(to);
     const int rows_before = __shfl_sync(kFullWarp, out_.begin, to);
-    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
+    const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
     char* rows = is_peer ? x_.peer(to, layout.dispatch_rows(me, to)) : nullptr;
 
     // Of the chunk at hand, and of the one before, whose flag is still to be written: rows to this lane's rank.
-    int begin = 0, count = 0, told_begin = 0, told_count = 0;
-    int64_t chunk = -1, untold = -1;
-    const auto tell = [&] {
-      if (is_peer && untold >= 0) {
+    int begin = 0, count = 0, signaled_begin = 0, signaled_count = 0;
+    int64_t chunk = -1, unsignaled = -1;
+    const auto signal = [&] {
+      if (is_peer && unsignaled >= 0) {
         fence_async_global();
         store_release_system(
-            x_.peer(to, layout.dispatch_flag(me, untold)),
+            x_.peer(to, layout.dispatch_flag(me, unsignaled)),
             // fault: dispatch: row count in a flag
-            x_.tag() | static_cast<uint64_t>(told_count) << 24 | static_cast<uint64_t>(told_begin));
+            x_.tag() | static_cast<uint64_t>(signaled_count) << 24 | static_cast<uint64_t>(signaled_begin));
       }
-      untold = -1;
+      unsignaled = -1;
     };
 
     Tokens tokens(x_, a_, 0, chunk_tokens_);
@@ -177,13 +177,13 @@ class Dispatch {
       }
       ring_.wait(n);
       char* stage = ring_.stage(n);
-      fill_record(stage, token.index, token.weight);
+      fill_wire_row(stage, token.index, token.weight);
       if (is_peer && row >= 0) {
-        bulk_store(rows + row * layout.slot_bytes, stage, record_bytes);
+        bulk_store(rows + row * layout.wire_row_bytes, stage, wire_row_bytes);
         if (count == 0) {
           begin = row;
         } else if (row != begin + count) {
-          record(
+          publish_failure(
               x_,
               {Failure::bad_plan,
                Phase::rows,
@@ -196,15 +196,15 @@ class Dispatch {
         ++count;
       }
       bulk_commit();
-      if (untold >= 0) {
+      if (unsignaled >= 0) {
         // fault: dispatch: flag before its rows
         bulk_wait<1>();  // all but this token's
-        tell();
+        signal();
       }
       if (next.index < 0 || next.index / chunk_tokens_ != chunk) {
-        untold = chunk;
-        told_begin = begin;
-        told_count = count;
+        unsignaled = chunk;
+        signaled_begin = begin;
+        signaled_count = count;
       }
       if (next.index >= 0) {
         wait_for_stage();
@@ -215,18 +215,18 @@ class Dispatch {
       token = next;
     }
     bulk_wait<0>();
-    tell();
+    signal();
     return n;
   }
 
   // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
-  __device__ void place_rest(int n) const {
-    if (!wait_for_places()) {
+  __device__ void write_own_rows(int n) const {
+    if (!wait_for_inverse()) {
       return;
     }
     Tokens tokens(x_, a_, 1, 1);
     for (Token own = tokens.next(); own.index >= 0; own = tokens.next()) {
-      n += place_own(own, n);
+      n += write_own_row(own, n);
     }
     bulk_wait<0>();
   }
@@ -238,14 +238,14 @@ class Dispatch {
     const Layout& layout = x_.layout();
     const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
     if (receiver_ == 0) {
-      if (!meet_peers(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
+      if (!handshake(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
         return;
       }
     } else if (a_.plan.expert_major) {
       invert_recv_pair(x_, a_.plan, received, receiver_ - 1, inverters());
     }
     zero_fill(received);
-    if (!wait_for_headers(x_) || !wait_for_places()) {
+    if (!wait_for_headers(x_) || !wait_for_inverse()) {
       return;
     }
 
@@ -255,7 +255,7 @@ class Dispatch {
     const int from = is_peer ? lane : a_.comm.rank;
     const int64_t chunks =
         is_peer ? min(static_cast<int64_t>(load_relaxed_system(&header_of_lane(x_)->chunks)), layout.max_tokens) : 0;
-    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
+    const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
     int64_t chunk = receiver_;
     int next = 0, end = 0;  // rows of the chunk before that one which have arrived
     int turn = 0;
@@ -286,9 +286,9 @@ class Dispatch {
           fence_async_global();  // between the flag and the bulk copies of what it tells of
           __syncwarp();
         } else if (own.index >= 0) {
-          n += place_own(own, n);
+          n += write_own_row(own, n);
           own = tokens.next();
-        } else if (__any_sync(kFullWarp, waits && !news && !wait.again(from, word))) {
+        } else if (__any_sync(kFullWarp, waits && !news && !wait.keep_waiting(from, word))) {
           bulk_wait<0>();
           return;
         }
@@ -304,23 +304,23 @@ class Dispatch {
       }
       wait_for_stage();
       if (lane == 0) {
-        barrier_expect(ring_.barrier(n), record_bytes);
+        barrier_expect(ring_.barrier(n), wire_row_bytes);
         bulk_load(
             ring_.stage(n),
-            x_.own(layout.dispatch_rows(source, a_.comm.rank) + row * layout.slot_bytes),
-            record_bytes,
+            x_.own(layout.dispatch_rows(source, a_.comm.rank) + row * layout.wire_row_bytes),
+            wire_row_bytes,
             ring_.barrier(n));
       }
-      const int64_t place_of_row = place_of(position);
+      const int64_t target = target_of(position);
       ring_.wait(n);
-      place(ring_.stage(n), position, place_of_row);
+      write_row(ring_.stage(n), position, target);
       bulk_commit();
       ++n;
     }
   }
 
   // A token of this rank, if it has an expert here: 1, or else 0.
-  __device__ int place_own(const Token& token, int n) const {
+  __device__ int write_own_row(const Token& token, int n) const {
     const int me = a_.comm.rank;
     const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, me);
     if (row < 0) {
@@ -331,10 +331,10 @@ class Dispatch {
     if (lane_id() == 0) {
       load_token_row(token.index, n);
     }
-    const int64_t place_of_row = place_of(position);
+    const int64_t target = target_of(position);
     ring_.wait(n);
-    fill_record(ring_.stage(n), token.index, token.weight);
-    place(ring_.stage(n), position, place_of_row);
+    fill_wire_row(ring_.stage(n), token.index, token.weight);
+    write_row(ring_.stage(n), position, target);
     bulk_commit();
     return 1;
   }
@@ -359,10 +359,10 @@ class Dispatch {
   }
 
   __device__ void zero_row(int64_t row, int weights) const {
-    zero_bytes(a_.out + row * a_.record.row_stride, a_.record.row_bytes);
-    const int64_t weight_bytes = int64_t{a_.record.weight_bytes} * weights;
+    zero_bytes(a_.out + row * a_.format.row_stride, a_.format.row_bytes);
+    const int64_t weight_bytes = int64_t{a_.format.weight_bytes} * weights;
     zero_bytes(a_.out_weights + row * weight_bytes, weight_bytes);
-    zero_bytes(a_.out_scales + row * a_.record.scale_bytes, a_.record.scale_bytes);
+    zero_bytes(a_.out_scales + row * a_.format.scale_bytes, a_.format.scale_bytes);
   }
 
   // --- both: the record of a received wire row to its places in the result ---
@@ -371,16 +371,16 @@ class Dispatch {
   __device__ int inverters() const { return receivers_ - 1; }
 
   // Until it is known where received rows belong.
-  __device__ bool wait_for_places() const {
+  __device__ bool wait_for_inverse() const {
     return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
   }
 
   // What lane k has to know of its slot: expert_major: the row, or -1; rank_major: whether the expert is here, or -1.
-  __device__ int64_t place_of(int64_t wire_row) const {
+  __device__ int64_t target_of(int64_t wire_row) const {
     if (a_.plan.expert_major) {
       return row_of_slot(x_, a_.plan, wire_row);
     }
-    if (a_.record.weight_bytes == 0 || wire_row >= a_.plan.rows || lane_id() >= a_.plan.num_topk) {
+    if (a_.format.weight_bytes == 0 || wire_row >= a_.plan.rows || lane_id() >= a_.plan.num_topk) {
       return -1;
     }
     const int64_t i = wire_row * a_.plan.num_topk + lane_id();
@@ -389,20 +389,20 @@ class Dispatch {
   }
 
   // The caller commits the bulk copies. `place`: of place_of, asked before the record was there.
-  __device__ void place(const char* stage, int64_t wire_row, int64_t place) const {
-    const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
-    const char* weights = stage + a_.record.weights_at();
-    const char* scales = stage + a_.record.scales_at(num_topk);
+  __device__ void write_row(const char* stage, int64_t wire_row, int64_t target) const {
+    const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
+    const char* weights = stage + a_.format.weights_at();
+    const char* scales = stage + a_.format.scales_at(num_topk);
     if (a_.plan.expert_major) {
-      if (place >= 0 && weight_bytes != 0) {
-        copy_weight(a_.out_weights + place * weight_bytes, weights + lane * weight_bytes, weight_bytes);
+      if (target >= 0 && weight_bytes != 0) {
+        copy_weight(a_.out_weights + target * weight_bytes, weights + lane * weight_bytes, weight_bytes);
       }
-      if (place >= 0) {
-        bulk_store(a_.out + place * a_.record.row_stride, stage, a_.record.row_bytes);
+      if (target >= 0) {
+        bulk_store(a_.out + target * a_.format.row_stride, stage, a_.format.row_bytes);
       }
-      if (a_.record.scale_bytes != 0) {
-        for (uint32_t left = __ballot_sync(kFullWarp, place >= 0); left != 0; left &= left - 1) {
-          place_scales(__shfl_sync(kFullWarp, place, __ffs(static_cast<int>(left)) - 1), scales);
+      if (a_.format.scale_bytes != 0) {
+        for (uint32_t left = __ballot_sync(kFullWarp, target >= 0); left != 0; left &= left - 1) {
+          write_scales(__shfl_sync(kFullWarp, target, __ffs(static_cast<int>(left)) - 1), scales);
         }
       }
       return;
@@ -411,29 +411,29 @@ class Dispatch {
       return;  // dropped
     }
     if (lane == 0) {
-      bulk_store(a_.out + wire_row * a_.record.row_stride, stage, a_.record.row_bytes);
+      bulk_store(a_.out + wire_row * a_.format.row_stride, stage, a_.format.row_bytes);
     }
     if (weight_bytes != 0 && lane < num_topk) {
       char* to = a_.out_weights + (wire_row * num_topk + lane) * weight_bytes;
-      if (place >= 0) {
+      if (target >= 0) {
         copy_weight(to, weights + lane * weight_bytes, weight_bytes);
       } else {
         zero_weight(to, weight_bytes);
       }
     }
-    if (a_.record.scale_bytes != 0) {
-      place_scales(wire_row, scales);
+    if (a_.format.scale_bytes != 0) {
+      write_scales(wire_row, scales);
     }
   }
 
-  __device__ void place_scales(int64_t row, const char* scales) const {
-    char* to = a_.out_scales + row * a_.record.scale_bytes;
-    if (a_.record.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
+  __device__ void write_scales(int64_t row, const char* scales) const {
+    char* to = a_.out_scales + row * a_.format.scale_bytes;
+    if (a_.format.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
       if (lane_id() == 0) {
-        bulk_store(to, scales, a_.record.scale_bytes);
+        bulk_store(to, scales, a_.format.scale_bytes);
       }
     } else {
-      copy_bytes(to, scales, a_.record.scale_bytes);
+      copy_bytes(to, scales, a_.format.scale_bytes);
     }
   }
 
@@ -448,7 +448,7 @@ class Dispatch {
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Dispatch(args, shape).run();
   }
@@ -470,7 +470,7 @@ int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
 Shape shape_of(const DispatchArgs& args) {
   const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
-  const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
+  const auto stage = static_cast<int>(round_up(args.format.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
@@ -481,7 +481,7 @@ Shape shape_of(const DispatchArgs& args) {
 
 }  // namespace
 
-int max_record_bytes() {
+int max_wire_row_bytes() {
   return kStageMemory / 4 / 128 * 128;
 }
 

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kThreads = kDispatchThreads;
 constexpr int kMaxWarps = kDispatchWarps;
-constexpr int kLookingWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
+constexpr int kStateWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
 constexpr int kSendStages = 2;
 // Of what a block may ask for, less its variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
@@ -28,30 +28,30 @@ constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 constexpr int kNowhere = INT_MIN;  // no expert
 
 struct LowLatencyShared {
-  FlightMemory flight;
+  LowLatencyExchangeState flight;
   bool is_lost[kMaxRanks];
 };
 
 // `is_packed`: how rows travel. A kernel of its own for each way, which have little in common.
-template <bool is_packed>
+template <bool uses_packets>
 class LowLatencyDispatch {
  public:
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.flight),
+        x_(args.comm, kDispatchKind, args.part, args.in_flight, shared.flight),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
-        places_at_(static_cast<int>(args.places_at())),
-        record_bytes_(static_cast<int>(args.record_bytes())),
+        routes_at_(static_cast<int>(args.routes_at())),
+        wire_row_bytes_(static_cast<int>(args.wire_row_bytes())),
         shape_(shape),
         shared_(shared) {
     extern __shared__ __align__(128) char memory[];
     auto* barriers = reinterpret_cast<uint64_t*>(memory + stages_bytes(shape));
     memory_ = {memory, barriers, reinterpret_cast<int*>(barriers + kMaxWarps), shared.is_lost};
-    told_ = memory_.words + words(layout());
-    slots_ = reinterpret_cast<uint8_t*>(told_ + words(layout()));
+    published_ = memory_.words + words(layout());
+    slots_ = reinterpret_cast<uint8_t*>(published_ + words(layout()));
   }
 
   static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
@@ -61,19 +61,19 @@ class LowLatencyDispatch {
 
   template <class T>
   __device__ void run() {
-    if (warp_id() == kLookingWarp) {
-      f_.look();
+    if (warp_id() == kStateWarp) {
+      x_.poll_state();
     }
-    if (!is_packed && lane_id() == 0) {
+    if (!uses_packets && lane_id() == 0) {
       barrier_init(&memory_.barriers[warp_id()]);
       fence_barrier_init();
     }
     if (threadIdx.x < kMaxRanks) {
       shared_.is_lost[threadIdx.x] = false;
     }
-    if (f_.is_teller()) {
-      if (f_.begin()) {
-        f_.tell(a_.wait_ns);
+    if (x_.publishes_credits()) {
+      if (x_.begin()) {
+        x_.publish_credits(a_.wait_ns);
       }
       return;
     }
@@ -81,59 +81,59 @@ class LowLatencyDispatch {
       return;
     }
     if (a_.part != Part::send) {
-      LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
+      LowLatencyReceive<uses_packets>(a_, shape_, x_, memory_, loads_before()).run();
     }
-    f_.end();
+    x_.end();
   }
 
  private:
   EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
-    return is_packed ? 0 : int64_t{shape.stage_bytes} * stages;
+    return uses_packets ? 0 : int64_t{shape.stage_bytes} * stages;
   }
   // What a block hears from all; what it tells, counts and visits, is less.
   EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
     return int64_t{layout.world_size} * layout.words;
   }
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
-  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+  __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
   // Of a whole block, once it has asked for what it needs first.
-  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
+  __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
   // --- announce ---
 
   // False: not begun.
   __device__ bool announce() {
-    const int words = layout().words, all = f_.world_size() * words;
+    const int words = layout().words, all = x_.world_size() * words;
     Entry first[kTokensAhead];
     load_entries(warp_id(), first);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      told_[i] = 0;
+      published_[i] = 0;
     }
     __syncthreads();
-    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < f_.world_size()) {
+    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < x_.world_size()) {
       static_assert(kMaxRanks * kNumAgreed <= kWarp);
-      told_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
+      published_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
     }
     const bool faulty = count(first);
     if (!may_begin()) {
       return false;
     }
-    const uint32_t may_write = f_.writable();
+    const uint32_t may_write = x_.writable();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
       if (const int p = shape_.by_words.quotient(i); (may_write >> p & 1) != 0) {
-        char* to = f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{i - p * words} * 8;
-        store_relaxed_system(to, f_.word_of(static_cast<uint32_t>(told_[i])));
+        char* to = x_.peer(p, layout().announcement(x_.half(), x_.me())) + int64_t{i - p * words} * 8;
+        store_relaxed_system(to, x_.word_of(static_cast<uint32_t>(published_[i])));
       }
     }
     if (faulty) {
-      record_faults();
+      publish_faults();
     }
     if (threadIdx.x == 0 && a_.part == Part::send) {
-      *a_.ticket = static_cast<int64_t>(f_.number());
+      *a_.in_flight = static_cast<int64_t>(x_.number());
     }
     return true;
   }
@@ -167,10 +167,10 @@ class LowLatencyDispatch {
         }
         if (expert >= 0) {
           const int p = rank_of(expert);
-          int* told = told_ + p * words + kNumAgreed;
-          atomicAdd(&told[expert - p * num_local_], 1);
+          int* published = published_ + p * words + kNumAgreed;
+          atomicAdd(&published[expert - p * num_local_], 1);
           atomicOr(
-              &told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
+              &published[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
               1U << token % LowLatencyLayout::kVisitBits);
         }
         faulty = faulty || (expert < 0 && entry != -1);
@@ -180,7 +180,7 @@ class LowLatencyDispatch {
   }
 
   // Likewise: slots whose entries are bad: out of range, or the same as that of an earlier slot.
-  __device__ void record_faults() const {
+  __device__ void publish_faults() const {
 #pragma unroll 1
     for (int token = warp_id(); token < a_.num_tokens; token += kMaxWarps) {
       const int entry = entry_of(token).value();
@@ -188,7 +188,8 @@ class LowLatencyDispatch {
       const bool in_range = is_expert(entry);
       if (entry != -1 && !(in_range && earlier == lane_id())) {
         const int64_t cause = in_range ? earlier : kOutOfRange, shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-        f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+        x_.publish_failure(
+            {Failure::bad_topk, Phase::counts, x_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
       }
     }
   }
@@ -219,13 +220,13 @@ class LowLatencyDispatch {
   }
 
   // Where rows are many, all warps count; where they are few, the last one does.
-  using Counter = RowCounter<is_packed ? 1 : kMaxWarps>;
+  using Counter = RowCounter<uses_packets ? 1 : kMaxWarps>;
 
   // False: not begun.
   template <class T>
   __device__ bool send() {
-    if constexpr (is_packed) {
-      return send_packed<T>();
+    if constexpr (uses_packets) {
+      return send_packets<T>();
     } else {
       return send_bulk<T>();
     }
@@ -233,13 +234,13 @@ class LowLatencyDispatch {
 
   // Warps, each some chunks of tokens; but the last of a block, Places of some.
   template <class T>
-  __device__ bool send_packed() {
-    const int lane = lane_id(), senders = f_.workers() - 1, chunks = shape_.parts;
+  __device__ bool send_packets() {
+    const int lane = lane_id(), senders = x_.workers() - 1, chunks = shape_.parts;
     const bool leads = Counter::leads();
     const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
     const int step = leads ? senders : senders * (kMaxWarps - 1);
     Counter counter(a_, entries_, slots_);
-    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x) + warp_id(), f_.world_size());  // of this lane
+    const int to = rank_of_lane(x_.me() + static_cast<int>(blockIdx.x) + warp_id(), x_.world_size());  // of this lane
     uint32_t may_write = 0;
     bool has_begun = false;
 #pragma unroll 1
@@ -248,19 +249,19 @@ class LowLatencyDispatch {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
       // What is asked for here arrives while others are waited for.
       const Entry entry = n < end ? entry_of(token) : Entry{};
-      const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
+      const LaneVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
       const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
-      Unit unit;
-      Channels<T> channels[kUnitVectors];
+      LanePayload payload;
+      Channels<T> channels[kVectorsPerLane];
       float weight = 1;
       if (leads && n < end) {
         weight = weight_of(token);
         counter.load(token);
       } else if (a_.quantize == Quantize::none) {
-        unit = load_unit(reinterpret_cast<const char*>(x), vectors);
+        payload = load_payload(reinterpret_cast<const char*>(x), vectors);
       } else {
 #pragma unroll
-        for (int i = 0; i < kUnitVectors; ++i) {
+        for (int i = 0; i < kVectorsPerLane; ++i) {
           channels[i].load(x, vectors.at(i), vectors.has(i));
         }
       }
@@ -269,37 +270,38 @@ class LowLatencyDispatch {
         if (!may_begin()) {
           return false;
         }
-        may_write = f_.writable();
+        may_write = x_.writable();
       }
-      float scales[kUnitVectors] = {};
+      float scales[kVectorsPerLane] = {};
       if (!leads && a_.quantize != Quantize::none) {
-        quantize(channels, a_.quantize, unit.vectors, scales);
+        quantize(channels, a_.quantize, payload.vectors, scales);
       }
-      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token, shape_.packed_bytes);
-      Packs unit_packs(unit, f_.tag());
-      // One pack more: of scales, or a Place.
-      uint4 more{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
-      int64_t more_at = layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
-      bool has_more = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+      const int64_t packets = layout().dispatch_packets(x_.half(), x_.me(), token, shape_.packet_row_bytes);
+      Packets payload_packets(payload, x_.tag());
+      // One pack extra: of scales, or a Place.
+      uint4 extra{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), x_.tag()};
+      int64_t extra_at =
+          layout().scale_packets_at + (chunk * kScalePacketsPerChunk + lane / kGroupVectors) * kPacketBytes;
+      bool has_extra = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
       if (leads && n < end) {
-        more = place_of(counter, token, entry.value(), weight);
-        more_at = lane * kPackBytes;
-        has_more = lane < a_.num_topk;
+        extra = route_of(counter, token, entry.value(), weight);
+        extra_at = lane * kPacketBytes;
+        has_extra = lane < a_.num_topk;
       }
-      keep_together(more);
+      keep_together(extra);
 #pragma unroll
-      for (uint4& pack : unit_packs.packs) {
-        keep_together(pack);
+      for (uint4& packet : payload_packets.packets) {
+        keep_together(packet);
       }
       const bool visits = ((ranks_of(entry.value()) & may_write) >> to & 1) != 0;
 #pragma unroll 1
       for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
-        char* there = f_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packs);
+        char* there = x_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packets);
         if (vectors.any()) {
-          unit_packs.send(there + layout().row_packs_at + offset_of_unit(chunk));
+          payload_packets.send(there + layout().row_packets_at + packet_offset(chunk));
         }
-        if (has_more) {
-          store_relaxed_system_16(there + more_at, more);
+        if (has_extra) {
+          store_relaxed_system_16(there + extra_at, extra);
         }
       }
     }
@@ -307,26 +309,26 @@ class LowLatencyDispatch {
   }
 
   // Of a whole warp, the one that counts: the Place of the lane's slot.
-  __device__ uint4 place_of(Counter& counter, int token, int entry, float weight) const {
+  __device__ uint4 route_of(Counter& counter, int token, int entry, float weight) const {
     const int expert = expert_of(entry);
     counter.begin(expert);
     Counter::sync();
     counter.count(token);
     Counter::sync();
     const int index = counter.end(expert);
-    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
+    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), x_.tag()};
   }
 
   template <class T>
   __device__ bool send_bulk() {
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = x_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x), f_.world_size());  // of this lane
-    int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
-    const auto tell = [&](int token) {
+    const int to = rank_of_lane(x_.me() + static_cast<int>(blockIdx.x), x_.world_size());  // of this lane
+    int unsignaled = -1;  // the token of this lane's last copy, whose flag is still to be written
+    const auto signal = [&](int token) {
       if (token >= 0) {
         fence_async_global();
-        store_release_system(f_.peer(to, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
+        store_release_system(x_.peer(to, layout().dispatch_flag(x_.half(), x_.me(), token)), x_.number());
       }
     };
     Counter counter(a_, entries_, slots_);
@@ -363,7 +365,7 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = (f_.writable() >> to & 1) != 0;
+          may_write = (x_.writable() >> to & 1) != 0;
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
@@ -377,7 +379,7 @@ class LowLatencyDispatch {
       if (Counter::leads()) {
         const int index = counter.end(expert);
         if (lane < a_.num_topk) {
-          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
+          reinterpret_cast<SlotRoute*>(stage + routes_at_)[lane] = {expert, index, weight, 0};
         }
       }
       fence_async_shared();
@@ -391,17 +393,17 @@ class LowLatencyDispatch {
       const uint32_t ranks = ranks_of(entry.value());
       const bool visits = may_write && (ranks >> to & 1) != 0;
       if (visits) {
-        bulk_store(f_.peer(to, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
+        bulk_store(x_.peer(to, layout().dispatch_row(x_.half(), x_.me(), token)), stage, wire_row_bytes_);
       }
       bulk_commit();
       // fault: low latency: flag before its row
       bulk_wait<1>();  // all but this token's
-      tell(untold);
-      untold = visits ? token : -1;
+      signal(unsignaled);
+      unsignaled = visits ? token : -1;
     }
     if (warp_id() == 0) {
       bulk_wait<0>();
-      tell(untold);
+      signal(unsignaled);
     }
     __syncthreads();
     fence_async_shared();  // this memory is for what arrives next
@@ -450,51 +452,51 @@ class LowLatencyDispatch {
 
   // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
   __device__ int loads_before() const {
-    const int first = static_cast<int>(blockIdx.x) - 1, blocks = f_.workers() - 1;
-    const bool has_sent = !is_packed && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
+    const int first = static_cast<int>(blockIdx.x) - 1, blocks = x_.workers() - 1;
+    const bool has_sent = !uses_packets && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
                           first >= 0 && first < a_.num_tokens;
     return has_sent ? (a_.num_tokens - first + blocks - 1) / blocks : 0;
   }
 
   const LowLatencyDispatchArgs& a_;
-  Flight f_;
+  LowLatencyExchange x_;
   const Entries entries_;
   const int num_local_;
-  const int scales_at_, places_at_, record_bytes_;
+  const int scales_at_, routes_at_, wire_row_bytes_;
   const LowLatencyShape& shape_;
   LowLatencyShared& shared_;
   LowLatencyMemory memory_;
-  int* told_;       // of the block that announces
+  int* published_;  // of the block that announces
   uint8_t* slots_;  // of the Counter
 };
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   await_kernels_before();
   __shared__ LowLatencyShared shared;
-  LowLatencyDispatch<is_packed>(args, shape, shared).template run<T>();
+  LowLatencyDispatch<uses_packets>(args, shape, shared).template run<T>();
 }
 
-bool is_packed(const LowLatencyDispatchArgs& args) {
-  return args.comm.low_latency.are_packed(args.max_tokens, args.row_bytes);
+bool uses_packets(const LowLatencyDispatchArgs& args) {
+  return args.comm.low_latency.use_packets(args.max_tokens, args.row_bytes);
 }
 
-template <bool is_packed>
+template <bool uses_packets>
 LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   const LowLatencyLayout& layout = args.comm.low_latency;
   LowLatencyShape shape{};
-  shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
+  shape.stage_bytes = static_cast<int>(round_up(args.wire_row_bytes(), 128));
   shape.parts = chunks_of(args.row_bytes / 16);
-  shape.packed_bytes = static_cast<int>(layout.packed_bytes_of(args.row_bytes));
+  shape.packet_row_bytes = static_cast<int>(layout.packet_row_bytes_of(args.row_bytes));
   shape.by_parts = Divisor(shape.parts);
   shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
   shape.by_local = Divisor(args.num_experts / layout.world_size);
   shape.by_words = Divisor(layout.words);
   shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
-  if (!is_packed) {
+  if (!uses_packets) {
     const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
     shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
   }
@@ -503,31 +505,31 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
 
 // A block for each token and for each row that may come, or for some chunks of it; one that announces them; one that
 // tells.
-template <bool is_packed>
+template <bool uses_packets>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  constexpr int kWarpsABlock = 2;
-  const int64_t to_receive = is_packed ? (rows * shape.parts + kWarpsABlock - 1) / kWarpsABlock : rows;
+  constexpr int kWarpsPerBlock = 2;
+  const int64_t to_receive = uses_packets ? (rows * shape.parts + kWarpsPerBlock - 1) / kWarpsPerBlock : rows;
   const int64_t to_send = args.num_tokens + 1;
   const int64_t workers =
       std::max({args.part == Part::send ? 0 : to_receive, args.part == Part::receive ? 0 : to_send, int64_t{2}});
   return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 3)));
 }
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
-  const LowLatencyShape shape = shape_of<is_packed>(args);
-  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
-  const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
-  const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
+  const LowLatencyShape shape = shape_of<uses_packets>(args);
+  const auto shared = static_cast<int>(LowLatencyDispatch<uses_packets>::shared_bytes(shape, args));
+  const int blocks = blocks_of<uses_packets>(args, shape, multiprocessors);
+  const auto kernel = low_latency_dispatch_kernel<T, uses_packets>;
   const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
   return launch_kernel(how, kernel, blocks, kThreads, shared, stream, args, shape);
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
-  return is_packed(args) ? launch_as<T, true>(args, multiprocessors, stream)
-                         : launch_as<T, false>(args, multiprocessors, stream);
+  return uses_packets(args) ? launch_as<T, true>(args, multiprocessors, stream)
+                            : launch_as<T, false>(args, multiprocessors, stream);
 }
 
 }  // namespace

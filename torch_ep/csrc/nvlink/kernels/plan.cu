@@ -18,14 +18,14 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kBatch = 12;  // words
 constexpr int kAhead = 8;   // entries of topk_idx
 // These wait for others first; the last warps have the fewest entries.
-constexpr int kMeetingWarp = kWarps - 1, kCreditWarp = kWarps - 2;
+constexpr int kHandshakeWarp = kWarps - 1, kCreditWarp = kWarps - 2;
 
 // Of the launch.
 struct PlanShape {
   int num_local;  // experts of a rank
   int words;      // tokens of each rank that are placed at once, kWarp in a word
   int threads;    // of a block, that place the tokens of one rank
-  Divisor by_local, by_topk, by_blocks, by_threads, by_told, by_alignment;
+  Divisor by_local, by_topk, by_blocks, by_threads, by_published, by_alignment;
 };
 
 // For every expert, in shared memory.
@@ -59,7 +59,7 @@ struct PlanShared {
 __device__ __noinline__ uint64_t await_word(Exchange x, const void* word, int rank) {
   Wait wait(x, Phase::counts);
   uint64_t seen = load_relaxed_system(word);
-  while (!x.is_tagged(seen) && wait.again(rank, seen)) {
+  while (!x.is_tagged(seen) && wait.keep_waiting(rank, seen)) {
     seen = load_relaxed_system(word);
   }
   return seen;
@@ -85,21 +85,21 @@ class PlanBlock {
   }
 
   __device__ void run() {
-    if (tell() && hear()) {
+    if (publish_counts() && collect_counts()) {
       if (block_ == 0) {
         write_totals();
       }
-      place();
+      write_plan();
     } else if (a_.capacity < 0 && block_ == 0 && threadIdx.x == 0) {
-      tell_host(a_.comm, 0, true);
+      publish_rows_to_host(a_.comm, 0, true);
     }
     end_exchange(x_, &a_.comm.state->last_plan);
   }
 
   // One thread: the exact plan's host waits for this.
-  __device__ static void tell_host(const Comm& comm, int64_t rows, bool failed) {
-    const uint64_t word = kPlanTold | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
-    store_relaxed_system(&comm.mailbox->plan, word);
+  __device__ static void publish_rows_to_host(const Comm& comm, int64_t rows, bool failed) {
+    const uint64_t word = kPlanReady | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
+    store_relaxed_system(&comm.host_report->plan, word);
   }
 
  private:
@@ -159,7 +159,7 @@ class PlanBlock {
   // --- tell ---
 
   // False: given up.
-  __device__ bool tell() {
+  __device__ bool publish_counts() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const Layout& layout = x_.layout();
     const int num_tokens = a_.refused ? 0 : a_.num_tokens;
@@ -174,9 +174,9 @@ class PlanBlock {
       shared_.own_bad = kNoBad;
       shared_.first_bad = ~0ULL;
     }
-    if (meets()) {
+    if (is_handshake_warp()) {
       const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      tell_peers(x_, agreed, -1, -1);
+      publish_handshake(x_, agreed, -1, -1);
     }
     const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
@@ -187,7 +187,7 @@ class PlanBlock {
       __syncthreads();
       const int64_t begin = int64_t{first} * a_.num_topk;
       const int count = min(round_tokens(), own.end - first) * a_.num_topk;
-      each_own_entry(begin, count, [&](int i, int entry) { look_at(begin, i, entry); });
+      each_own_entry(begin, count, [&](int i, int entry) { count_entry(begin, i, entry); });
       __syncthreads();
       for (int e = tid; e < a_.num_experts; e += kThreads) {
         s_.histogram[e] += tokens_in(s_.bits + e, a_.num_experts);
@@ -201,9 +201,9 @@ class PlanBlock {
     }
 
     const uint64_t status = a_.refused ? kRefused : shared_.own_bad == kNoBad ? 0 : 1 + shared_.own_bad;
-    const int told = num_local_ + Layout::kPlanSums;
-    for (int i = tid; i < world_size_ * told; i += kThreads) {
-      const int p = shape_.by_told.quotient(i), n = i - p * told;
+    const int num_words = num_local_ + Layout::kPlanSums;
+    for (int i = tid; i < world_size_ * num_words; i += kThreads) {
+      const int p = shape_.by_published.quotient(i), n = i - p * num_words;
       const uint64_t value = n < num_local_                  ? s_.histogram[p * num_local_ + n]
                              : n == word_of(Sum::rows)       ? shared_.rows_to[p]
                              : n == word_of(Sum::num_tokens) ? num_tokens
@@ -255,7 +255,7 @@ class PlanBlock {
 
   // The i-th entry of the tokens that are looked at together, which begin with entry `begin`: its token has this expert
   // and visits this rank.
-  __device__ void look_at(int64_t begin, int i, int entry) const {
+  __device__ void count_entry(int64_t begin, int i, int entry) const {
     const int t = shape_.by_topk.quotient(i);
     const uint32_t bit = 1U << t % kWarp;
     if (entry >= 0 && entry < a_.num_experts) {
@@ -278,7 +278,7 @@ class PlanBlock {
   }
 
   // The warp that meets the peers.
-  __device__ bool meets() const { return block_ == 0 && warp_id() == kMeetingWarp; }
+  __device__ bool is_handshake_warp() const { return block_ == 0 && warp_id() == kHandshakeWarp; }
 
   // --- hear ---
 
@@ -287,12 +287,12 @@ class PlanBlock {
   __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
 
   // Of the shares of all ranks, those of rank 0 first: what the n-th block told.
-  __device__ const char* words_of(int n) const {
+  __device__ const char* published_by(int n) const {
     return x_.own(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
   }
 
   // The value of a word, once it is there; `seen`: of the first look at it.
-  __device__ int heard(const void* word, uint64_t seen, int rank, bool& going) const {
+  __device__ int value_of(const void* word, uint64_t seen, int rank, bool& going) const {
     if (!x_.is_tagged(seen)) {
       seen = await_word(x_, word, rank);
       going = going && x_.is_tagged(seen);
@@ -303,7 +303,7 @@ class PlanBlock {
   // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `words_of`; `words`:
   // that of block 0.
   template <int kLanes, class F>
-  __device__ void each_heard(const char* words, int end, int first, bool& going, F f) const {
+  __device__ void each_count(const char* words, int end, int first, bool& going, F f) const {
     const int64_t step = x_.layout().counts_bytes;
     uint64_t ahead[kBatch];
 #pragma unroll 1
@@ -314,7 +314,7 @@ class PlanBlock {
           ahead[j] = i + j * kLanes < end ? load_relaxed_system(words + (i + j * kLanes) * step) : 0;
         }
       }
-      f(i, heard(words + i * step, ahead[0], shape_.by_blocks.quotient(i), going));
+      f(i, value_of(words + i * step, ahead[0], shape_.by_blocks.quotient(i), going));
 #pragma unroll
       for (int j = 1; j < kBatch; ++j) {
         ahead[j - 1] = ahead[j];
@@ -323,17 +323,17 @@ class PlanBlock {
   }
 
   // False: given up.
-  __device__ bool hear() {
+  __device__ bool collect_counts() {
     bool going = true;
-    if (meets()) {
+    if (is_handshake_warp()) {
       const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      going = check_peers(x_, agreed, -1, -1);
+      going = check_handshake(x_, agreed, -1, -1);
     }
     if (warp_id() < world_size_) {
-      hear_rank(warp_id(), going);
+      collect_rank(warp_id(), going);
     }
     if (a_.expert_major) {
-      hear_experts(going);
+      collect_experts(going);
     } else {
       for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
         const int rows = rows_of(e, world_size_ * blocks_, going);
@@ -350,7 +350,7 @@ class PlanBlock {
     if (!is_void_ && lane < world_size_) {
       mine_ = shared_.ranks[lane];
     } else if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
-      record_bad(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
+      publish_bad_topk(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
     }
     sent_end_ = sum_up_to_lane<kMaxRanks>(mine_.sent);
     received_end_ = sum_up_to_lane<kMaxRanks>(mine_.received);
@@ -370,29 +370,29 @@ class PlanBlock {
   __device__ int first_expert() const { return block_ + blocks_ * (kWarps - 1 - warp_id()); }
 
   // Of a whole warp: what all blocks of a rank told beside the experts.
-  __device__ void hear_rank(int rank, bool& going) const {
+  __device__ void collect_rank(int rank, bool& going) const {
     RankCounts sums{};
     for (int b = lane_id(); b < blocks_; b += kWarp) {
-      const char* told = words_of(rank * blocks_ + b);
+      const char* published = published_by(rank * blocks_ + b);
       const void* words[] = {
           &a_.comm.state->send_rows[b * kMaxRanks + rank],
-          told + word_of(Sum::rows) * int64_t{8},
-          told + word_of(Sum::num_tokens) * int64_t{8},
-          told + word_of(Sum::status) * int64_t{8}};
+          published + word_of(Sum::rows) * int64_t{8},
+          published + word_of(Sum::num_tokens) * int64_t{8},
+          published + word_of(Sum::status) * int64_t{8}};
       uint64_t seen[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         seen[j] = load_relaxed_system(words[j]);
       }
-      const int sent = heard(words[0], seen[0], me_, going), received = heard(words[1], seen[1], rank, going);
+      const int sent = value_of(words[0], seen[0], me_, going), received = value_of(words[1], seen[1], rank, going);
       sums.sent += sent;
       sums.sent_before += b < block_ ? sent : 0;
       sums.received += received;
       // fault: plan: rows of earlier blocks
       sums.received_before += b < block_ ? received : 0;
       sums.received_here += b == block_ ? received : 0;
-      sums.num_tokens = heard(words[2], seen[2], rank, going);  // every block tells the same
-      const auto status = static_cast<uint32_t>(heard(words[3], seen[3], rank, going));
+      sums.num_tokens = value_of(words[2], seen[2], rank, going);  // every block tells the same
+      const auto status = static_cast<uint32_t>(value_of(words[3], seen[3], rank, going));
       if (status != 0) {
         atomicMin(&shared_.first_bad, static_cast<unsigned long long>(rank) << 32 | status);
       }
@@ -411,14 +411,14 @@ class PlanBlock {
   }
 
   // Of a whole block: for each (rank, local expert), in `before` the rows of blocks before this one; and the totals.
-  __device__ void hear_experts(bool& going) const {
+  __device__ void collect_experts(bool& going) const {
     constexpr int kLanes = 2;  // that share the blocks
     const auto tid = static_cast<int>(threadIdx.x);
     for (int first = 0; first < a_.num_experts; first += kThreads / kLanes) {
       const int i = first + tid / kLanes, rank = rank_of(i), expert = i - rank * num_local_;
       const int begin = rank * blocks_, end = i < a_.num_experts ? begin + blocks_ : begin;
       int total = 0, before = 0;
-      each_heard<kLanes>(words_of(0) + expert * int64_t{8}, end, begin + tid % kLanes, going, [&](int n, int rows) {
+      each_count<kLanes>(published_by(0) + expert * int64_t{8}, end, begin + tid % kLanes, going, [&](int n, int rows) {
         total += rows;
         before += n < begin + block_ ? rows : 0;
       });
@@ -473,7 +473,7 @@ class PlanBlock {
   }
 
   // One thread. `status`: of what the rank told, not 0.
-  __device__ void record_bad(int rank, int64_t status) const {
+  __device__ void publish_bad_topk(int rank, int64_t status) const {
     int64_t value = 0, cause = kTooManyTokens;
     if (status != kRefused) {
       bool going = true;
@@ -493,7 +493,7 @@ class PlanBlock {
     }
     // Tensors of other shapes may have been planned for before the host reads this.
     const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-    record(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
+    publish_failure(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
   }
 
   // Rows of an expert that find a place.
@@ -505,7 +505,7 @@ class PlanBlock {
   __device__ void write_totals() const {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     if (tid == 0 && a_.capacity < 0) {
-      tell_host(a_.comm, rows_, is_void_);
+      publish_rows_to_host(a_.comm, rows_, is_void_);
     }
     if (warp_id() == 1) {
       int64_t dropped = max(needed_ - rows_, int64_t{0});
@@ -541,7 +541,7 @@ class PlanBlock {
     Wait wait(x_, Phase::counts);
     uint64_t seen = load_acquire_system(flag);
     while (seen != x_.epoch) {
-      if (!wait.again(rank, seen)) {
+      if (!wait.keep_waiting(rank, seen)) {
         return false;
       }
       seen = load_acquire_system(flag);
@@ -549,14 +549,14 @@ class PlanBlock {
     return true;
   }
 
-  __device__ void place() {
+  __device__ void write_plan() {
     const auto tid = static_cast<int>(threadIdx.x);
     const bool waits = tid < world_size_ && !is_void_;
     if (!__syncthreads_and(!waits || wait_for_tokens(tid, block_))) {
       return;
     }
     const int most = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(mine_.num_tokens)));
-    place_tokens(share_of(most));
+    assign_rows(share_of(most));
     if (is_void_ && !a_.refused) {
       const Range own = tokens_of(a_.num_tokens);
       for (int i = own.begin * a_.num_topk + tid; i < own.end * a_.num_topk; i += kThreads) {
@@ -567,7 +567,7 @@ class PlanBlock {
   }
 
   // Of a whole block: its share of every rank's tokens, of the longest one `share` tokens.
-  __device__ void place_tokens(int share) {
+  __device__ void assign_rows(int share) {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const int source = shape_.by_threads.quotient(tid), thread = tid - source * shape_.threads;
     const bool has_source = source < world_size_;  // the same for a whole warp
@@ -631,7 +631,7 @@ class PlanBlock {
       __syncthreads();
       each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
         const int t = shape_.by_topk.quotient(i), k = i - t * a_.num_topk;
-        place_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
+        assign_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
       });
     }
     if (counts_kept) {
@@ -648,7 +648,7 @@ class PlanBlock {
   }
 
   // Slot k of a source's token, the t-th of those that are placed at once. `counts`: what the expert keeps.
-  __device__ void place_slot(int source, int t, int token, int k, int expert, bool counts) const {
+  __device__ void assign_slot(int source, int t, int token, int k, int expert, bool counts) const {
     const int w = t / kWarp;
     const uint32_t bit = 1U << t % kWarp, below = bit - 1;
     const int rank = expert >= 0 ? rank_of(expert) : -1;
@@ -675,14 +675,14 @@ class PlanBlock {
       }
     } else if (local >= 0) {
       const uint32_t* bits = bits_of(source, 0, local);
-      int place = s_.expert_begin[local] + s_.before[source * num_local_ + local];
+      int row_of_expert = s_.expert_begin[local] + s_.before[source * num_local_ + local];
 #pragma unroll 1
       for (int i = 0; i < w; ++i) {
-        place += __popc(bits[i * num_local_]);
+        row_of_expert += __popc(bits[i * num_local_]);
       }
-      place += __popc(bits[w * num_local_] & below);
-      if (place < rows_) {
-        static_cast<int32_t*>(a_.recv_map)[place] = static_cast<int>(slot);
+      row_of_expert += __popc(bits[w * num_local_] & below);
+      if (row_of_expert < rows_) {
+        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(slot);
       }
     }
   }
@@ -698,8 +698,8 @@ class PlanBlock {
   // Of a whole warp: rows of an expert of this rank in the first n shares, counted as in `words_of`.
   __device__ int rows_of(int expert, int n, bool& going) const {
     int sum = 0;
-    each_heard<kWarp>(
-        words_of(0) + expert * int64_t{8}, n, lane_id(), going, [&](int /*block*/, int rows) { sum += rows; });
+    each_count<kWarp>(
+        published_by(0) + expert * int64_t{8}, n, lane_id(), going, [&](int /*block*/, int rows) { sum += rows; });
     return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(sum)));
   }
 
@@ -746,13 +746,13 @@ class PlanBlock {
 
 __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ PlanArgs args, const __grid_constant__ PlanShape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   extern __shared__ int words[];
   __shared__ PlanShared shared;
   if (!has_failed(args.comm)) {
     PlanBlock(args, shape, shared, words).run();
   } else if (args.capacity < 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    PlanBlock::tell_host(args.comm, 0, true);
+    PlanBlock::publish_rows_to_host(args.comm, 0, true);
   }
 }
 
@@ -766,7 +766,7 @@ PlanShape shape_of(const PlanArgs& args) {
   shape.by_topk = Divisor(args.num_topk);
   shape.by_blocks = Divisor(layout.num_blocks);
   shape.by_threads = Divisor(shape.threads);
-  shape.by_told = Divisor(shape.num_local + Layout::kPlanSums);
+  shape.by_published = Divisor(shape.num_local + Layout::kPlanSums);
   shape.by_alignment = Divisor(args.alignment);
   return shape;
 }
@@ -774,7 +774,7 @@ PlanShape shape_of(const PlanArgs& args) {
 }  // namespace
 
 int64_t plan_shared_bytes(int num_experts, int world_size) {
-  return num_experts / world_size * plan_words_an_expert(world_size) * static_cast<int64_t>(sizeof(int));
+  return num_experts / world_size * plan_words_per_expert(world_size) * static_cast<int64_t>(sizeof(int));
 }
 
 cudaError_t prepare_plan() {
