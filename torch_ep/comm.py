@@ -29,7 +29,7 @@ _ON_TIMEOUT = ("raise", "mask")
 _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
 _NO_LIMIT = -1
 # Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
-_MAX_RANKS = 8
+_MAX_RANKS = 16
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
 _MAX_SMS = 128
@@ -163,7 +163,7 @@ def init(
             no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         backend: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
-            four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
+            four limits, GPUs that can write into each other, at most 16 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
         provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py).

@@ -153,15 +153,11 @@ class World {
   void settle(Failure failure = Failure::none) const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      HostReport& m = *comm.host_report;
-      if (m.kind != static_cast<int64_t>(comm.rank == 0 ? failure : Failure::none)) {
-        fail(
-            "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
-            std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
-            ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
-            std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs));
+      Failure& kind = comm.host_report->failure.kind;
+      if (kind != (comm.rank == 0 ? failure : Failure::none)) {
+        fail(failure_of(comm));
       }
-      m.kind = 0;
+      kind = Failure::none;
     }
   }
 
@@ -316,10 +312,10 @@ class Run {
     topk_[0][0] = topk_[0][1] = topk_[0][c_.num_topk] = 0;
     topk_[0][c_.num_topk + 1] = 1;
     dispatch(Part::both);
-    world_.settle(Failure::bad_topk);
-    const auto& m = *world_.comm(0).host_report;
-    if (m.detail != 1 || m.ours != 0 || m.theirs != 0) {
-      fail("a doubled expert is at entry " + std::to_string(m.detail));
+    world_.settle(Failure::duplicate_expert);
+    const FailureReport& failure = world_.comm(0).host_report->failure;
+    if (failure.token != 0 || failure.slot != 1 || failure.earlier_slot != 0 || failure.theirs != 0) {
+      fail("a duplicate expert is " + failure_of(world_.comm(0)));
     }
     topk_[0][1] = -1;
     route();
@@ -369,6 +365,7 @@ class Run {
       }
       LowLatencyDispatchArgs a{};
       a.comm = world_.comm(r);
+      a.handshake = handshake();
       a.in_flight = memory_.make<int64_t>(2);
       a.x = reinterpret_cast<const char*>(memory_.copy(x_[r]));
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
@@ -415,6 +412,7 @@ class Run {
       const LowLatencyDispatchArgs& dispatched = dispatches_[ranks.size()];
       LowLatencyCombineArgs a{};
       a.comm = world_.comm(r);
+      a.handshake = handshake();
       a.in_flight = memory_.make<int64_t>(2);
       a.y = reinterpret_cast<const char*>(memory_.copy(y));
       a.row_weights = dispatched.row_weights;
@@ -432,6 +430,16 @@ class Run {
       ranks.push_back(a);
     }
     return ranks;
+  }
+
+  Handshake handshake() const {
+    Handshake handshake{};
+    handshake.num_experts = c_.num_experts();
+    handshake.num_topk = c_.num_topk;
+    handshake.hidden = c_.hidden;
+    handshake.max_tokens = c_.max_tokens;
+    handshake.quantize = static_cast<int>(c_.quantize);
+    return handshake;
   }
 
   float weight_of(int slot) const {
@@ -581,7 +589,7 @@ void lose_a_rank(int world_size) {
     world.settle();
     run.check_results();
     for (int r = 0; r < world_size; ++r) {
-      const uint32_t masked = fetch(&world.comm(r).state->masked_by_timeout, 1)[0];
+      const uint32_t masked = fetch(world.comm(r).state->masked_by_timeout, 1)[0];
       if (r != c.lost && masked != 1U << c.lost) {
         fail("rank " + std::to_string(r) + " has masked the ranks of bits " + std::to_string(masked));
       }
@@ -598,18 +606,18 @@ void misuse(int world_size, Failure failure) {
   c.max_tokens = 2;
   now_running = "misuse, " + describe(c);
   vector<std::unique_ptr<Run<__nv_bfloat16>>> runs;
-  for (int i = 0; i < (failure == Failure::bad_order ? 2 : 3); ++i) {
+  for (int i = 0; i < (failure == Failure::out_of_order ? 2 : 3); ++i) {
     runs.push_back(std::make_unique<Run<__nv_bfloat16>>(world, c, random));
     runs[i]->dispatch(Part::send);
   }
-  if (failure == Failure::bad_order) {
+  if (failure == Failure::out_of_order) {
     runs[1]->dispatch(Part::receive);
   }
   check(cudaDeviceSynchronize());
   for (int r = 0; r < world_size; ++r) {
-    const HostReport& m = *world.comm(r).host_report;
-    if (m.kind != static_cast<int64_t>(failure) || m.peer != r || m.stopped == 0) {
-      fail("rank " + std::to_string(r) + " recorded failure " + std::to_string(m.kind));
+    const HostReport& report = *world.comm(r).host_report;
+    if (report.failure.kind != failure || report.failure.peer != r || report.stopped == 0) {
+      fail(failure_of(world.comm(r)));
     }
   }
 }
@@ -706,9 +714,10 @@ void run_case(World& world, const Case& c, Random& random) {
 
 int main(int argc, char** argv) {
   const Options options(argc, argv);
-  for (int w = 0; w < kMaxRanks; ++w) {
+  constexpr int kWorldSizes = 8;
+  for (int w = 0; w < kWorldSizes; ++w) {
     World world(1 + w);
-    for (int i = w; i < options.cases; i += kMaxRanks) {
+    for (int i = w; i < options.cases; i += kWorldSizes) {
       Random random(static_cast<uint64_t>(options.seed) << 32 | static_cast<uint64_t>(i));
       run_case(world, draw(random, 1 + w), random);
     }
@@ -732,9 +741,15 @@ int main(int argc, char** argv) {
     Random random(static_cast<uint64_t>(i));
     run_case(old, draw(random, 2), random);
   }
+  Random random(0);
+  World many(kMaxRanks);
+  Case two_tokens = draw(random, kMaxRanks);
+  two_tokens.max_tokens = 2;
+  two_tokens.tokens.assign(kMaxRanks, 2);
+  run_case(many, two_tokens, random);
   divide();
-  misuse(2, Failure::bad_order);
-  misuse(2, Failure::timeout);
+  misuse(2, Failure::out_of_order);
+  misuse(2, Failure::too_many_in_flight);
   std::printf("ok\n");
   return 0;
 }

@@ -104,15 +104,6 @@ constexpr int kMostLocalExperts = 9;
 constexpr int64_t kWireRowBytes = 10240;
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
 
-// Only once the device is idle.
-std::string failure_of(const Comm& comm) {
-  const HostReport& m = *comm.host_report;
-  return "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
-         std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
-         ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
-         std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs);
-}
-
 class World {
  public:
   World(int world_size, int num_blocks)
@@ -153,7 +144,7 @@ class World {
   void settle() const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      if (comm.host_report->kind != 0) {
+      if (comm.host_report->failure.kind != Failure::none) {
         fail(failure_of(comm));
       }
       const uint64_t epoch = fetch(&comm.state->epoch, 1)[0];
@@ -491,14 +482,15 @@ class Run {
       launch(ranks, dispatch_file::ep::nvlink::launch_virtual);
       check(cudaDeviceSynchronize());
       for (const DispatchArgs& a : ranks) {
-        const HostReport& m = *a.comm.host_report;
-        const auto kind = static_cast<Failure>(m.kind);
-        const int64_t missing = kind == Failure::peer_aborted ? m.detail : kind == Failure::timeout ? m.peer : -1;
-        if (missing != world_size() - 1 || m.stopped == 0) {
+        const FailureReport& failure = a.comm.host_report->failure;
+        const int missing = failure.kind == Failure::peer_aborted ? failure.missing_rank
+                            : failure.kind == Failure::timeout    ? failure.peer
+                                                                  : -1;
+        if (missing != world_size() - 1 || a.comm.host_report->stopped == 0) {
           fail(
               failure_of(a.comm) + ", so rank " + std::to_string(missing) + " is missing; stopped in exchange " +
-              std::to_string(m.stopped) + ", ended exchange " + std::to_string(fetch(&a.comm.state->epoch, 1)[0]) +
-              ", launch " + std::to_string(i));
+              std::to_string(a.comm.host_report->stopped) + ", ended exchange " +
+              std::to_string(fetch(&a.comm.state->epoch, 1)[0]) + ", launch " + std::to_string(i));
         }
       }
     }
@@ -538,13 +530,13 @@ class Run {
     check(cudaDeviceSynchronize());
     for (int r = 0; r < world_size(); ++r) {
       const Comm& comm = world_.comm(r);
-      const auto failure = static_cast<Failure>(comm.host_report->kind);
+      const auto failure = comm.host_report->failure.kind;
       if (r < 2 ? failure != Failure::mismatch : failure != Failure::none && failure != Failure::mismatch_of_peer) {
         fail(
-            "a mismatch of two ranks is failure " + std::to_string(comm.host_report->kind) + " on rank " +
+            "a mismatch of two ranks is failure " + std::to_string(static_cast<int64_t>(failure)) + " on rank " +
             std::to_string(r));
       }
-      comm.host_report->kind = 0;
+      comm.host_report->failure.kind = Failure::none;
     }
     world_.settle();
   }
@@ -674,7 +666,7 @@ class Run {
       a.comm = world_.comm(r);
       a.plan = plans_[r];
       a.format = {c_.row_bytes, c_.row_bytes, c_.weight_bytes, c_.scale_bytes};
-      a.agreed[0] = c_.row_bytes;
+      a.handshake.hidden = c_.row_bytes;
       a.x = memory_.copy(x[r]);
       a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
       if (c_.weight_bytes != 0) {
@@ -757,7 +749,7 @@ class Run {
       a.comm = world_.comm(r);
       a.plan = plans_[r];
       a.format = {c_.row_bytes, c_.row_bytes, with_weights ? c_.weight_bytes : 0, 0};
-      a.agreed[0] = c_.row_bytes;
+      a.handshake.hidden = c_.row_bytes;
       a.element = c_.element;
       a.y = reinterpret_cast<const char*>(memory_.copy(y[r]));
       a.out = memory_.make<char>(size_t{1} * c_.tokens[r] * c_.row_bytes);
@@ -954,6 +946,13 @@ int main(int argc, char** argv) {
   Random fixed(kWorlds);
   for (const bool expert_major : {false, true}) {
     run_case(world, many_tokens(kMostRanks, expert_major), fixed);
+  }
+  World largest(kMaxRanks, kLeastBlocks);
+  for (const bool expert_major : {false, true}) {
+    Case c = many_tokens(kMaxRanks, expert_major);
+    c.tokens.assign(kMaxRanks, 40);
+    c.num_topk = 9;
+    run_case(largest, c, fixed);
   }
   std::printf("ok\n");
   return 0;

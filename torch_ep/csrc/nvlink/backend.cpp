@@ -243,7 +243,7 @@ class Nvlink final : public Backend {
     args.comm = comm_;
     args.plan = view_of(plan);
     args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, x, topk_weights, scales, num_topk);
+    args.handshake = handshake_of(x, topk_weights, scales, num_topk);
     if (topk_weights) {
       std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
       args.weights = data<char>(*topk_weights);
@@ -285,7 +285,7 @@ class Nvlink final : public Backend {
     args.comm = comm_;
     args.plan = view_of(plan);
     args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, y, topk_weights, scales, num_topk);
+    args.handshake = handshake_of(y, topk_weights, scales, num_topk);
     at::Tensor wide_weights;
     if (row_weights) {
       wide_weights = row_weights->to(y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -383,22 +383,26 @@ class Nvlink final : public Backend {
     C10_CUDA_CHECK(cudaDeviceSynchronize());
     *host_report_ = {};
     fatal_.clear();
-    masked_ = 0;
+    std::fill(std::begin(masked_), std::end(masked_), 0);
   }
 
   int64_t masked() const override {
-    uint32_t words[2] = {};
+    uint32_t by_host[kRankSteps] = {}, by_timeout[kRankSteps] = {};
     const Stream stream;
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t* from = i == 0 ? &comm_.state->masked_by_host : &comm_.state->masked_by_timeout;
-      stream.copy(&words[i], from, sizeof(uint32_t));
+    stream.copy(by_host, comm_.state->masked_by_host, sizeof(by_host));
+    stream.copy(by_timeout, comm_.state->masked_by_timeout, sizeof(by_timeout));
+    uint64_t ranks = 0;
+    for (int i = 0; i < kRankSteps; ++i) {
+      ranks |= static_cast<uint64_t>(by_host[i] | by_timeout[i]) << i * kWarpLanes;
     }
-    return words[0] | words[1];
+    return static_cast<int64_t>(ranks);
   }
 
   void mask(int64_t ranks) override {
-    masked_ |= static_cast<uint32_t>(ranks);
-    Stream().copy(&comm_.state->masked_by_host, &masked_, sizeof(masked_));
+    for (int i = 0; i < kRankSteps; ++i) {
+      masked_[i] |= static_cast<uint32_t>(static_cast<uint64_t>(ranks) >> i * kWarpLanes);
+    }
+    Stream().copy(comm_.state->masked_by_host, masked_, sizeof(masked_));
   }
 
   bool is_idle() const override {
@@ -449,20 +453,20 @@ class Nvlink final : public Backend {
     return view;
   }
 
-  static int64_t with_dtype(const std::optional<at::Tensor>& t, int64_t bytes) {
-    return bytes > 0 ? bytes | static_cast<int64_t>(t->scalar_type()) << kDtypeShift : 0;
-  }
-
-  static void set_agreed(
-      int64_t (&agreed)[kNumAgreed],
+  // What travels, as all ranks have to pass it.
+  static Handshake handshake_of(
       const at::Tensor& rows,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales,
       int64_t num_topk) {
-    agreed[0] = rows.size(1);
-    agreed[1] = static_cast<int64_t>(rows.scalar_type());
-    agreed[2] = with_dtype(topk_weights, element_bytes(topk_weights) * num_topk);
-    agreed[3] = with_dtype(scales, bytes_per_row(scales));
+    Handshake handshake{};
+    handshake.hidden = static_cast<int32_t>(rows.size(1));
+    handshake.dtype = static_cast<int32_t>(rows.scalar_type());
+    handshake.weight_bytes = static_cast<int32_t>(element_bytes(topk_weights) * num_topk);
+    handshake.weight_dtype = handshake.weight_bytes > 0 ? static_cast<int32_t>(topk_weights->scalar_type()) : 0;
+    handshake.scale_bytes = static_cast<int32_t>(bytes_per_row(scales));
+    handshake.scale_dtype = handshake.scale_bytes > 0 ? static_cast<int32_t>(scales->scalar_type()) : 0;
+    return handshake;
   }
 
   int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
@@ -550,8 +554,8 @@ class Nvlink final : public Backend {
       C10_THROW_ERROR(DistError, fatal_);
     }
     const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
-    const auto kind =
-        static_cast<Failure>(std::atomic_ref<int64_t>(host_report_->kind).load(std::memory_order_acquire));
+    std::atomic_ref<Failure> reported(host_report_->failure.kind);
+    const Failure kind = reported.load(std::memory_order_acquire);
     if (kind == Failure::none) {
       if (stopped != 0) {
         std::ostringstream message;
@@ -563,22 +567,22 @@ class Nvlink final : public Backend {
       }
       return;
     }
-    const HostReport report = *host_report_;
-    if (kind == Failure::timeout || kind == Failure::peer_aborted || kind == Failure::bad_order) {
+    const FailureReport report = host_report_->failure;
+    if (is_fatal(kind)) {
       fatal_ = describe(group_name_, comm_, report);
       C10_THROW_ERROR(DistError, fatal_);
     }
-    std::atomic_ref<int64_t>(host_report_->kind).store(0, std::memory_order_release);
+    reported.store(Failure::none, std::memory_order_release);
     // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
-    const bool all_refused =
-        kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
+    const bool too_many = kind == Failure::too_many_tokens;
+    const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
+    const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
     const bool own_argument =
-        kind == Failure::bad_plan || all_refused || (kind == Failure::bad_topk && report.peer == comm_.rank);
+        kind == Failure::bad_send_row || kind == Failure::bad_recv_pair || all_refused || own_topk;
     if (!own_argument) {
       C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
     }
-    TORCH_CHECK_VALUE(
-        kind != Failure::bad_topk || report.ours != kTooManyTokens, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(!too_many, refusal(last_tokens_, last_most_tokens_));
     TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
   }
 
@@ -592,7 +596,7 @@ class Nvlink final : public Backend {
   Comm comm_;
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
-  uint32_t masked_ = 0;  // State::masked_by_host
+  uint32_t masked_[kRankSteps] = {};  // State::masked_by_host
   // Of the last plan, whose exact form says at once if these were too many.
   int64_t last_tokens_ = 0, last_most_tokens_ = 0;
   std::string fatal_;

@@ -13,8 +13,20 @@
 
 namespace ep::nvlink {
 
-constexpr int kMaxRanks = 8;  // one NVLink host
-constexpr int kMaxTopk = 32;  // one lane a slot
+// Note [How many ranks]
+// The world size is a run-time value. kMaxRanks bounds arrays that have an element per rank; nothing else depends on
+// it. What a larger bound costs, and would cost 72 ranks, one NVL72 domain:
+//   - kernel arguments: 8 bytes per rank, the peers' buffers. With 72 ranks about 1.2 KB of the 4 KB there are;
+//   - registers: one per 32 ranks for each value that a warp keeps per rank (Note [Ranks and lanes], device/ranks.cuh);
+//   - shared memory of ep::plan: plan_words_per_expert(72) words, so at most 119 local experts;
+//   - shared memory of ep::low_latency_dispatch: two announcements per rank, with 4 local experts and 128 tokens 11 KB;
+//   - symmetric memory: two buffers of (world_size - 1) * max_tokens wire rows. With 4096 tokens of 7168 elements, 72
+//     ranks take 7.8 GiB, so fewer tokens have to do;
+//   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks.
+constexpr int kMaxRanks = 16;
+constexpr int kWarpLanes = 32;
+constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // lanes stand for ranks: that many each
+constexpr int kMaxTopk = 32;                                           // one lane per slot
 // Rows of one rank that can be numbered beside a count in the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
@@ -27,7 +39,7 @@ constexpr int kMaxSplitRows = 512;
 // A block of ep::plan places so many words of tokens of each rank at once, 32 in a word.
 constexpr int kPlanWords = 8;
 EP_HOST_DEVICE constexpr int plan_words(int world_size) {
-  return 2 * world_size <= kMaxRanks ? kPlanWords : kPlanWords / 2;
+  return world_size <= 4 ? kPlanWords : kPlanWords / 2;
 }
 
 // Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
@@ -46,20 +58,61 @@ EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
-// What a rank tells a peer when it enters an exchange. Two of them, used in turn: a peer may be one exchange ahead, and
-// never two, since none ends an exchange before every peer has entered it.
-struct alignas(128) Header {
-  uint64_t epoch;  // written last
-  int64_t op;
-  // Everything that has to be the same on both sides, compared word by word.
-  int64_t agreed[4];
-  int64_t rows_to_you;    // -1: not known when the exchange starts
-  int64_t rows_from_you;  // likewise
-  int64_t chunks;         // of ep::dispatch: flags that you will get
+// What all ranks of an exchange have to agree on. An operator sets the fields that it knows; the others are 0.
+struct Handshake {
+  static constexpr int kFields = 10;
+  static constexpr int kWords = kFields / 2;  // of 64 bits, as they travel in a header
+
+  int32_t num_experts, num_topk;
+  int32_t hidden, dtype;  // of a row; dtypes are of at::ScalarType
+  int32_t max_tokens, quantize;
+  int32_t weight_bytes, weight_dtype;  // of the topk_weights of a token
+  int32_t scale_bytes, scale_dtype;    // of the scales of a token
+
+  EP_HOST_DEVICE int32_t field(int i) const { return (&num_experts)[i]; }
+  EP_HOST_DEVICE uint64_t word(int i) const {
+    return static_cast<uint64_t>(static_cast<uint32_t>(field(2 * i + 1))) << 32 | static_cast<uint32_t>(field(2 * i));
+  }
 };
-constexpr int kNumAgreed = 4;
-// Of the bytes of what travels with the rows: where the at::ScalarType is.
-constexpr int kDtypeShift = 48;
+static_assert(sizeof(Handshake) == Handshake::kFields * sizeof(int32_t));
+
+// The fields of Handshake, in their order, and what else may differ between two ranks.
+enum class HandshakeField : int32_t {
+  num_experts,
+  num_topk,
+  hidden,
+  dtype,
+  max_tokens,
+  quantize,
+  weight_bytes,
+  weight_dtype,
+  scale_bytes,
+  scale_dtype,
+  op,
+  rows_to_peer,
+  rows_from_peer,
+};
+static_assert(static_cast<int>(HandshakeField::op) == Handshake::kFields);
+
+// A rank's handshake as it lies in a peer's memory, in words of 64 bits. There are two headers per source, used in
+// turn: a peer may be one exchange ahead, and never two, since no rank ends an exchange before every peer has entered
+// it.
+struct Header {
+  static constexpr int kEpoch = 0;  // written last
+  static constexpr int kOp = 1;
+  static constexpr int kHandshake = 2;
+  static constexpr int kRows = kHandshake + Handshake::kWords;
+  static constexpr int kChunks = kRows + 1;  // of ep::dispatch: flags that the reader will get
+  static constexpr int kBytes = 128;
+  static_assert((kChunks + 1) * 8 <= kBytes);
+
+  // Wire rows from the writer to the reader, and back; -1: not known when the exchange begins.
+  EP_HOST_DEVICE static constexpr uint64_t rows_word(int to_reader, int from_reader) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(from_reader)) << 32 | static_cast<uint32_t>(to_reader);
+  }
+  EP_HOST_DEVICE static constexpr int rows_to_reader(uint64_t word) { return static_cast<int>(word & 0xffffffff); }
+  EP_HOST_DEVICE static constexpr int rows_from_reader(uint64_t word) { return static_cast<int>(word >> 32); }
+};
 
 struct Layout {
   // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
@@ -111,7 +164,7 @@ struct Layout {
   }
 
   EP_HOST_DEVICE int64_t header(int parity, int source) const {
-    return (int64_t{parity} * world_size + source) * static_cast<int64_t>(sizeof(Header));
+    return (int64_t{parity} * world_size + source) * Header::kBytes;
   }
   EP_HOST_DEVICE int64_t done(int source) const { return done_at + source * int64_t{8}; }
   EP_HOST_DEVICE int64_t abort_signal(int source) const { return abort_signals_at + source * int64_t{8}; }
@@ -206,7 +259,7 @@ struct LowLatencyLayout {
         num_topk(topk),
         num_local_experts(local_experts),
         wire_row_bytes(slot),
-        words(kNumAgreed + local_experts + visit_words()),
+        words(Handshake::kFields + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
         scale_packets_at(round_up(topk * int64_t{kPacketBytes}, 128)),
         row_packets_at(scale_packets_at + round_up(chunks_of(slot) * kScalePacketsPerChunk * kPacketBytes, 128)),
@@ -215,8 +268,8 @@ struct LowLatencyLayout {
     const int64_t most = (share < kMaxPacketBytesPerPeer ? share : kMaxPacketBytesPerPeer) / packet_row_bytes;
     packet_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
     const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packet_rows = sources * packet_tokens;
-    entered_at = begin + int64_t{kKinds} * ranks * 8;
-    announcements_at = round_up(entered_at + sources * 8, 128);
+    entered_at = round_up(begin + int64_t{kKinds} * ranks * 8, kPacketBytes);
+    announcements_at = round_up(entered_at + sources * kPacketBytes, 128);
     dispatch_flags_at = announcements_at + sources * announcement_bytes;
     combine_flags_at = dispatch_flags_at + rows * 8;
     dispatch_rows_at = round_up(combine_flags_at + rows * kRowFlags * 8, 128);
@@ -236,8 +289,10 @@ struct LowLatencyLayout {
   }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
-  // Of combine: what has to be the same on both sides, with the number of the exchange in the upper half.
-  EP_HOST_DEVICE int64_t entered(int half, int source) const { return entered_at + (half * world_size + source) * 8; }
+  // Of combine: an EnteredPacket.
+  EP_HOST_DEVICE int64_t entered(int half, int source) const {
+    return entered_at + (half * world_size + source) * int64_t{kPacketBytes};
+  }
   // What has to be the same on both sides, the counts of each local expert, the bits of the tokens that come. As many
   // words in every exchange, so that none is awaited in vain where sizes differ; likewise with the number.
   EP_HOST_DEVICE int64_t announcement(int half, int source) const {

@@ -182,6 +182,12 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.num_topk = static_cast<int>(options.num_topk);
   args.num_experts = static_cast<int>(options.num_experts);
   args.hidden = static_cast<int>(options.hidden);
+  args.handshake.num_experts = args.num_experts;
+  args.handshake.num_topk = args.num_topk;
+  args.handshake.hidden = args.hidden;
+  args.handshake.dtype = static_cast<int32_t>(options.dtype);
+  args.handshake.max_tokens = args.max_tokens;
+  args.handshake.quantize = static_cast<int32_t>(options.quantize);
   const auto groups = static_cast<int>((options.hidden + 127) / 128);
   if (options.quantize == ep::Quantize::none) {
     args.row_bytes = args.hidden * static_cast<int>(c10::elementSize(options.dtype));
@@ -247,6 +253,8 @@ LowLatencyCombineArgs LowLatencyPair::args_of(
   args.num_topk = static_cast<int>(topk_idx.size(1));
   args.num_experts = static_cast<int>(num_experts);
   args.row_bytes = static_cast<int>(hidden * static_cast<int64_t>(c10::elementSize(dtype)));
+  args.handshake.hidden = static_cast<int32_t>(hidden);
+  args.handshake.dtype = static_cast<int32_t>(dtype);
   check_row(kCombine, args.num_topk, num_experts, hidden, args.row_bytes);
   check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.num_tokens);
   check_wire_row(kCombine, args.row_bytes);

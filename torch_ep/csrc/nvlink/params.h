@@ -11,40 +11,51 @@ namespace ep::nvlink {
 // As ep::OpKind (c10d/communicator.h).
 enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
 
+// What may go wrong on the device, with the fields of FailureReport that it sets besides `peer`. Fatal ones end every
+// later exchange at once, until a reset.
 enum class Failure : int64_t {
   none = 0,
-  timeout,           // nothing from `peer` for too long; every later exchange ends at once, until a reset
-  peer_aborted,      // `peer` gave up this exchange, for rank `detail` did not come; likewise
-  mismatch_of_peer,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
-  mismatch,          // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
-  bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
-              // the earlier slot of the token that has it too, or one of the two below
-  bad_order,  // the ticket of exchange `theirs` was received where `ours` was next; likewise as timeout
-  bad_plan,   // an index of the plan leaves its rows: `detail` = which tensor, `ours` = the bound, `theirs` = the value
+  timeout,             // fatal: nothing from `peer` for too long
+  peer_aborted,        // fatal: `peer` aborted this exchange, because `missing_rank` did not come
+  mismatch,            // `field` of the handshake: `ours`, `theirs`; nothing that this exchange moved is reliable
+  mismatch_of_peer,    // `peer` has a mismatch with another rank; likewise
+  too_many_tokens,     // `peer` has more than max_tokens_per_rank
+  bad_expert,          // `peer` has expert `theirs` at `token`, `slot`, out of [-1, `ours`)
+  duplicate_expert,    // `peer` has expert `theirs` twice at `token`, in `slot` and `earlier_slot`
+  out_of_order,        // fatal: exchange `theirs` was to be received, where `ours` is next
+  too_many_in_flight,  // fatal: a third exchange was sent before the first was received
+  bad_send_row,        // send_row of the plan has `theirs`, out of [-1, `ours`) or out of order
+  bad_recv_pair,       // recv_pair of the plan has `theirs`, out of [-1, `ours`)
 };
 
-enum class Phase : int64_t { header, credit, counts, rows, gate };
+constexpr bool is_fatal(Failure kind) {
+  return kind == Failure::timeout || kind == Failure::peer_aborted || kind == Failure::out_of_order ||
+         kind == Failure::too_many_in_flight;
+}
 
-constexpr int64_t kOutOfRange = -1, kTooManyTokens = -2;
+// Of an exchange: what a rank waits for.
+enum class Phase : int64_t { handshake, credit, counts, rows, gate };
 
-// What `detail` of Failure::bad_plan says.
-enum class PlanTensor : int64_t { send_row, recv_pair };
-
-// In page-locked host memory, written by kernels, read by the host. `kind` is written last.
-struct HostReport {
-  int64_t kind;
-  int64_t op;
-  int64_t phase;
+struct FailureReport {
+  Failure kind;  // written last by a kernel, reset by the host
+  Op op;
+  Phase phase;
   int64_t epoch;
-  int64_t peer;
-  int64_t detail;
-  int64_t ours;
-  int64_t theirs;
-  int64_t theirs_epoch;  // of bad_topk: num_topk << 32 | num_experts of that plan
-  // Of the exact plan that the host waits for, which has set it to 0: kPlanTold | its number of rows, and kPlanFailed
-  // where the record above says why, or will.
+  int32_t peer;
+  int32_t missing_rank;
+  HandshakeField field;
+  int32_t token, slot, earlier_slot;
+  int64_t ours, theirs;
+  int64_t their_epoch;  // of mismatch
+};
+
+// In page-locked host memory, written by kernels, read by the host.
+struct HostReport {
+  FailureReport failure;
+  // Of the exact plan that the host waits for, which has set it to 0: kPlanReady | its number of rows, and kPlanFailed
+  // where `failure` says why, or will.
   uint64_t plan;
-  // Not 0: a wait timed out, in that exchange, and every later one ends at once. `kind` may tell of an earlier failure.
+  // Not 0: the exchange with a fatal failure. `failure` may hold an earlier one.
   int64_t stopped;
 };
 
@@ -61,7 +72,7 @@ struct LowLatencyState {
   // Numbers of the last exchanges that were, << kShareBits: see Note [Shares].
   uint64_t sent, received;
   uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either parity
-  uint64_t recorded;               // as State's
+  uint64_t reported;               // as State::reported
 };
 
 // Note [Shares]
@@ -77,7 +88,7 @@ struct State {
   // Epochs in which this rank last wrote into its peers' buffers: it may write again once they are done with these.
   uint64_t last_plan, last_dispatch, last_combine;
   uint64_t aborted;          // epoch of the exchange that its waits are to give up
-  uint64_t recorded;         // epoch of the last failure
+  uint64_t reported;         // epoch of the last reported failure
   uint32_t failed;           // a wait timed out: exchanges end at once until a reset
   uint32_t mismatched_peer;  // 1 + a peer that left this exchange for a mismatch
   uint32_t blocks_done;
@@ -88,7 +99,7 @@ struct State {
   uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
                                                // a rank
   // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
-  uint32_t masked_by_host, masked_by_timeout;
+  uint32_t masked_by_host[kRankSteps], masked_by_timeout[kRankSteps];
   LowLatencyState low_latency[LowLatencyLayout::kKinds];
 };
 
@@ -179,7 +190,7 @@ struct DispatchArgs {
   Comm comm;
   PlanView plan;
   WireFormat format;
-  int64_t agreed[kNumAgreed];
+  Handshake handshake;
   const char* x;
   const char* weights;
   const char* scales;
@@ -192,7 +203,7 @@ struct CombineArgs {
   Comm comm;
   PlanView plan;
   WireFormat format;
-  int64_t agreed[kNumAgreed];
+  Handshake handshake;
   Element element;
   const char* y;
   const void* row_weights;  // float32 (float64 for float64), or null
@@ -210,6 +221,7 @@ enum class Part : int { both, send, receive };
 
 struct LowLatencyDispatchArgs {
   Comm comm;
+  Handshake handshake;
   Part part;
   int64_t* in_flight;  // of the halves: the number of the exchange
   // To send.
@@ -244,6 +256,7 @@ struct LowLatencyDispatchArgs {
 
 struct LowLatencyCombineArgs {
   Comm comm;
+  Handshake handshake;  // max_tokens aside, which the half that receives finds in `in_flight`
   Part part;
   int64_t* in_flight;  // likewise, and max_tokens
   // To send.

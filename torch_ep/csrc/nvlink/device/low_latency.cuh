@@ -39,8 +39,8 @@ struct LowLatencyExchangeState {
   // As its kernel begins.
   uint64_t number, received;
   uint32_t failed;
-  uint32_t active, awaited;  // bits of the ranks that take part; of those whose credit was not there
-  uint32_t share;            // Note [Shares]
+  RankSet active, awaited;  // the ranks that take part; those whose credit was not there
+  uint32_t share;           // Note [Shares]
   // While it runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
@@ -58,28 +58,32 @@ class LowLatencyExchange {
         memory_(memory),
         x_(comm, op_of(kind), 0) {}
 
-  // Of one whole warp of a block, first of all.
+  // Warp-collective. One warp of a block, before all else.
   __device__ void poll_state() const {
     const State& state = *x_.comm.state;
-    const int p = lane_id();
     const uint32_t failed = fresh(state.failed);
-    const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
     const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
     const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*in_flight_) : (sent >> kShareBits) + 1;
-    const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
-    const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
-    const uint32_t active = ~(by_host | by_timeout) & ((1U << world_size()) - 1);
-    // fault: low latency: half reused too early
-    const uint32_t late = __ballot_sync(kFullWarp, is_peer && done + 2 < number);
-    if (p < kMaxRanks) {
-      memory_.waited[p] = 0;
+    RankSet active, awaited;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int p = rank_at(step);
+      const uint32_t masked = fresh(state.masked_by_host[step]) | fresh(state.masked_by_timeout[step]);
+      const bool is_peer = part_ != Part::receive && x_.is_peer(p);
+      const uint64_t done = is_peer ? inbox().poll_signal(layout().done(kind_, p)) : 0;
+      active.words[step] = ~masked & __ballot_sync(kFullWarp, p < world_size());
+      // fault: low latency: half reused too early
+      awaited.words[step] = __ballot_sync(kFullWarp, is_peer && done + 2 < number) & active.words[step];
+      if (p < kMaxRanks) {
+        memory_.waited[p] = 0;
+      }
     }
-    if (p == 0) {
+    if (lane_id() == 0) {
       memory_.number = number;
       memory_.received = received;
       memory_.failed = failed;
       memory_.active = active;
-      memory_.awaited = late & active;
+      memory_.awaited = awaited;
       memory_.share = blockIdx.x == 0 ? (uint32_t{1} << kShareBits) - (gridDim.x - 1) : 1;
     }
   }
@@ -100,21 +104,20 @@ class LowLatencyExchange {
   __device__ int half() const { return static_cast<int>(x_.epoch % 2); }
   __device__ int me() const { return x_.comm.rank; }
   __device__ int world_size() const { return layout().world_size; }
-  __device__ char* own(int64_t offset) const { return x_.own(offset); }
-  __device__ char* peer(int rank, int64_t offset) const { return x_.peer(rank, offset); }
+  __device__ Inbox inbox() const { return x_.inbox(); }
+  __device__ Peer peer(int rank) const { return x_.peer(rank); }
 
   // As this kernel began.
-  __device__ bool is_active(int rank) const { return (memory_.active >> rank & 1) != 0; }
+  __device__ bool is_active(int rank) const { return memory_.active.has(rank); }
   __device__ bool masks() const { return x_.comm.masks; }
 
-  __device__ void publish_failure(const FailureCause& t) const {
-    publish_failure(
-        x_.comm, kind_, number(), false, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  // One thread.
+  __device__ void publish_failure(const FailureCause& cause) const {
+    publish_failure(x_.comm, kind_, number(), false, cause);
   }
-  // Likewise, and every later exchange ends at once.
-  __device__ void publish_fatal_failure(const FailureCause& t) const {
-    publish_failure(
-        x_.comm, kind_, number(), true, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  // One thread. Every later exchange ends at once.
+  __device__ void publish_fatal_failure(const FailureCause& cause) const {
+    publish_failure(x_.comm, kind_, number(), true, cause);
   }
 
   // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
@@ -154,16 +157,16 @@ class LowLatencyExchange {
     end();
   }
 
-  // Of a whole warp: bits of the ranks of which this half may be written, once it may; none if failed. Who has not
-  // received what it sent itself is told so at once, and not to blame others.
-  __device__ uint32_t writable() const {
+  // Warp-collective. The ranks whose half may be written, once it may; none if the exchange failed. A rank that has not
+  // received what it sent itself reports that at once, instead of blaming others.
+  __device__ RankSet writable() const {
     if (memory_.received + 2 < number()) {
       if (blockIdx.x == 0 && threadIdx.x == 0) {
-        publish_fatal_failure({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
+        publish_fatal_failure({Failure::too_many_in_flight, Phase::credit, me()});
       }
-      return 0;
+      return {};
     }
-    return memory_.awaited == 0 ? memory_.active : await_credits();
+    return memory_.awaited.any() ? await_credits() : memory_.active;
   }
 
   // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
@@ -173,8 +176,10 @@ class LowLatencyExchange {
       return true;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      const auto expected = static_cast<int64_t>(next), got = static_cast<int64_t>(number());
-      publish_fatal_failure({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
+      FailureCause cause{Failure::out_of_order, Phase::handshake, me()};
+      cause.ours = static_cast<int64_t>(next);
+      cause.theirs = static_cast<int64_t>(number());
+      publish_fatal_failure(cause);
     }
     return false;
   }
@@ -202,67 +207,65 @@ class LowLatencyExchange {
       static_assert(offsetof(LowLatencyState, received) == offsetof(LowLatencyState, sent) + sizeof(uint64_t));
       add_relaxed_device(&state_.sent + lane, memory_.share);
     }
-    if (warp_id() == 1 && part_ != Part::send && lane < world_size() && memory_.waited[lane] != 0) {
-      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][lane]), memory_.waited[lane]);
+    for (int p = lane; warp_id() == 1 && part_ != Part::send && p < world_size(); p += kWarp) {
+      if (memory_.waited[p] != 0) {
+        atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][p]), memory_.waited[p]);
+      }
     }
   }
 
  private:
   static constexpr int kPollsPerCheck = 64;
 
-  // Likewise.
-  __device__ uint32_t await_credits() const {
-    const int p = lane_id();
-    auto outcome = (memory_.active >> p & 1) != 0 ? Outcome::arrived : Outcome::absent;
-    if ((memory_.awaited >> p & 1) != 0) {
-      outcome = wait(
-          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
+  // Warp-collective.
+  __device__ RankSet await_credits() const {
+    RankSet may_write;
+    bool going = true;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int p = rank_at(step);
+      auto outcome = memory_.active.has(p) ? Outcome::arrived : Outcome::absent;
+      if (memory_.awaited.has(p)) {
+        outcome =
+            wait(Phase::credit, p, false, [&] { return inbox().poll_signal(layout().done(kind_, p)) + 2 >= number(); });
+      }
+      going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0 && going;
+      may_write.words[step] = __ballot_sync(kFullWarp, outcome == Outcome::arrived);
     }
-    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
     __syncwarp();  // what one lane acquired is there for all
-    return going ? __ballot_sync(kFullWarp, outcome == Outcome::arrived) : 0;
+    return going ? may_write : RankSet{};
   }
 
-  // Of a whole warp.
+  // Warp-collective.
   __device__ void write_credits() const {
-    const int p = lane_id();
     const State& state = *x_.comm.state;
     const uint64_t received[LowLatencyLayout::kKinds] = {
         fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
         fresh(state.low_latency[kCombineKind].received) >> kShareBits};
     fence_system();  // between what those kernels read and what peers will write there
-    if (p < world_size() && p != me() && is_active(p)) {
-      store_relaxed_system(peer(p, layout().done(kDispatchKind, me())), received[kDispatchKind]);
-      store_relaxed_system(peer(p, layout().done(kCombineKind, me())), received[kCombineKind]);
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      if (const int p = rank_at(step); x_.is_peer(p) && is_active(p)) {
+        peer(p).put_word(layout().done(kDispatchKind, me()), received[kDispatchKind]);
+        peer(p).put_word(layout().done(kCombineKind, me()), received[kCombineKind]);
+      }
     }
   }
 
-  // Of a whole warp. All waits of the exchange before are known.
+  // Warp-collective. All waits of the exchange before are known.
   __device__ void report_waits(int64_t* wait_ns) const {
-    const int p = lane_id();
-    if (p < world_size()) {
+    for (int p = lane_id(); p < world_size(); p += kWarp) {
       uint64_t& before = state_.wait_ns[1 - half()][p];
       wait_ns[p] = static_cast<int64_t>(fresh(before));
       before = 0;
     }
   }
 
-  // What is not on the way of a healthy exchange takes neither registers nor instructions there.
-  __device__ static __noinline__ void publish_failure(
-      const Comm& comm,
-      int kind,
-      uint64_t number,
-      bool stops,
-      Failure failure,
-      Phase phase,
-      int64_t peer,
-      int64_t detail,
-      int64_t ours,
-      int64_t theirs,
-      int64_t theirs_epoch) {
+  // One thread. Cold path: Note [Cold paths].
+  static __device__ __noinline__ void
+  publish_failure(const Comm& comm, int kind, uint64_t number, bool stops, FailureCause cause) {
     const Exchange x(comm, op_of(kind), number);
-    const FailureCause trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
-    ::ep::nvlink::publish_failure(x, trouble, &comm.state->low_latency[kind].recorded);
+    ::ep::nvlink::publish_failure(x, cause, &comm.state->low_latency[kind].reported);
     if (stops) {
       stop(x);
     }
@@ -275,17 +278,18 @@ class LowLatencyExchange {
     if (fresh(state.failed) != 0) {
       return Outcome::failed;
     }
-    if (((fresh(state.masked_by_host) | fresh(state.masked_by_timeout)) >> peer & 1) != 0) {
+    const int word = peer / kWarp;
+    if (((fresh(state.masked_by_host[word]) | fresh(state.masked_by_timeout[word])) >> peer % kWarp & 1) != 0) {
       return Outcome::absent;
     }
     if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
       return Outcome::arrived;
     }
     if (comm.masks && peer != comm.rank) {
-      atomicOr(&state.masked_by_timeout, 1U << peer);
+      atomicOr(&state.masked_by_timeout[word], 1U << peer % kWarp);
       return Outcome::absent;
     }
-    publish_failure(comm, kind, number, true, Failure::timeout, phase, peer, 0, 0, 0, 0);
+    publish_failure(comm, kind, number, true, {Failure::timeout, phase, peer});
     return Outcome::failed;
   }
 

@@ -19,35 +19,6 @@ struct LowLatencyShape {
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
-// On what all ranks have to agree: the words that an announcement begins with.
-class Agreed {
- public:
-  __device__ explicit Agreed(const LowLatencyDispatchArgs& args) : a_(args) {}
-
-  __device__ uint32_t word(int i) const {
-    static_assert(kNumAgreed == 4);
-    switch (i) {
-      case 0:
-        return static_cast<uint32_t>(a_.num_topk) << kTopkShift | static_cast<uint32_t>(a_.num_experts);
-      case 1:
-        return static_cast<uint32_t>(a_.hidden);
-      case 2:
-        return static_cast<uint32_t>(a_.max_tokens);
-      default:
-        return static_cast<uint32_t>(a_.element) << kTopkShift | static_cast<uint32_t>(a_.quantize);
-    }
-  }
-  // As the host prints it.
-  __device__ static int64_t shown(int i, uint32_t word) {
-    const bool is_two = i == 0 || i == kNumAgreed - 1;
-    return is_two ? int64_t{word >> kTopkShift} << 32 | (word & ((1U << kTopkShift) - 1)) : int64_t{word};
-  }
-
- private:
-  static constexpr int kTopkShift = 24;
-  const LowLatencyDispatchArgs& a_;
-};
-
 // Shared memory of a block.
 struct LowLatencyMemory {
   char* stages;        // a record each
@@ -101,7 +72,7 @@ class LowLatencyReceive {
     const int* words;  // [world_size][words of an announcement]
     int stride;
 
-    __device__ int count(int source, int expert) const { return words[source * stride + kNumAgreed + expert]; }
+    __device__ int count(int source, int expert) const { return words[source * stride + Handshake::kFields + expert]; }
     // Rows of an expert that come before those of the source.
     __device__ int before(int source, int expert) const {
       int sum = 0;
@@ -113,33 +84,29 @@ class LowLatencyReceive {
       return sum;
     }
     __device__ bool visits(const LowLatencyLayout& layout, int source, int token) const {
-      const int word = kNumAgreed + layout.num_local_experts + token / 32;
+      const int word = Handshake::kFields + layout.num_local_experts + token / 32;
       return (words[source * stride + word] >> token % 32 & 1) != 0;
     }
   };
 
-  __device__ const char* word_at(int source, int i) const {
-    return x_.own(layout().announcement(x_.half(), source)) + int64_t{i} * 8;
+  __device__ uint64_t poll_word(int source, int i) const {
+    return x_.inbox().poll_word(layout().announcement(x_.half(), source) + int64_t{i} * 8);
   }
 
   // Word `i` of what `source` announced, as it is kept. False: another exchange.
   __device__ bool store_word(int& stored, int source, int i, uint32_t value) const {
-    const Agreed agreed(a_);
-    const bool is_count = i >= kNumAgreed && i < kNumAgreed + num_local_;
+    const bool is_count = i >= Handshake::kFields && i < Handshake::kFields + num_local_;
     stored = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
-    if (i >= kNumAgreed || value == agreed.word(i)) {
+    if (i >= Handshake::kFields || static_cast<int32_t>(value) == a_.handshake.field(i)) {
       return true;
     }
     if (blockIdx.x == 0) {
-      const auto number = static_cast<int64_t>(x_.number());
-      x_.publish_failure(
-          {Failure::mismatch,
-           Phase::header,
-           source,
-           1 + i,
-           agreed.shown(i, agreed.word(i)),
-           agreed.shown(i, value),
-           number});
+      FailureCause cause{Failure::mismatch, Phase::handshake, source};
+      cause.field = static_cast<HandshakeField>(i);
+      cause.ours = a_.handshake.field(i);
+      cause.theirs = static_cast<int32_t>(value);
+      cause.their_epoch = static_cast<int64_t>(x_.number());
+      x_.publish_failure(cause);
     }
     return false;
   }
@@ -153,12 +120,11 @@ class LowLatencyReceive {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); going && i < all; i += kDispatchThreads) {
       const int s = shape_.by_words.quotient(i), word = i - s * words;
-      const char* from = word_at(s, word);
       uint64_t value = 0;
       auto outcome = Outcome::absent;
       if (x_.is_active(s)) {
-        outcome = x_.wait(Phase::header, s, word == 0, [&] {
-          value = load_relaxed_system(from);
+        outcome = x_.wait(Phase::handshake, s, word == 0, [&] {
+          value = poll_word(s, word);
           return x_.is_word(value);
         });
       }
@@ -178,15 +144,14 @@ class LowLatencyReceive {
   // Where timeouts mask: of one mind with all other blocks on who takes part.
   __device__ bool agree_on_ranks(int* announced) const {
     __shared__ bool is_there[kMaxRanks];
-    const int words = layout().words, s = lane_id();
+    const int words = layout().words;
     bool same = true;
-    if (warp_id() == 0 && s < x_.world_size()) {
+    for (int s = lane_id(); warp_id() == 0 && s < x_.world_size(); s += kWarp) {
       is_there[s] = x_.decide(s, !memory_.is_lost[s]);
 #pragma unroll 1
       for (int i = 0; is_there[s] && memory_.is_lost[s] && i < words; ++i) {
-        // Another block has heard it, so it is there.
-        same = store_word(announced[s * words + i], s, i, static_cast<uint32_t>(load_relaxed_system(word_at(s, i)))) &&
-               same;
+        // Another block has found the announcement, so it is there.
+        same = store_word(announced[s * words + i], s, i, static_cast<uint32_t>(poll_word(s, i))) && same;
       }
     }
     same = __syncthreads_and(same) != 0;
@@ -206,16 +171,19 @@ class LowLatencyReceive {
 #pragma unroll 1
     for (int e = static_cast<int>(blockIdx.x) + x_.workers() * turn; e < num_local_;
          e += x_.workers() * kDispatchWarps) {
-      int end = lane < world_size ? announced.count(lane, e) : 0;
+      PerRank<int> counts;
 #pragma unroll
-      for (int step = 1; step < kMaxRanks; step *= 2) {
-        const int below = __shfl_up_sync(kFullWarp, end, step);
-        end += lane >= step ? below : 0;
+      for (int step = 0; step < kRankSteps; ++step) {
+        counts[step] = rank_at(step) < world_size ? announced.count(rank_at(step), e) : 0;
       }
-      if (lane < world_size) {
-        a_.source_offsets[e * world_size + lane] = end;
+      const PerRank<int> ends = sum_up_to_rank(counts, world_size);
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (rank_at(step) < world_size) {
+          a_.source_offsets[e * world_size + rank_at(step)] = ends[step];
+        }
       }
-      const int total = __shfl_sync(kFullWarp, end, world_size - 1);
+      const int total = ends.of(world_size - 1);
       if (lane == 0) {
         a_.tokens_per_expert[e] = total;
       }
@@ -261,7 +229,8 @@ class LowLatencyReceive {
     int row, chunk, source, token;  // row: source * max_tokens + token
     LaneVectors vectors;
     bool has_route, has_payload, has_scale;
-    const char *route_at, *payload_at, *scale_at;
+    Inbox inbox;
+    int64_t route_at, payload_at, scale_at;
     int nth_scale;  // of the pack at scale_at
     uint4 route, scale;
     Packets packets;
@@ -272,11 +241,12 @@ class LowLatencyReceive {
           chunk(n - row * r.shape_.parts),
           source(r.shape_.by_tokens.quotient(row)),
           token(row - source * r.a_.max_tokens),
-          vectors(chunk, r.a_.row_bytes / 16) {
+          vectors(chunk, r.a_.row_bytes / 16),
+          inbox(r.x_.inbox()) {
       const int lane = lane_id();
       const bool is_there = n < r.num_chunks();
       const LowLatencyLayout& layout = r.layout();
-      const char* from = r.x_.own(layout.dispatch_packets(r.x_.half(), source, token, r.shape_.packet_row_bytes));
+      const int64_t from = layout.dispatch_packets(r.x_.half(), source, token, r.shape_.packet_row_bytes);
       has_route = is_there && lane < r.a_.num_topk;
       route_at = from + lane * kPacketBytes;
       has_payload = is_there && vectors.any();
@@ -298,13 +268,13 @@ class LowLatencyReceive {
 
     __device__ void poll() {
       if (has_route) {
-        route = load_relaxed_system_16(route_at);
+        route = inbox.poll_packet(route_at);
       }
       if (has_scale) {
-        scale = load_relaxed_system_16(scale_at);
+        scale = inbox.poll_packet(scale_at);
       }
       if (has_payload) {
-        packets.poll(payload_at);
+        packets.poll(inbox, payload_at);
       }
     }
     __device__ bool has_arrived(uint32_t tag) const { return route.w == tag && scale.w == tag && packets.arrived(tag); }
@@ -410,10 +380,10 @@ class LowLatencyReceive {
       int64_t row = -1;
       float weight = 0;
       if (announced.visits(layout(), source, token)) {
-        const char* flag = x_.own(layout().dispatch_flag(x_.half(), source, token));
+        const int64_t flag = layout().dispatch_flag(x_.half(), source, token);
         auto outcome = Outcome::arrived;
         if (lane == 0) {
-          outcome = x_.wait(Phase::rows, source, true, [&] { return load_acquire_system(flag) == x_.number(); });
+          outcome = x_.wait(Phase::rows, source, true, [&] { return x_.inbox().poll_signal(flag) == x_.number(); });
         }
         if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
           break;
@@ -425,7 +395,8 @@ class LowLatencyReceive {
           if (lane == 0) {
             fence_async_global();  // between the flag and the bulk copy of what it tells of
             barrier_expect(barrier, wire_row_bytes_);
-            bulk_load(stage, x_.own(layout().dispatch_row(x_.half(), source, token)), wire_row_bytes_, barrier);
+            const char* from = x_.inbox().data(layout().dispatch_row(x_.half(), source, token));
+            bulk_load(stage, from, wire_row_bytes_, barrier);
           }
           barrier_wait(barrier, n++ % 2);
           if (lane < a_.num_topk) {

@@ -75,16 +75,16 @@ struct Packets {
     packets[3] = {c.y, c.z, c.w, number};
   }
 
-  __device__ __forceinline__ void send(char* to) const {
+  __device__ __forceinline__ void send(const Peer& peer, int64_t offset) const {
 #pragma unroll
     for (int i = 0; i < kPacketsPerLane; ++i) {
-      store_relaxed_system_16(to + i * kPacketStride, packets[i]);
+      peer.put_packet(offset + i * kPacketStride, packets[i]);
     }
   }
-  __device__ __forceinline__ void poll(const char* from) {
+  __device__ __forceinline__ void poll(const Inbox& inbox, int64_t offset) {
 #pragma unroll
     for (int i = 0; i < kPacketsPerLane; ++i) {
-      packets[i] = load_relaxed_system_16(from + i * kPacketStride);
+      packets[i] = inbox.poll_packet(offset + i * kPacketStride);
     }
   }
   __device__ __forceinline__ bool arrived(uint32_t number) const {

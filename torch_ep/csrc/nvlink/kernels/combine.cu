@@ -39,14 +39,14 @@ class Combine {
     copy_ring().init();
     bool going = true;
     if (a_.plan.expert_major) {
-      const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+      const int received = in_.end.of(x_.world_size() - 1);
       const int warps = static_cast<int>(gridDim.x) * kMaxWarps;
       invert_recv_pair(
           x_, a_.plan, received, static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(), warps);
       going = wait_for_gate(x_, static_cast<uint32_t>(warps));
     }
     if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
-      going = handshake(x_, a_.agreed, in_.count(), out_.count()) && going;
+      going = exchange_handshakes(x_, a_.handshake, {in_.counts(), out_.counts()}) && going;
     }
     going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
     if (going && sends) {
@@ -86,7 +86,12 @@ class Combine {
   }
   __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMaxSplitRows; }
   __device__ bool any_few(const WireRows& rows) const {
-    return __any_sync(kFullWarp, x_.is_peer(lane_id()) && is_few(rows.count())) != 0;
+    bool few = false;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      few = few || (x_.is_peer(rank_at(step)) && is_few(rows.counts()[step]));
+    }
+    return __any_sync(kFullWarp, few) != 0;
   }
 
   __device__ int peers() const { return max(x_.world_size() - 1, 1); }
@@ -153,13 +158,15 @@ class Combine {
   // The chunks of wire rows that this warp sends, one after the other.
   class SendQueue {
    public:
-    __device__ explicit SendQueue(const Combine& c) : c_(c), queue_(c.x_, 0), rows_(c.in_.count()) {
-      const Cut cut = c.cut_of(rows_);
-      int most = c.x_.is_peer(lane_id()) ? ((rows_ + (1 << cut.shift) - 1) >> cut.shift) * cut.parts : 0;
-      for (int step = kMaxRanks / 2; step > 0; step /= 2) {
-        most = max(most, __shfl_xor_sync(kFullWarp, most, step));
+    __device__ explicit SendQueue(const Combine& c) : c_(c), queue_(c.x_.comm, 0), rows_(c.in_.counts()) {
+      int most = 0;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const Cut cut = c.cut_of(rows_[step]);
+        const int chunks = ((rows_[step] + (1 << cut.shift) - 1) >> cut.shift) * cut.parts;
+        most = max(most, c.x_.is_peer(rank_at(step)) ? chunks : 0);
       }
-      chunks_ = __shfl_sync(kFullWarp, most, 0);
+      chunks_ = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(most)));
     }
 
     // False: there is none left. The tickets go round the peers, as long as the one with most chunks has any.
@@ -173,7 +180,7 @@ class Combine {
         chunk = item / peers;
         // Note [Peers in work].
         to = (c_.a_.comm.rank + 1 + item - chunk * peers) % c_.x_.world_size();
-        const int rows = __shfl_sync(kFullWarp, rows_, to);
+        const int rows = rows_.of(to);
         const Cut cut = c_.cut_of(rows);
         begin = min(cut.parts == 1 ? chunk << cut.shift : chunk / cut.parts, rows);
         end = min(begin + (1 << cut.shift), rows);
@@ -192,7 +199,7 @@ class Combine {
    private:
     const Combine& c_;
     WorkQueue queue_;
-    const int rows_;
+    const PerRank<int> rows_;
     int chunks_ = 0;
   };
 
@@ -225,10 +232,9 @@ class Combine {
    private:
     __device__ void signal() {
       __syncwarp();
-      // The lane whose bulk copies they were; what the others stored is ordered by the barrier.
-      if (lane_id() == to_) {
-        fence_async_global();
-        store_release_system(x_.peer(to_, x_.layout().combine_flag(x_.comm.rank, chunk_)), x_.tag());
+      // The lane whose bulk copies they were. The barrier orders what the others stored.
+      if (lane_id() == lane_of(to_)) {
+        x_.peer(to_).signal_copies(x_.layout().combine_flag(x_.comm.rank, chunk_), x_.tag());
       }
       chunk_ = -1;
     }
@@ -247,15 +253,22 @@ class Combine {
     __syncwarp();
   }
 
-  __device__ char* slot_of(int to, int row) const {
+  // The lane that copies to a rank.
+  __device__ static int lane_of(int rank) { return rank % kWarp; }
+
+  // Where the row-th wire row to a rank is in its buffer.
+  __device__ int64_t row_at(int to, int row) const {
     const Layout& layout = x_.layout();
-    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.wire_row_bytes);
+    return layout.combine_rows(a_.comm.rank, to) + row * layout.wire_row_bytes;
   }
 
-  __device__ void send_weights(char* slot, int64_t wire_row, const Rows& rows) const {
+  // Warp-collective.
+  __device__ void send_weights(int to, int64_t row_at, int64_t wire_row, const Rows& rows) const {
     const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (bytes != 0 && lane < a_.plan.num_topk) {
-      take_weight(slot + a_.format.weights_at() + lane * bytes, wire_row, rows);
+      uint64_t weight = 0;
+      take_weight(reinterpret_cast<char*>(&weight), wire_row, rows);
+      x_.peer(to).put_value(row_at + a_.format.weights_at() + lane * bytes, weight, bytes);
     }
   }
 
@@ -266,9 +279,9 @@ class Combine {
     int parity = 0;
     while (work.advance()) {
       for (int row = work.begin; row < work.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, work.to)} + row;
+        const int64_t wire_row = int64_t{in_.begin.of(work.to)} + row;
         const Rows rows = rows_of(wire_row, 0);
-        char* slot = slot_of(work.to, row);
+        const int64_t to_row = row_at(work.to, row);
         const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
           bulk_wait_read<1>();
           __syncwarp();
@@ -280,9 +293,9 @@ class Combine {
           }
           fence_async_shared();
           __syncwarp();
-          if (lane_id() == work.to) {
+          if (lane_id() == lane_of(work.to)) {
             const int at = (work.columns.begin + piece) * kPieceBytes;
-            bulk_store(slot + at, stage, min(kPieceBytes, a_.format.row_bytes - at));
+            x_.peer(work.to).put(to_row + at, stage, min(kPieceBytes, a_.format.row_bytes - at));
           }
           bulk_commit();
         };
@@ -294,7 +307,7 @@ class Combine {
             memory_,
             sink);
         if (work.columns.begin == 0) {
-          send_weights(slot, wire_row, rows);
+          send_weights(work.to, to_row, wire_row, rows);
         }
         flags.sent(work.to, work.chunk, work.columns.count(), row + 1 == work.end);
       }
@@ -321,13 +334,13 @@ class Combine {
       ring.wait(n);
       fence_async_shared();
       __syncwarp();
-      char* slot = slot_of(p.to, p.row);
-      if (lane_id() == p.to) {
-        bulk_store(slot + p.begin, ring.stage(n), p.bytes);
+      const int64_t to_row = row_at(p.to, p.row);
+      if (lane_id() == lane_of(p.to)) {
+        x_.peer(p.to).put(to_row + p.begin, ring.stage(n), p.bytes);
       }
       bulk_commit();
       if (p.begin == 0) {
-        send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
+        send_weights(p.to, to_row, p.wire_row, Rows{0, -1, Wide{1}});
       }
       if (p.ends_row) {
         flags.sent(p.to, p.chunk, p.copies, p.ends_chunk);
@@ -335,7 +348,7 @@ class Combine {
     };
     while (work.advance()) {
       for (int row = work.begin; row < work.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, work.to)} + row;
+        const int64_t wire_row = int64_t{in_.begin.of(work.to)} + row;
         const int end = min(work.columns.end * kPieceBytes, a_.format.row_bytes);
         int copies = 0;
         for (int begin = work.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
@@ -389,45 +402,51 @@ class Combine {
   __device__ void reduce() {
     const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
     const Layout& layout = x_.layout();
-    const bool is_peer = x_.is_peer(lane);
-    const int from = is_peer ? lane : me;
-    const char* slots = is_peer ? x_.own(layout.combine_rows(from, me)) : nullptr;
-    const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
-    const Cut theirs = cut_of(out_.count()), ours = cut_of(a_.plan.num_tokens);
-    int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
-    WorkQueue queue(x_, 1);
+    const int first_own = in_.begin.of(me);
+    const Cut ours = cut_of(a_.plan.num_tokens);
+    Cut theirs[kRankSteps];
+    PerRank<int> arrived_chunk;  // the last one of each rank that was waited for
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      theirs[step] = cut_of(out_.counts()[step]);
+      arrived_chunk[step] = -1;
+    }
+    WorkQueue queue(x_.comm, 1);
     for (int64_t i = queue.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = queue.next()) {
       queue.prefetch();
       const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
       const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
       const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
-      const Slot slot = find_slot(x_, entry, out_);
+      const TokenRows slot = find_rows(x_, entry, out_);
       const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
 
-      // Lane r waits for these columns of the row of rank r.
-      const int row = slot.row_to_lane;
-      // fault: combine: only the first part awaited
-      const int last_chunk = chunk_of<few>(theirs, row, columns.end - 1);
-      int chunk = chunk_of<few>(theirs, row, columns.begin);
-      const bool waits = is_peer && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk);
-      const auto has_arrived = [&] {
-        while (x_.is_tagged(load_acquire_system(x_.own(layout.combine_flag(from, chunk))))) {
-          if (!few || chunk == last_chunk) {
-            return true;
+      // Waits for these columns of the row of every rank.
+      bool going = true;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int row = slot.row_to[step], from = rank_at(step);
+        // fault: combine: only the first part awaited
+        const int last_chunk = chunk_of<few>(theirs[step], row, columns.end - 1);
+        int chunk = chunk_of<few>(theirs[step], row, columns.begin);
+        const bool waits = x_.is_peer(from) && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk[step]);
+        const auto has_arrived = [&] {
+          while (x_.is_tagged(x_.inbox().poll_signal(layout.combine_flag(from, chunk)))) {
+            if (!few || chunk == last_chunk) {
+              return true;
+            }
+            ++chunk;
           }
-          ++chunk;
-        }
-        return false;
-      };
-      if (!wait_lanes(x_, Phase::rows, waits, from, has_arrived)) {
+          return false;
+        };
+        going = going && wait_lanes(x_, Phase::rows, waits, from, has_arrived);
+        arrived_chunk[step] = waits ? last_chunk : arrived_chunk[step];
+      }
+      if (!going) {
         return;
       }
-      arrived_chunk = waits ? last_chunk : arrived_chunk;
 
-      const char* base =
-          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
-      const char* arrived_row =
-          base + slot.row * layout.wire_row_bytes;  // lane k: what came back for slot k, unless own
+      // Lane k: what came back for slot k, unless it is this rank's.
+      const char* arrived_row = x_.inbox().data(layout.combine_rows(slot.rank, me) + slot.row * layout.wire_row_bytes);
       const bool is_own = slot.row >= 0 && slot.rank == me;
       const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
       Rows own{0, -1, Wide{1}};

@@ -89,7 +89,7 @@ class Dispatch {
   class Tokens {
    public:
     __device__ Tokens(const Exchange& x, const DispatchArgs& args, int queue, int chunk_tokens)
-        : queue_(x, queue), a_(args), chunk_tokens_(chunk_tokens) {}
+        : queue_(x.comm, queue), a_(args), chunk_tokens_(chunk_tokens) {}
     __device__ Token next() {
       if (next_ == end_) {
         next_ = queue_.next() * chunk_tokens_;
@@ -132,26 +132,40 @@ class Dispatch {
     __syncwarp();
   }
 
-  // Returns how many tokens it was.
+  // Rows of a chunk to one rank: the first, and how many.
+  struct Span {
+    int begin = 0, count = 0;
+  };
+
+  // Returns how many tokens this warp has staged.
   __device__ int send() {
     const int lane = lane_id(), me = a_.comm.rank;
     const Layout& layout = x_.layout();
-    const int to = rank_of_lane(me + warp_id(), x_.world_size());  // of this lane
-    const bool is_peer = x_.is_peer(to);
-    const int rows_before = __shfl_sync(kFullWarp, out_.begin, to);
     const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
-    char* rows = is_peer ? x_.peer(to, layout.dispatch_rows(me, to)) : nullptr;
-
-    // Of the chunk at hand, and of the one before, whose flag is still to be written: rows to this lane's rank.
-    int begin = 0, count = 0, signaled_begin = 0, signaled_count = 0;
+    // Of the ranks that this lane stands for.
+    PerRank<int> to, rows_before;
+    Peer peers[kRankSteps];
+    PerRank<int64_t> rows_at;
+    // Of the chunk at hand, and of the one before, whose flag is still to be written.
+    Span spans[kRankSteps], unsignaled_spans[kRankSteps];
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, me + warp_id(), x_.world_size());
+      rows_before[step] = out_.begin.of(to[step]);
+      if (x_.is_peer(to[step])) {
+        peers[step] = x_.peer(to[step]);
+        rows_at[step] = layout.dispatch_rows(me, to[step]);
+      }
+    }
     int64_t chunk = -1, unsignaled = -1;
     const auto signal = [&] {
-      if (is_peer && unsignaled >= 0) {
-        fence_async_global();
-        store_release_system(
-            x_.peer(to, layout.dispatch_flag(me, unsignaled)),
-            // fault: dispatch: row count in a flag
-            x_.tag() | static_cast<uint64_t>(signaled_count) << 24 | static_cast<uint64_t>(signaled_begin));
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (x_.is_peer(to[step]) && unsignaled >= 0) {
+          peers[step].signal_copies(
+              layout.dispatch_flag(me, unsignaled),
+              flag_of(unsignaled_spans[step].begin, unsignaled_spans[step].count));
+        }
       }
       unsignaled = -1;
     };
@@ -170,30 +184,37 @@ class Dispatch {
     }
     for (; token.index >= 0; ++n) {
       const Token next = tokens.next();
-      const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, to);
-      if (token.index / chunk_tokens_ != chunk) {
+      const PerRank<int> row_to = find_rows(x_, token.entry, out_).row_to;
+      PerRank<int> rows;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        rows[step] = row_to.of(to[step]);
+      }
+      const bool begins_chunk = token.index / chunk_tokens_ != chunk;
+      if (begins_chunk) {
         chunk = token.index / chunk_tokens_;
-        begin = count = 0;
+#pragma unroll
+        for (Span& span : spans) {
+          span = {};
+        }
       }
       ring_.wait(n);
       char* stage = ring_.stage(n);
       fill_wire_row(stage, token.index, token.weight);
-      if (is_peer && row >= 0) {
-        bulk_store(rows + row * layout.wire_row_bytes, stage, wire_row_bytes);
-        if (count == 0) {
-          begin = row;
-        } else if (row != begin + count) {
-          publish_failure(
-              x_,
-              {Failure::bad_plan,
-               Phase::rows,
-               me,
-               static_cast<int64_t>(PlanTensor::send_row),
-               rows_before + begin + count,
-               rows_before + row,
-               0});
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int row = rows[step];
+        Span& span = spans[step];
+        if (x_.is_peer(to[step]) && row >= 0) {
+          peers[step].put(rows_at[step] + row * layout.wire_row_bytes, stage, wire_row_bytes);
+          if (span.count == 0) {
+            span.begin = row;
+          } else if (row != span.begin + span.count) {
+            publish_bad_index(
+                x_, Failure::bad_send_row, rows_before[step] + span.begin + span.count, rows_before[step] + row);
+          }
+          ++span.count;
         }
-        ++count;
       }
       bulk_commit();
       if (unsignaled >= 0) {
@@ -203,8 +224,10 @@ class Dispatch {
       }
       if (next.index < 0 || next.index / chunk_tokens_ != chunk) {
         unsignaled = chunk;
-        signaled_begin = begin;
-        signaled_count = count;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          unsignaled_spans[step] = spans[step];
+        }
       }
       if (next.index >= 0) {
         wait_for_stage();
@@ -218,6 +241,16 @@ class Dispatch {
     signal();
     return n;
   }
+
+  // A chunk's flag: which rows to the reader are in it.
+  __device__ uint64_t flag_of(int begin, int count) const {
+    // fault: dispatch: row count in a flag
+    return x_.tag() | static_cast<uint64_t>(count) << kCountShift | static_cast<uint64_t>(begin);
+  }
+  __device__ static int begin_in(uint64_t flag) { return static_cast<int>(flag & (kMaxTokens - 1)); }
+  __device__ static int count_in(uint64_t flag) { return static_cast<int>(flag >> kCountShift & 0xff); }
+  static constexpr int kCountShift = 24;
+  static_assert(kMaxTokens == 1 << kCountShift);
 
   // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
   __device__ void write_own_rows(int n) const {
@@ -236,78 +269,97 @@ class Dispatch {
   __device__ void receive() {
     const int lane = lane_id();
     const Layout& layout = x_.layout();
-    const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+    const int received = in_.end.of(x_.world_size() - 1);
     if (receiver_ == 0) {
-      if (!handshake(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
+      if (!exchange_handshakes(x_, a_.handshake, {out_.counts(), in_.counts()}, chunks_)) {
         return;
       }
     } else if (a_.plan.expert_major) {
       invert_recv_pair(x_, a_.plan, received, receiver_ - 1, inverters());
     }
     zero_fill(received);
-    if (!wait_for_headers(x_) || !wait_for_inverse()) {
+    if (!wait_for_handshakes(x_) || !wait_for_inverse()) {
       return;
     }
 
-    // Lane s receives from rank s: the receiver_-th of its chunks, then, one after the other, those that no warp has
-    // taken yet. To ask for one takes most of a microsecond: not where there is none.
-    const bool is_peer = x_.is_peer(lane);
-    const int from = is_peer ? lane : a_.comm.rank;
-    const int64_t chunks =
-        is_peer ? min(static_cast<int64_t>(load_relaxed_system(&header_of_lane(x_)->chunks)), layout.max_tokens) : 0;
+    // Of each rank, this warp takes the receiver_-th chunk, then one after another that no warp has taken yet. Taking
+    // one costs most of a microsecond: not where there is none.
+    PerRank<int64_t> chunk, chunks;
+    PerRank<int> next, end;  // rows of the chunk before that one which have arrived
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int from = rank_at(step);
+      chunk[step] = receiver_;
+      chunks[step] = x_.is_peer(from) ? min(announced_chunks(x_, from), layout.max_tokens) : 0;
+    }
     const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
-    int64_t chunk = receiver_;
-    int next = 0, end = 0;  // rows of the chunk before that one which have arrived
     int turn = 0;
     Tokens tokens(x_, a_, 1, 1);
     Token own = tokens.next();
+    const auto have_arrived = [&] {
+      RankSet ready;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        ready.words[step] = __ballot_sync(kFullWarp, next[step] < end[step]);
+      }
+      return ready;
+    };
     for (int n = 0;;) {
-      uint32_t ready = __ballot_sync(kFullWarp, next < end);
+      RankSet ready = have_arrived();
       Wait wait(x_, Phase::rows);
-      while (ready == 0) {
-        const bool waits = chunk < chunks;
+      while (!ready.any()) {
+        bool waits = false;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          waits = waits || chunk[step] < chunks[step];
+        }
         if (!__any_sync(kFullWarp, waits) && own.index < 0) {
           bulk_wait<0>();
           return;
         }
-        uint64_t word = 0;
-        if (waits) {
-          word = load_acquire_system(x_.own(layout.dispatch_flag(from, chunk)));
+        bool gives_up = false;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          const int from = rank_at(step);
+          if (chunk[step] >= chunks[step]) {
+            continue;
+          }
+          const uint64_t flag = x_.inbox().poll_signal(layout.dispatch_flag(from, chunk[step]));
+          if (x_.is_tagged(flag)) {
+            next[step] = begin_in(flag);
+            end[step] = min(begin_in(flag) + count_in(flag), static_cast<int>(layout.max_tokens));
+            chunk[step] = take_chunk(from, chunks[step]);
+          } else {
+            gives_up = gives_up || (own.index < 0 && !wait.keep_waiting(from, flag));
+          }
         }
-        const bool news = waits && x_.is_tagged(word);
-        if (news) {
-          next = static_cast<int>(word & (kMaxTokens - 1));
-          end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
-          // fault: dispatch: chunk that no warp takes
-          chunk = receivers_ < chunks ? receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)} : chunks;
-        }
-        ready = __ballot_sync(kFullWarp, next < end);
-        if (ready != 0) {
-          fence_async_global();  // between the flag and the bulk copies of what it tells of
+        ready = have_arrived();
+        if (ready.any()) {
+          fence_async_global();  // between the flag and the bulk copies of what it publishes
           __syncwarp();
         } else if (own.index >= 0) {
           n += write_own_row(own, n);
           own = tokens.next();
-        } else if (__any_sync(kFullWarp, waits && !news && !wait.keep_waiting(from, word))) {
+        } else if (__any_sync(kFullWarp, gives_up)) {
           bulk_wait<0>();
           return;
         }
       }
       // Sources in turn, so that none of them is left behind.
-      const uint32_t after = ready & (kFullWarp << turn);
-      const int source = __ffs(static_cast<int>(after != 0 ? after : ready)) - 1;
-      turn = (source + 1) % kWarp;
-      const int row = __shfl_sync(kFullWarp, next, source);
-      const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, source)} + row;
-      if (lane == source) {
-        ++next;
+      const int source = ready.first_from(turn);
+      turn = (source + 1) % (kRankSteps * kWarp);
+      const int row = next.of(source);
+      const int64_t position = int64_t{in_.begin.of(source)} + row;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        next[step] += rank_at(step) == source ? 1 : 0;
       }
       wait_for_stage();
       if (lane == 0) {
         barrier_expect(ring_.barrier(n), wire_row_bytes);
         bulk_load(
             ring_.stage(n),
-            x_.own(layout.dispatch_rows(source, a_.comm.rank) + row * layout.wire_row_bytes),
+            x_.inbox().data(layout.dispatch_rows(source, a_.comm.rank) + row * layout.wire_row_bytes),
             wire_row_bytes,
             ring_.barrier(n));
       }
@@ -319,14 +371,21 @@ class Dispatch {
     }
   }
 
+  // One thread. The next chunk of a rank that no warp has taken; beyond the first of each warp.
+  __device__ int64_t take_chunk(int from, int64_t chunks) const {
+    uint32_t* taken = &a_.comm.state->chunks[from];
+    // fault: dispatch: chunk that no warp takes
+    return receivers_ < chunks ? receivers_ + int64_t{atomicAdd(taken, 1)} : chunks;
+  }
+
   // A token of this rank, if it has an expert here: 1, or else 0.
   __device__ int write_own_row(const Token& token, int n) const {
     const int me = a_.comm.rank;
-    const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, me);
+    const int row = find_rows(x_, token.entry, out_).row_to.of(me);
     if (row < 0) {
       return 0;
     }
-    const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, me)} + row;
+    const int64_t position = int64_t{in_.begin.of(me)} + row;
     wait_for_stage();
     if (lane_id() == 0) {
       load_token_row(token.index, n);

@@ -98,12 +98,16 @@ class LowLatencyCombine {
     return {begin, min(most, vectors_ - begin)};
   }
 
-  // On what both sides have to agree.
-  __device__ uint32_t agreed() const {
-    return static_cast<uint32_t>(max_tokens_) << kTokensShift | static_cast<uint32_t>(a_.element) << kElementShift |
-           (static_cast<uint32_t>(vectors_) & ((1U << kElementShift) - 1));
+  // What a rank publishes as it enters: what both sides have to agree on, and the number of the exchange. A packet of
+  // its own, so that nothing is awaited but what is read.
+  __device__ uint4 entered_packet() const {
+    return {
+        static_cast<uint32_t>(max_tokens_),
+        static_cast<uint32_t>(a_.handshake.hidden),
+        static_cast<uint32_t>(a_.handshake.dtype),
+        x_.tag()};
   }
-  static constexpr int kElementShift = 14, kTokensShift = 16;
+  __device__ static bool agree(const uint4& a, const uint4& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 
   // --- send ---
 
@@ -113,7 +117,7 @@ class LowLatencyCombine {
   // Of a whole block, whose warps begin here, whether they send or not. False: not begun.
   __device__ bool send(bool is_sender) {
     const int work = is_sender ? x_.world_size() * max_tokens_ * parts_ : 0;
-    uint32_t ranks = 0;  // that may be written
+    RankSet ranks;  // that may be written
     int parity = 0;
     bool has_begun = false;
     for (int i = begin(); i < work || !has_begun; i += step()) {
@@ -135,16 +139,16 @@ class LowLatencyCombine {
         if (!may_begin()) {
           return false;
         }
-        ranks = is_sender ? enter() : 0;
+        ranks = is_sender ? enter() : RankSet{};
       }
-      if (lanes == 0 || (ranks >> source & 1) == 0) {
+      if (lanes == 0 || !ranks.has(source)) {
         continue;
       }
       if (!uses_packets()) {
         send_part(source, token, part, lanes, y, weight, parity);
       } else if (vectors.any()) {
-        char* packets = x_.peer(source, layout().combine_packets(x_.half(), x_.me(), token));
-        Packets(sum, x_.tag()).send(packets + packet_offset(part));
+        const int64_t packets = layout().combine_packets(x_.half(), x_.me(), token);
+        Packets(sum, x_.tag()).send(x_.peer(source), packets + packet_offset(part));
       }
     }
     if (!uses_packets()) {
@@ -155,14 +159,16 @@ class LowLatencyCombine {
   }
 
   // Of a whole warp: the ranks that may be written, which are told that this one has entered.
-  __device__ uint32_t enter() const {
-    const uint32_t ranks = x_.writable();
+  __device__ RankSet enter() const {
+    const RankSet ranks = x_.writable();
     if (!uses_packets()) {
       fence_async_global();  // between the credit and the bulk copies that it allows
     }
     if (blockIdx.x == 0 && warp_id() == 0) {
-      if ((ranks >> lane_id() & 1) != 0) {
-        store_relaxed_system(x_.peer(lane_id(), layout().entered(x_.half(), x_.me())), x_.word_of(agreed()));
+      for (int p = lane_id(); p < x_.world_size(); p += kWarp) {
+        if (ranks.has(p)) {
+          x_.peer(p).put_packet(layout().entered(x_.half(), x_.me()), entered_packet());
+        }
       }
       if (lane_id() == 0 && a_.part == Part::send) {
         a_.in_flight[0] = static_cast<int64_t>(x_.number());
@@ -235,7 +241,8 @@ class LowLatencyCombine {
     char* leaving = memory_ + kDepth * kPieceBytes;
     const int lane = lane_id();
     const Columns columns = columns_of(part);
-    char* to = x_.peer(source, layout().combine_row(x_.half(), x_.me(), token)) + columns.begin * 16;
+    const Peer peer = x_.peer(source);
+    const int64_t to = layout().combine_row(x_.half(), x_.me(), token) + columns.begin * 16;
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
       bulk_wait_read<1>();
       __syncwarp();
@@ -249,15 +256,14 @@ class LowLatencyCombine {
       __syncwarp();
       if (lane == 0) {
         const int bytes = min(kPieceBytes, columns.count * 16 - piece * kPieceBytes);
-        bulk_store(to + int64_t{piece} * kPieceBytes, stage, bytes);
+        peer.put(to + int64_t{piece} * kPieceBytes, stage, bytes);
       }
       bulk_commit();
     };
     reduce_rows<T, true, kDepth>({1, 1, lanes}, y + columns.begin * 16, weight, columns.count, memory_, sink);
     bulk_wait<0>();
     if (lane == 0) {
-      fence_async_global();
-      store_release_system(x_.peer(source, layout().combine_flag(x_.half(), x_.me(), token, part)), x_.number());
+      peer.signal_copies(layout().combine_flag(x_.half(), x_.me(), token, part), x_.number());
     }
   }
 
@@ -290,35 +296,46 @@ class LowLatencyCombine {
     }
   }
 
-  // A look at what a rank says as it enters.
-  __device__ uint64_t word_of(int rank) const { return load_relaxed_system(x_.own(layout().entered(x_.half(), rank))); }
+  // One thread. What a rank published as it entered.
+  __device__ uint4 poll_entered(int rank) const { return x_.inbox().poll_packet(layout().entered(x_.half(), rank)); }
 
-  // Of a whole warp: until `rank` has entered the same exchange, where `counts`, which is false after that where it did
-  // not come. `seen`: its word, after a first look.
-  __device__ bool await_rank(bool& counts, int rank, uint64_t seen) const {
+  // Warp-collective. Waits until `rank` has entered the same exchange, on lanes where `counts`, which becomes false
+  // where the rank is absent. `entered`: a first poll. False: the exchange failed.
+  __device__ bool await_rank(bool& counts, int rank, uint4 entered) const {
     bool going = true;
     if (counts) {
       auto outcome = Outcome::arrived;
-      if (!x_.is_word(seen)) {
-        outcome = x_.wait(Phase::header, rank, true, [&] {
-          seen = word_of(rank);
-          return x_.is_word(seen);
+      if (entered.w != x_.tag()) {
+        outcome = x_.wait(Phase::handshake, rank, true, [&] {
+          entered = poll_entered(rank);
+          return entered.w == x_.tag();
         });
       }
       counts = outcome == Outcome::arrived;
       going = outcome != Outcome::failed;
-      if (const auto theirs = static_cast<uint32_t>(seen); counts && theirs != agreed()) {
-        const bool of_tokens = (theirs ^ agreed()) >> kTokensShift != 0;
-        const auto shown = [&](uint32_t word) -> int64_t {
-          return of_tokens ? word >> kTokensShift : word & ((1U << kTokensShift) - 1);
-        };
-        const auto number = static_cast<int64_t>(x_.number());
-        x_.publish_failure(
-            {Failure::mismatch, Phase::header, rank, of_tokens ? 3 : 1, shown(agreed()), shown(theirs), number});
+      if (counts && !agree(entered, entered_packet())) {
+        publish_mismatch(rank, entered);
         going = false;
       }
     }
     return __all_sync(kFullWarp, going) != 0;
+  }
+
+  // One thread. Cold path: Note [Cold paths].
+  __device__ __noinline__ void publish_mismatch(int rank, uint4 theirs) const {
+    const uint4 ours = entered_packet();
+    FailureCause cause{Failure::mismatch, Phase::handshake, rank};
+    cause.their_epoch = static_cast<int64_t>(x_.number());
+    const auto differ = [&](HandshakeField field, uint32_t mine, uint32_t other) {
+      cause.field = field;
+      cause.ours = static_cast<int32_t>(mine);
+      cause.theirs = static_cast<int32_t>(other);
+      return mine != other;
+    };
+    if (!differ(HandshakeField::hidden, ours.y, theirs.y) && !differ(HandshakeField::dtype, ours.z, theirs.z)) {
+      differ(HandshakeField::max_tokens, ours.x, theirs.x);
+    }
+    x_.publish_failure(cause);
   }
 
   // Terms are added in the order of the lanes that they are of.
@@ -336,13 +353,13 @@ class LowLatencyCombine {
           lanes &= lanes - 1;
           count = j + 1;
           if (vectors.any()) {
-            packets[j].poll(packets_of(ranks[j], token, chunk));
+            packets[j].poll(x_.inbox(), packets_at(ranks[j], token, chunk));
           }
         }
       }
     };
     const uint32_t expected = __ballot_sync(kFullWarp, counts);
-    const uint64_t seen = counts ? word_of(rank) : 0;
+    const uint4 seen = counts ? poll_entered(rank) : uint4{};
     poll(expected);
     if (!await_rank(counts, rank, seen)) {
       return false;
@@ -361,7 +378,7 @@ class LowLatencyCombine {
           auto outcome = Outcome::arrived;
           if (vectors.any() && !packets[j].arrived(x_.tag())) {
             outcome = x_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
-              packets[j].poll(packets_of(ranks[j], token, chunk));
+              packets[j].poll(x_.inbox(), packets_at(ranks[j], token, chunk));
               return packets[j].arrived(x_.tag());
             });
           }
@@ -380,18 +397,18 @@ class LowLatencyCombine {
     return true;
   }
 
-  __device__ const char* packets_of(int rank, int token, int chunk) const {
-    return x_.own(layout().combine_packets(x_.half(), rank, token) + packet_offset(chunk));
+  __device__ int64_t packets_at(int rank, int token, int chunk) const {
+    return layout().combine_packets(x_.half(), rank, token) + packet_offset(chunk);
   }
 
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
-    if (!await_rank(counts, rank, counts ? word_of(rank) : 0)) {
+    if (!await_rank(counts, rank, counts ? poll_entered(rank) : uint4{})) {
       return false;
     }
     auto outcome = Outcome::arrived;
     if (counts) {
-      const char* flag = x_.own(layout().combine_flag(x_.half(), rank, token, part));
-      outcome = x_.wait(Phase::rows, rank, true, [&] { return load_acquire_system(flag) == x_.number(); });
+      const int64_t flag = layout().combine_flag(x_.half(), rank, token, part);
+      outcome = x_.wait(Phase::rows, rank, true, [&] { return x_.inbox().poll_signal(flag) == x_.number(); });
     }
     if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
       return false;
@@ -399,7 +416,7 @@ class LowLatencyCombine {
     __syncwarp();  // what one lane acquired is there for all
     const uint32_t terms = __ballot_sync(kFullWarp, counts && outcome == Outcome::arrived);
     const Columns columns = columns_of(part);
-    const char* row = x_.own(layout().combine_row(x_.half(), max(rank, 0), token)) + columns.begin * 16;
+    const char* row = x_.inbox().data(layout().combine_row(x_.half(), max(rank, 0), token) + columns.begin * 16);
     char* result = a_.out + int64_t{token} * a_.row_bytes + (columns.begin + lane_id()) * 16;
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
 #pragma unroll

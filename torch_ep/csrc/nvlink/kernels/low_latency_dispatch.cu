@@ -113,20 +113,20 @@ class LowLatencyDispatch {
       published_[i] = 0;
     }
     __syncthreads();
-    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < x_.world_size()) {
-      static_assert(kMaxRanks * kNumAgreed <= kWarp);
-      published_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
+    for (int i = lane_id(); warp_id() == kMaxWarps - 1 && i < x_.world_size() * Handshake::kFields; i += kWarp) {
+      const int p = i / Handshake::kFields, field = i - p * Handshake::kFields;
+      published_[p * words + field] = a_.handshake.field(field);
     }
     const bool faulty = count(first);
     if (!may_begin()) {
       return false;
     }
-    const uint32_t may_write = x_.writable();
+    const RankSet may_write = x_.writable();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      if (const int p = shape_.by_words.quotient(i); (may_write >> p & 1) != 0) {
-        char* to = x_.peer(p, layout().announcement(x_.half(), x_.me())) + int64_t{i - p * words} * 8;
-        store_relaxed_system(to, x_.word_of(static_cast<uint32_t>(published_[i])));
+      if (const int p = shape_.by_words.quotient(i); may_write.has(p)) {
+        const int64_t to = layout().announcement(x_.half(), x_.me()) + int64_t{i - p * words} * 8;
+        x_.peer(p).put_word(to, x_.word_of(static_cast<uint32_t>(published_[i])));
       }
     }
     if (faulty) {
@@ -167,7 +167,7 @@ class LowLatencyDispatch {
         }
         if (expert >= 0) {
           const int p = rank_of(expert);
-          int* published = published_ + p * words + kNumAgreed;
+          int* published = published_ + p * words + Handshake::kFields;
           atomicAdd(&published[expert - p * num_local_], 1);
           atomicOr(
               &published[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
@@ -187,9 +187,13 @@ class LowLatencyDispatch {
       const int earlier = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
       const bool in_range = is_expert(entry);
       if (entry != -1 && !(in_range && earlier == lane_id())) {
-        const int64_t cause = in_range ? earlier : kOutOfRange, shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-        x_.publish_failure(
-            {Failure::bad_topk, Phase::counts, x_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+        FailureCause cause{in_range ? Failure::duplicate_expert : Failure::bad_expert, Phase::counts, x_.me()};
+        cause.token = token;
+        cause.slot = lane_id();
+        cause.earlier_slot = earlier;
+        cause.ours = a_.num_experts;
+        cause.theirs = entry;
+        x_.publish_failure(cause);
       }
     }
   }
@@ -205,9 +209,16 @@ class LowLatencyDispatch {
     return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
   }
 
-  // Likewise: bits of the ranks that the token visits.
-  __device__ uint32_t ranks_of(int entry) const {
-    return __reduce_or_sync(kFullWarp, is_expert(entry) ? 1U << rank_of(entry) : 0);
+  // Warp-collective. The ranks that a token visits. Lane k has entry k.
+  __device__ RankSet ranks_of(int entry) const {
+    RankSet ranks;
+    const int rank = is_expert(entry) ? rank_of(entry) : -1;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const bool is_here = rank >= 0 && rank / kWarp == step;
+      ranks.words[step] = __reduce_or_sync(kFullWarp, is_here ? 1U << rank % kWarp : 0);
+    }
+    return ranks;
   }
 
   // Of the lane's slot.
@@ -240,8 +251,12 @@ class LowLatencyDispatch {
     const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
     const int step = leads ? senders : senders * (kMaxWarps - 1);
     Counter counter(a_, entries_, slots_);
-    const int to = rank_of_lane(x_.me() + static_cast<int>(blockIdx.x) + warp_id(), x_.world_size());  // of this lane
-    uint32_t may_write = 0;
+    PerRank<int> to;  // the ranks that this lane stands for
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, x_.me() + static_cast<int>(blockIdx.x) + warp_id(), x_.world_size());
+    }
+    RankSet may_write;
     bool has_begun = false;
 #pragma unroll 1
     for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
@@ -293,15 +308,20 @@ class LowLatencyDispatch {
       for (uint4& packet : payload_packets.packets) {
         keep_together(packet);
       }
-      const bool visits = ((ranks_of(entry.value()) & may_write) >> to & 1) != 0;
+      const RankSet ranks = ranks_of(entry.value());
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int rank = to[step];
+        const bool visits = rank < x_.world_size() && ranks.has(rank) && may_write.has(rank);
 #pragma unroll 1
-      for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
-        char* there = x_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packets);
-        if (vectors.any()) {
-          payload_packets.send(there + layout().row_packets_at + packet_offset(chunk));
-        }
-        if (has_extra) {
-          store_relaxed_system_16(there + extra_at, extra);
+        for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
+          const Peer peer = x_.peer(__shfl_sync(kFullWarp, rank, __ffs(static_cast<int>(lanes)) - 1));
+          if (vectors.any()) {
+            payload_packets.send(peer, packets + layout().row_packets_at + packet_offset(chunk));
+          }
+          if (has_extra) {
+            peer.put_packet(packets + extra_at, extra);
+          }
         }
       }
     }
@@ -323,17 +343,25 @@ class LowLatencyDispatch {
   __device__ bool send_bulk() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = x_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    const int to = rank_of_lane(x_.me() + static_cast<int>(blockIdx.x), x_.world_size());  // of this lane
-    int unsignaled = -1;  // the token of this lane's last copy, whose flag is still to be written
-    const auto signal = [&](int token) {
-      if (token >= 0) {
-        fence_async_global();
-        store_release_system(x_.peer(to, layout().dispatch_flag(x_.half(), x_.me(), token)), x_.number());
+    // Of the ranks that this lane stands for: the token of the last copy, whose flag is still to be written.
+    PerRank<int> to, unsignaled;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, x_.me() + static_cast<int>(blockIdx.x), x_.world_size());
+      unsignaled[step] = -1;
+    }
+    const auto signal = [&] {
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (const int token = unsignaled[step]; token >= 0) {
+          x_.peer(to[step]).signal_copies(layout().dispatch_flag(x_.half(), x_.me(), token), x_.number());
+        }
       }
     };
     Counter counter(a_, entries_, slots_);
     int n = 0;
-    bool has_begun = false, may_write = false;  // the latter: rank `to`
+    bool has_begun = false;
+    RankSet may_write;
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
@@ -365,7 +393,7 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = (x_.writable() >> to & 1) != 0;
+          may_write = x_.writable();
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
@@ -390,20 +418,28 @@ class LowLatencyDispatch {
       if (as_is) {
         barrier_wait(&memory_.barriers[0], n % 2);
       }
-      const uint32_t ranks = ranks_of(entry.value());
-      const bool visits = may_write && (ranks >> to & 1) != 0;
-      if (visits) {
-        bulk_store(x_.peer(to, layout().dispatch_row(x_.half(), x_.me(), token)), stage, wire_row_bytes_);
+      const RankSet ranks = ranks_of(entry.value());
+      PerRank<bool> visits;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int rank = to[step];
+        visits[step] = rank < x_.world_size() && ranks.has(rank) && may_write.has(rank);
+        if (visits[step]) {
+          x_.peer(rank).put(layout().dispatch_row(x_.half(), x_.me(), token), stage, wire_row_bytes_);
+        }
       }
       bulk_commit();
       // fault: low latency: flag before its row
       bulk_wait<1>();  // all but this token's
-      signal(unsignaled);
-      unsignaled = visits ? token : -1;
+      signal();
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        unsignaled[step] = visits[step] ? token : -1;
+      }
     }
     if (warp_id() == 0) {
       bulk_wait<0>();
-      signal(unsignaled);
+      signal();
     }
     __syncthreads();
     fence_async_shared();  // this memory is for what arrives next

@@ -9,6 +9,8 @@
 // for what was written before it, and so the host of an exact plan hears soon how many rows there are.
 #include "nvlink/device/exchange.cuh"
 
+#include <algorithm>
+
 namespace ep::nvlink {
 namespace {
 
@@ -24,7 +26,8 @@ constexpr int kHandshakeWarp = kWarps - 1, kCreditWarp = kWarps - 2;
 struct PlanShape {
   int num_local;  // experts of a rank
   int words;      // tokens of each rank that are placed at once, kWarp in a word
-  int threads;    // of a block, that place the tokens of one rank
+  int groups;     // of threads of a block, each for the tokens of one rank at a time
+  int threads;    // of a group
   Divisor by_local, by_topk, by_blocks, by_threads, by_published, by_alignment;
 };
 
@@ -49,9 +52,10 @@ struct PlanShared {
   unsigned long long first_bad;  // of all ranks: rank << 32 | status
   int rows_to[kMaxRanks];        // of this block's own tokens
   unsigned own_bad;              // index of their first bad entry
-  // Of the tokens that are placed at once: of each source, those that visit a rank; where the rows begin that a word of
-  // the own ones sends to each rank, and those that come of a word of each source.
-  uint32_t visits[kMaxRanks][kMaxRanks][kPlanWords];
+  // Of the tokens that get their rows at once: the own ones that visit each rank, and those of each source that visit
+  // this rank; where the rows begin that a word of own tokens sends to each rank, and those that come of a word of each
+  // source.
+  uint32_t sent_visits[kMaxRanks][kPlanWords], received_visits[kMaxRanks][kPlanWords];
   int sent_begin[kMaxRanks][kPlanWords], received_begin[kMaxRanks][kPlanWords];
 };
 
@@ -175,8 +179,7 @@ class PlanBlock {
       shared_.first_bad = ~0ULL;
     }
     if (is_handshake_warp()) {
-      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      publish_handshake(x_, agreed, -1, -1);
+      publish_handshake(x_, handshake(), RowCounts::unknown());
     }
     const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
@@ -193,7 +196,7 @@ class PlanBlock {
         s_.histogram[e] += tokens_in(s_.bits + e, a_.num_experts);
       }
       if (tid < world_size_) {
-        shared_.rows_to[tid] += tokens_in(shared_.visits[me_][tid], 1);
+        shared_.rows_to[tid] += tokens_in(shared_.sent_visits[tid], 1);
       }
     }
     if (!__syncthreads_and(going)) {
@@ -208,7 +211,7 @@ class PlanBlock {
                              : n == word_of(Sum::rows)       ? shared_.rows_to[p]
                              : n == word_of(Sum::num_tokens) ? num_tokens
                                                              : status;
-      store_relaxed_system(x_.peer(p, layout.plan_counts(me_, block_)) + n * int64_t{8}, x_.tag() | value);
+      x_.peer(p).put_word(layout.plan_counts(me_, block_) + n * int64_t{8}, x_.tag() | value);
     }
     if (tid < world_size_) {
       store_relaxed_system(&a_.comm.state->send_rows[block_ * kMaxRanks + tid], x_.tag() | shared_.rows_to[tid]);
@@ -217,13 +220,13 @@ class PlanBlock {
     each_own_entry(begin, (own.end - own.begin) * a_.num_topk, [&](int i, int entry) {
 #pragma unroll 1
       for (int p = 0; p < world_size_; ++p) {
-        *reinterpret_cast<int*>(x_.peer(p, layout.plan_topk(me_) + (begin + i) * 4)) = entry;
+        x_.peer(p).put_value(layout.plan_topk(me_) + (begin + i) * 4, static_cast<uint32_t>(entry), sizeof(int));
       }
     });
     __syncthreads();
-    if (warp_id() == kCreditWarp && lane < world_size_) {
-      // Releases the tokens that the whole block wrote: they are ordered before this by the barrier.
-      store_release_system(x_.peer(lane, layout.plan_flag(me_, block_)), x_.epoch);
+    for (int p = lane; warp_id() == kCreditWarp && p < world_size_; p += kWarp) {
+      // Releases the tokens that the whole block wrote: the barrier orders them before this.
+      x_.peer(p).signal(layout.plan_flag(me_, block_), x_.epoch);
     }
     return true;
   }
@@ -233,8 +236,9 @@ class PlanBlock {
     for (int i = tid; of_experts && i < shape_.words * a_.num_experts; i += kThreads) {
       s_.bits[i] = 0;
     }
-    for (int i = tid; i < kMaxRanks * kMaxRanks * kPlanWords; i += kThreads) {
-      (&shared_.visits[0][0][0])[i] = 0;
+    for (int i = tid; i < kMaxRanks * kPlanWords; i += kThreads) {
+      (&shared_.sent_visits[0][0])[i] = 0;
+      (&shared_.received_visits[0][0])[i] = 0;
     }
   }
 
@@ -259,7 +263,7 @@ class PlanBlock {
     const int t = shape_.by_topk.quotient(i);
     const uint32_t bit = 1U << t % kWarp;
     if (entry >= 0 && entry < a_.num_experts) {
-      atomicOr(&shared_.visits[me_][rank_of(entry)][t / kWarp], bit);
+      atomicOr(&shared_.sent_visits[rank_of(entry)][t / kWarp], bit);
       if ((atomicOr(&s_.bits[t / kWarp * a_.num_experts + entry], bit) & bit) == 0) {
         return;
       }
@@ -277,7 +281,13 @@ class PlanBlock {
     atomicMin(&shared_.own_bad, static_cast<unsigned>(begin + i));
   }
 
-  // The warp that meets the peers.
+  __device__ Handshake handshake() const {
+    Handshake handshake{};
+    handshake.num_experts = a_.num_experts;
+    handshake.num_topk = a_.num_topk;
+    return handshake;
+  }
+  // The warp that exchanges handshakes with the peers.
   __device__ bool is_handshake_warp() const { return block_ == 0 && warp_id() == kHandshakeWarp; }
 
   // --- hear ---
@@ -288,7 +298,7 @@ class PlanBlock {
 
   // Of the shares of all ranks, those of rank 0 first: what the n-th block told.
   __device__ const char* published_by(int n) const {
-    return x_.own(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
+    return x_.inbox().data(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
   }
 
   // The value of a word, once it is there; `seen`: of the first look at it.
@@ -326,11 +336,10 @@ class PlanBlock {
   __device__ bool collect_counts() {
     bool going = true;
     if (is_handshake_warp()) {
-      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      going = check_handshake(x_, agreed, -1, -1);
+      going = check_handshake(x_, handshake(), RowCounts::unknown());
     }
-    if (warp_id() < world_size_) {
-      collect_rank(warp_id(), going);
+    for (int rank = warp_id(); rank < world_size_; rank += kWarps) {
+      collect_rank(rank, going);
     }
     if (a_.expert_major) {
       collect_experts(going);
@@ -347,14 +356,19 @@ class PlanBlock {
     }
     const int lane = lane_id();
     is_void_ = shared_.first_bad != ~0ULL;
-    if (!is_void_ && lane < world_size_) {
-      mine_ = shared_.ranks[lane];
-    } else if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
+    if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
       publish_bad_topk(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
     }
-    sent_end_ = sum_up_to_lane<kMaxRanks>(mine_.sent);
-    received_end_ = sum_up_to_lane<kMaxRanks>(mine_.received);
-    received_ = __shfl_sync(kFullWarp, received_end_, world_size_ - 1);
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const bool counts = !is_void_ && rank_at(step) < world_size_;
+      mine_[step] = counts ? shared_.ranks[rank_at(step)] : RankCounts{};
+      sent_end_[step] = mine_[step].sent;
+      received_end_[step] = mine_[step].received;
+    }
+    sent_end_ = sum_up_to_rank(sent_end_, world_size_);
+    received_end_ = sum_up_to_rank(received_end_, world_size_);
+    received_ = received_end_.of(world_size_ - 1);
     needed_ = a_.expert_major ? add_up_experts() : received_;
     rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
     // Where rows are dropped, `place` knows, where the capacity ends.
@@ -456,7 +470,7 @@ class PlanBlock {
       for (int e = from; e < to; ++e) {
         size += aligned(s_.expert_total[e]);
       }
-      int begin = sum_up_to_lane<kWarp>(size) - size;
+      int begin = sum_up_to_lane(size) - size;
       for (int e = from; e < to; ++e) {
         s_.expert_begin[e] = begin;
         begin += aligned(s_.expert_total[e]);
@@ -472,9 +486,9 @@ class PlanBlock {
     return int64_t{s_.expert_begin[expert]} + aligned(s_.expert_total[expert]);
   }
 
-  // One thread. `status`: of what the rank told, not 0.
+  // One thread. `status`: what the rank published, not 0.
   __device__ void publish_bad_topk(int rank, int64_t status) const {
-    int64_t value = 0, cause = kTooManyTokens;
+    FailureCause cause{Failure::too_many_tokens, Phase::counts, rank};
     if (status != kRefused) {
       bool going = true;
       for (int b = 0; b < blocks_; ++b) {
@@ -483,17 +497,21 @@ class PlanBlock {
       if (!going) {
         return;
       }
-      const int* entries = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(rank)));
-      const int64_t bad = status - 1, token = bad / a_.num_topk;
-      value = entries[bad];
-      cause = kOutOfRange;
-      for (int64_t i = token * a_.num_topk; cause == kOutOfRange && i < bad; ++i) {
-        cause = entries[i] == value ? i % a_.num_topk : kOutOfRange;
+      const int* entries = topk_of(rank);
+      const auto bad = static_cast<int>(status - 1);
+      cause.kind = Failure::bad_expert;
+      cause.token = bad / a_.num_topk;
+      cause.slot = bad % a_.num_topk;
+      cause.ours = a_.num_experts;
+      cause.theirs = entries[bad];
+      for (int i = bad - cause.slot; cause.kind == Failure::bad_expert && i < bad; ++i) {
+        if (entries[i] == entries[bad]) {
+          cause.kind = Failure::duplicate_expert;
+          cause.earlier_slot = i % a_.num_topk;
+        }
       }
     }
-    // Tensors of other shapes may have been planned for before the host reads this.
-    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-    publish_failure(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
+    publish_failure(x_, cause);
   }
 
   // Rows of an expert that find a place.
@@ -520,11 +538,14 @@ class PlanBlock {
         *a_.num_dropped = static_cast<int>(dropped);
       }
     }
-    if (tid < world_size_) {
-      a_.send_counts[tid] = mine_.sent;
-      a_.recv_counts[tid] = mine_.received;
-      if (!a_.expert_major) {
-        a_.offsets[tid] = static_cast<int>(min(int64_t{received_end_}, rows_));
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      if (const int rank = rank_at(step); warp_id() == 0 && rank < world_size_) {
+        a_.send_counts[rank] = mine_[step].sent;
+        a_.recv_counts[rank] = mine_[step].received;
+        if (!a_.expert_major) {
+          a_.offsets[rank] = static_cast<int>(min(int64_t{received_end_[step]}, rows_));
+        }
       }
     }
     for (int e = tid; a_.expert_major && e < num_local_; e += kThreads) {
@@ -537,14 +558,14 @@ class PlanBlock {
 
   // A thread: until it can read what a block of a rank wrote of its tokens.
   __device__ bool wait_for_tokens(int rank, int block) const {
-    const void* flag = x_.own(x_.layout().plan_flag(rank, block));
+    const int64_t flag = x_.layout().plan_flag(rank, block);
     Wait wait(x_, Phase::counts);
-    uint64_t seen = load_acquire_system(flag);
+    uint64_t seen = x_.inbox().poll_signal(flag);
     while (seen != x_.epoch) {
       if (!wait.keep_waiting(rank, seen)) {
         return false;
       }
-      seen = load_acquire_system(flag);
+      seen = x_.inbox().poll_signal(flag);
     }
     return true;
   }
@@ -555,8 +576,13 @@ class PlanBlock {
     if (!__syncthreads_and(!waits || wait_for_tokens(tid, block_))) {
       return;
     }
-    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(mine_.num_tokens)));
-    assign_rows(share_of(most));
+    int max_tokens = 0;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      max_tokens = max(max_tokens, mine_[step].num_tokens);
+    }
+    max_tokens = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(max_tokens)));
+    assign_rows(share_of(max_tokens));
     if (is_void_ && !a_.refused) {
       const Range own = tokens_of(a_.num_tokens);
       for (int i = own.begin * a_.num_topk + tid; i < own.end * a_.num_topk; i += kThreads) {
@@ -569,17 +595,21 @@ class PlanBlock {
   // Of a whole block: its share of every rank's tokens, of the longest one `share` tokens.
   __device__ void assign_rows(int share) {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
-    const int source = shape_.by_threads.quotient(tid), thread = tid - source * shape_.threads;
-    const bool has_source = source < world_size_;  // the same for a whole warp
-    const Range own = tokens_of(__shfl_sync(kFullWarp, mine_.num_tokens, source));
-    const int* topk = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(has_source ? source : 0)));
-    // Lane r: where the rows to rank r begin, and those from rank r. First those before this block's share.
-    int sent = sent_end_ - mine_.sent + mine_.sent_before;
-    int received = received_end_ - mine_.received + mine_.received_before;
-    // rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
-    const uint32_t ends = __ballot_sync(kFullWarp, received <= rows_ && rows_ < received + mine_.received_here);
-    const bool counts_kept = !a_.expert_major && ends != 0;
-    const int ends_in = __ffs(static_cast<int>(ends)) - 1;
+    const int group = shape_.by_threads.quotient(tid), thread = tid - group * shape_.threads;
+    // Of the ranks that this lane stands for: where the rows to and from each begin; first, those before this block's
+    // share. rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
+    PerRank<int> sent, received;
+    RankSet ends;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const RankCounts& mine = mine_[step];
+      sent[step] = sent_end_[step] - mine.sent + mine.sent_before;
+      received[step] = received_end_[step] - mine.received + mine.received_before;
+      const bool ends_here = received[step] <= rows_ && rows_ < received[step] + mine.received_here;
+      ends.words[step] = __ballot_sync(kFullWarp, ends_here);
+    }
+    const bool counts_kept = !a_.expert_major && ends.any();
+    const int ends_in = counts_kept ? ends.first_from(0) : -1;
     if (counts_kept) {
       bool going = true;  // all of this has been heard, but for an exchange that ends anyway
       for (int e = warp_id(); e < num_local_; e += kWarps) {
@@ -593,9 +623,12 @@ class PlanBlock {
     for (int done = 0; done < share; done += round_tokens()) {
       if (done != 0) {
         __syncthreads();  // what is cleared next has been read
-        if (lane < world_size_) {
-          sent += tokens_in(shared_.visits[me_][lane], 1);
-          received += tokens_in(shared_.visits[lane][me_], 1);
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          if (const int rank = rank_at(step); rank < world_size_) {
+            sent[step] += tokens_in(shared_.sent_visits[rank], 1);
+            received[step] += tokens_in(shared_.received_visits[rank], 1);
+          }
         }
         for (int i = tid; a_.expert_major && i < a_.num_experts; i += kThreads) {
           const int rank = rank_of(i);
@@ -605,31 +638,45 @@ class PlanBlock {
       }
       clear_bits(a_.expert_major);
       __syncthreads();
-      const int first = own.begin + done;
-      const int* entries = topk + int64_t{first} * a_.num_topk;
-      const int count = has_source ? min(round_tokens(), own.end - first) * a_.num_topk : 0;
-      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
-        const int t = shape_.by_topk.quotient(i), rank = expert >= 0 ? rank_of(expert) : -1;
-        if (rank == me_ || (rank >= 0 && source == me_)) {
-          atomicOr(&shared_.visits[source][rank][t / kWarp], 1U << t % kWarp);
+      // f(source, its first token of this round, i, entry i) for the sources of this group of threads.
+      const auto each_entry_of_sources = [&](auto f) {
+        for (int source = group; source < world_size_; source += shape_.groups) {  // the same for a whole warp
+          const Range tokens = tokens_of(shared_.ranks[source].num_tokens);
+          const int first = tokens.begin + done;
+          const int* entries = topk_of(source) + int64_t{first} * a_.num_topk;
+          const int count = is_void_ ? 0 : min(round_tokens(), tokens.end - first) * a_.num_topk;
+          each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) { f(source, first, i, expert); });
         }
-        if (a_.expert_major && rank == me_) {
-          atomicOr(bits_of(source, t, expert - me_ * num_local_), 1U << t % kWarp);
+      };
+      each_entry_of_sources([&](int source, int /*first*/, int i, int expert) {
+        const int t = shape_.by_topk.quotient(i), rank = expert >= 0 ? rank_of(expert) : -1;
+        const uint32_t bit = 1U << t % kWarp;
+        if (rank >= 0 && source == me_) {
+          atomicOr(&shared_.sent_visits[rank][t / kWarp], bit);
+        }
+        if (rank == me_) {
+          atomicOr(&shared_.received_visits[source][t / kWarp], bit);
+          if (a_.expert_major) {
+            atomicOr(bits_of(source, t, expert - me_ * num_local_), bit);
+          }
         }
       });
       __syncthreads();
-      if (const int w = tid % kPlanWords, r = tid / kPlanWords % kMaxRanks; tid < 2 * kMaxRanks * kPlanWords) {
-        const bool is_sent = tid < kMaxRanks * kPlanWords;
-        int begin = __shfl_sync(kFullWarp, is_sent ? sent : received, r);
-        const uint32_t* visits = is_sent ? shared_.visits[me_][r] : shared_.visits[r][me_];
+      constexpr int kBegins = kMaxRanks * kPlanWords;  // a multiple of a warp's threads
+      static_assert(kBegins % kWarp == 0);
+      for (int i = tid; i < 2 * kBegins; i += kThreads) {
+        const int w = i % kPlanWords, r = i / kPlanWords % kMaxRanks;
+        const bool is_sent = i < kBegins;
+        int begin = (is_sent ? sent : received).of(r);
+        const uint32_t* visits = is_sent ? shared_.sent_visits[r] : shared_.received_visits[r];
 #pragma unroll 1
-        for (int i = 0; i < w; ++i) {
-          begin += __popc(visits[i]);
+        for (int before = 0; before < w; ++before) {
+          begin += __popc(visits[before]);
         }
         (is_sent ? shared_.sent_begin : shared_.received_begin)[r][w] = begin;
       }
       __syncthreads();
-      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
+      each_entry_of_sources([&](int source, int first, int i, int expert) {
         const int t = shape_.by_topk.quotient(i), k = i - t * a_.num_topk;
         assign_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
       });
@@ -640,6 +687,11 @@ class PlanBlock {
         a_.tokens_per_expert[e] = s_.histogram[e];
       }
     }
+  }
+
+  // The experts of a rank's tokens, as they arrived.
+  __device__ const int* topk_of(int rank) const {
+    return reinterpret_cast<const int*>(x_.inbox().data(x_.layout().plan_topk(rank)));
   }
 
   // Tokens that have an expert, of the word of a source's t-th token.
@@ -655,11 +707,11 @@ class PlanBlock {
     if (source == me_) {
       int row = -1;
       if (rank >= 0) {
-        row = shared_.sent_begin[rank][w] + __popc(shared_.visits[me_][rank][w] & below);
+        row = shared_.sent_begin[rank][w] + __popc(shared_.sent_visits[rank][w] & below);
       }
       a_.send_row[int64_t{token} * a_.num_topk + k] = row;
     }
-    const uint32_t visits = shared_.visits[source][me_][w];
+    const uint32_t visits = shared_.received_visits[source][w];
     if ((visits & bit) == 0) {
       return;
     }
@@ -737,8 +789,8 @@ class PlanBlock {
   const int world_size_, me_, block_, blocks_, num_local_;
   bool is_void_ = false;  // some rank's values are bad: a plan of no rows, everywhere
   // Lane r: what rank r told, and where the wire rows to it and from it end.
-  RankCounts mine_{};
-  int sent_end_ = 0, received_end_ = 0;
+  RankCounts mine_[kRankSteps];
+  PerRank<int> sent_end_, received_end_;
   int64_t received_ = 0;  // wire rows
   int64_t needed_ = 0;    // rows of the result if nothing is dropped
   int64_t rows_ = 0;      // of the result
@@ -761,7 +813,8 @@ PlanShape shape_of(const PlanArgs& args) {
   PlanShape shape{};
   shape.num_local = args.num_experts / layout.world_size;
   shape.words = plan_words(layout.world_size);
-  shape.threads = kWarps / layout.world_size * kWarp;
+  shape.groups = std::min(layout.world_size, kWarps);
+  shape.threads = kWarps / shape.groups * kWarp;
   shape.by_local = Divisor(shape.num_local);
   shape.by_topk = Divisor(args.num_topk);
   shape.by_blocks = Divisor(layout.num_blocks);
