@@ -1,6 +1,5 @@
-// Where everything is in a rank's symmetric buffer, on the host and on the device: sizes and addresses from one place.
-// Every rank has the same layout, so an offset is valid in every peer's buffer. docs/design.md has the table of
-// signals.
+// The layout of a rank's symmetric buffer, for host and device. Every rank has the same, so an offset is valid in every
+// peer's buffer. docs/design.md has the table of signals.
 #pragma once
 
 #include <cstdint>
@@ -25,30 +24,30 @@ namespace ep::nvlink {
 //   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks.
 constexpr int kMaxRanks = 16;
 constexpr int kWarpLanes = 32;
-constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // lanes stand for ranks: that many each
+constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // ranks that a lane stands for
 constexpr int kMaxTopk = 32;                                           // one lane per slot
 // Rows of one rank that can be numbered beside a count in the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
-// Of ep::combine: where a rank sends up to kMostSingleRows, they are cut into chunks by columns, so that all warps have
-// some: kLeastParts a row, or of very few rows more, about kFewChunks in all. Measured on two H100.
+// ep::combine cuts up to kMaxSplitRows rows to one rank into chunks by columns, so that every warp has one: kMinParts
+// per row, or with very few rows more, about kFewChunks in all. Measured on two H100.
 constexpr int kFewChunks = 192;
 constexpr int kMinParts = 2;
 constexpr int kMaxSplitRows = 512;
 
-// A block of ep::plan places so many words of tokens of each rank at once, 32 in a word.
+// Words of 32 tokens of each rank whose rows a block of ep::plan assigns at once.
 constexpr int kPlanWords = 8;
 EP_HOST_DEVICE constexpr int plan_words(int world_size) {
   return world_size <= 4 ? kPlanWords : kPlanWords / 2;
 }
 
-// Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
-// of each token that is placed at once; and counts of that expert of every rank.
+// Words of shared memory that ep::plan needs per local expert: total, begin, rows before each rank's share, a bit per
+// token whose row is assigned at once; and the counts of that expert of every rank.
 EP_HOST_DEVICE constexpr int64_t plan_words_per_expert(int world_size) {
   return 2 + 2 * world_size + world_size * plan_words(world_size);
 }
 
-// That find room in the shared memory of a block.
+// Experts that fit into the shared memory of a thread block.
 EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
   constexpr int64_t kSharedBytes = 200 * 1024;
   return kSharedBytes / 4 / plan_words_per_expert(static_cast<int>(world_size)) * world_size;
@@ -115,8 +114,8 @@ struct Header {
 };
 
 struct Layout {
-  // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
-  // of the whole rank, whether something is wrong.
+  // A block of ep::plan publishes a word for each local expert, its rows, and kPlanSums more: rows of all local
+  // experts, tokens of the whole rank, and whether an entry is bad.
   static constexpr int kPlanSums = 3;
 
   int world_size;
@@ -124,12 +123,12 @@ struct Layout {
   int num_topk;
   int num_experts;
   int64_t max_tokens;
-  int64_t wire_row_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
 
-  // What follows from these, worked out once.
+  // Derived from these.
   int64_t counts_bytes;  // of one block
   int64_t topk_bytes;    // of one rank
-  int64_t rows_bytes;    // a rank sends itself nothing, so its buffer has rows of the others only
+  int64_t rows_bytes;    // only of the others: a rank sends itself nothing
   int64_t done_at, abort_signals_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
       dispatch_rows_at, combine_rows_at, end;
 
@@ -157,7 +156,7 @@ struct Layout {
 
   int num_local_experts() const { return num_experts / world_size; }
   int64_t bytes() const { return end; }
-  // From one rank, at most.
+  // Chunks from one rank, at most.
   EP_HOST_DEVICE int64_t combine_chunks() const {
     constexpr int64_t kMost = int64_t{kMinParts} * kMaxSplitRows;
     return max_tokens > kMost ? max_tokens : kMost;
@@ -171,7 +170,7 @@ struct Layout {
   EP_HOST_DEVICE int64_t plan_flag(int source, int block) const {
     return plan_flags_at + (int64_t{source} * num_blocks + block) * 8;
   }
-  // Rows travel in chunks, each with a flag of its own: written once an exchange, when the chunk is complete.
+  // Rows travel in chunks. Each has a flag of its own, which is written once per exchange, when the chunk is complete.
   EP_HOST_DEVICE int64_t dispatch_flag(int source, int64_t chunk) const {
     return dispatch_flags_at + (source * max_tokens + chunk) * 8;
   }
@@ -190,7 +189,7 @@ struct Layout {
   }
 };
 
-// What travels with a row of the low-latency pair for each slot of its token.
+// Where the copy of a row for one top-k slot goes: travels with each row of the low-latency pair, for each slot.
 struct alignas(16) SlotRoute {
   int expert;  // -1: none
   int index;   // among the rows that the source sends to this expert
@@ -199,59 +198,59 @@ struct alignas(16) SlotRoute {
 };
 constexpr int64_t kSlotRouteBytes = sizeof(SlotRoute);
 
-// Note [Packed rows]
-// Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
-// of the exchange. So they need neither a flag nor a fence before it, which would cost a round trip; a third more bytes
-// are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
-// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Places have
-// packs of their own, one each; so have the scales of a chunk, three in each.
+// Note [LL packets]
+// Small batches send rows inline, in packets of 16 bytes that are written and read as one: 12 bytes of the row and the
+// number of the exchange. (NCCL's LL protocols do the same with 8 and 128 bytes.) A packet needs neither a flag nor the
+// fence before it, which would cost a round trip; a third more bytes cost less. A lane sends 48 bytes of a row in four
+// packets. Packet j of all 32 lanes of a chunk lies before packet j + 1 of any, so that a warp writes and reads whole
+// lines. Each SlotRoute has a packet of its own; the scales of a chunk have one per three.
 constexpr int kPacketBytes = 16;
 constexpr int kPacketsPerLane = 4;
 constexpr int kVectorsPerLane = 3;  // of 16 bytes
 constexpr int kLanesPerChunk = 32;
 constexpr int kChunkVectors = kLanesPerChunk * kVectorsPerLane;
-constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // on its way
+constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // in packets
 
 constexpr int kGroup = 128;                 // channels that share a scale
 constexpr int kGroupVectors = kGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
 constexpr int kScalePacketsPerChunk = kChunkGroups / 3;
 
-// Chunks of `vectors` of 16 bytes.
+// Chunks of a row of `vectors` vectors of 16 bytes.
 EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
   return (vectors + kChunkVectors - 1) / kChunkVectors;
 }
 
-// Rows are packed as long as those to all peers take no more than the first on their way, and those to one no more than
-// the second: beyond, the links or the warps that pack take longer for them than a fence does.
+// Rows travel in packets as long as the packets to all peers, and those to one, take no more bytes than this. Beyond,
+// the links or the sending warps take longer for them than a fence does.
 constexpr int64_t kMaxPacketBytes = int64_t{9} << 18, kMaxPacketBytesPerPeer = int64_t{3} << 19;
 
-// Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
-// has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
-// reader's own included: nothing has to be counted before they leave.
+// The layout of the low-latency pair's part of the same buffers, behind Layout's. Each of its two kinds of exchange has
+// two halves, used in turn, so that two exchanges may be in flight. Every token of every rank, the reader's own
+// included, has room for its row: nothing has to be counted before rows leave.
 struct LowLatencyLayout {
   static constexpr int kKinds = 2;  // dispatch, combine
   static constexpr int kHalves = 2;
   static constexpr int kRowFlags = 4;    // of a row of combine: column by column, so that several warps share a row
-  static constexpr int kVisitBits = 32;  // tokens a word
+  static constexpr int kVisitBits = 32;  // tokens per word
 
   int64_t begin;  // in the symmetric buffer
   int world_size;
   int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
   int num_topk;
   int num_local_experts;
-  int64_t wire_row_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packet_tokens;       // of a rank: so many packed rows of slot_bytes have room
+  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
+  int packet_tokens;       // of a rank: as many rows of wire_row_bytes fit in packets
 
-  // What follows from these, worked out once.
+  // Derived from these.
   int words;  // of an announcement
   int64_t announcement_bytes;
-  int64_t scale_packets_at, row_packets_at, packet_row_bytes;  // of a packed row, which begins with its Places
+  int64_t scale_packets_at, row_packets_at, packet_row_bytes;  // of a row in packets, which begins with its SlotRoutes
   int64_t entered_at, announcements_at, dispatch_flags_at, combine_flags_at, dispatch_rows_at, combine_rows_at,
       dispatch_packets_at, combine_packets_at, end;
 
   LowLatencyLayout() = default;
-  // `packed_tokens`: if not given, as many as the limits above allow.
+  // `packed`: packet_tokens; if not given, as many as the limits above allow.
   LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
       : begin(begin_at),
         world_size(ranks),
@@ -281,20 +280,21 @@ struct LowLatencyLayout {
 
   EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
   EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
-  // Of a packed row of so many bytes.
+  // Bytes of a row of `row_bytes` in packets.
   int64_t packet_row_bytes_of(int64_t row_bytes) const { return row_packets_at + chunks_of(row_bytes) * kChunkBytes; }
-  // Whether dispatch packs rows of so many bytes, of `tokens` of each rank at most. Combine goes by packed_tokens.
+  // Whether ep::low_latency_dispatch sends rows in packets: at most `tokens` rows of `row_bytes` per rank.
+  // ep::low_latency_combine goes by packet_tokens.
   bool use_packets(int tokens, int64_t row_bytes) const {
     return tokens * packet_row_bytes_of(row_bytes) <= packet_tokens * packet_row_bytes;
   }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
-  // Of combine: an EnteredPacket.
+  // Of combine: a packet that the source publishes when it enters.
   EP_HOST_DEVICE int64_t entered(int half, int source) const {
     return entered_at + (half * world_size + source) * int64_t{kPacketBytes};
   }
-  // What has to be the same on both sides, the counts of each local expert, the bits of the tokens that come. As many
-  // words in every exchange, so that none is awaited in vain where sizes differ; likewise with the number.
+  // The fields of the handshake, the rows of each local expert, a bit for each token that visits the reader. Every
+  // announcement has the same words, so that no word is awaited in vain where sizes differ; each holds the number too.
   EP_HOST_DEVICE int64_t announcement(int half, int source) const {
     return announcements_at + (half * world_size + source) * announcement_bytes;
   }
@@ -310,8 +310,8 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
     return combine_rows_at + row(half, source, token) * wire_row_bytes;
   }
-  // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
-  // `bytes`: of one; there is room for more of those that are quantized.
+  // Packets have a memory of their own, in which the last word of every 16 bytes only ever holds numbers of exchanges.
+  // `bytes`: of one row; there is room for more rows that are quantized.
   EP_HOST_DEVICE int64_t dispatch_packets(int half, int source, int token, int64_t bytes) const {
     // fault: low latency: two inline rows in one place
     return dispatch_packets_at + packet_row(half, source, 0) * packet_row_bytes + token * bytes;

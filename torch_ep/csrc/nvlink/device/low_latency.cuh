@@ -1,20 +1,21 @@
-// What both low-latency exchanges have in common: numbers, credits, waits.
+// What both low-latency exchanges have in common: numbers, credits, waits, masks.
 //
-// Note [Two on their way]
-// Exchanges of one kind are numbered, on the device, and every rank numbers the same. The n-th uses half n % 2 of the
-// buffers. A rank sends once its peers are done with what that half held before; so the n-th may leave while the one
-// before it is still to be received, and no third. What a rank sends is complete without anything from its peers, so
-// that it may be a kernel of its own, and the wait for theirs another one, later. Nothing is cleaned: words and flags
-// hold the number, and only what equals it counts. docs/design.md has the table of signals.
+// Note [Two in flight]
+// Exchanges of one kind are numbered on the device, and every rank numbers them the same. Exchange n uses half n % 2 of
+// the buffers. A rank sends once its peers have received what that half held before: so exchange n may be sent while
+// n - 1 is still to be received, but no third. A send needs nothing from the peers but credits, so it may be a kernel
+// of its own, and the receive another one, later. Nothing is cleaned: words and flags hold the number, and only the
+// expected number counts. docs/design.md has the table of signals.
 //
 // Note [Latency]
-// What these kernels do for few tokens is a chain of trips to memory and to the peers, a quarter to half a microsecond
-// each, and of instructions, of which a warp that depends on its own results does some 400 in a microsecond. So: what
-// does not depend on each other is asked for together, and done by different warps: one of a block asks for the state
-// while the others ask for what they are to send, or prepare what they will receive, and a barrier brings them
-// together; a warp has a small part of a row; words that travel are complete in themselves, where a flag would follow a
-// fence; no block waits for the last one (Note [Shares]); and that a rank is done with an exchange its next kernel
-// tells, of either kind, at its start, beside what else it does.
+// With few tokens these kernels are a chain of trips to memory and to peers, a quarter to half a microsecond each, and
+// of dependent instructions, of which a warp does some 400 per microsecond. Therefore:
+//   - independent loads are issued together, by different warps: one warp of a block polls the state while the others
+//     load what they will send, or prepare what they will receive; one barrier joins them;
+//   - a warp has a small part of a row;
+//   - what travels is complete in itself, where a flag would need a fence before it;
+//   - no block waits for the last one: Note [Shares];
+//   - the next kernel of either kind publishes, as it starts, that this rank has received an exchange.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -25,30 +26,30 @@
 namespace ep::nvlink {
 
 // Note [Masked ranks]
-// A masked rank is neither written nor awaited; it counts as one that sends nothing. Every rank has a mask of its own.
-// Within one exchange all blocks of a rank have to be of one mind about who takes part, since the places of rows follow
-// from it: so where a timeout may mask, the first block that has heard a rank, or has waited too long for it, decides
-// for all (`decide`). A rank that is masked later, between its announcement and its rows, leaves holes.
+// A masked rank is neither written nor awaited: it counts as one that sends nothing. Every rank has a mask of its own.
+// Within one exchange all blocks of a rank have to agree on who takes part, since the rows of the result follow from
+// it. Where a timeout may mask, the first block that has a rank's announcement, or has waited too long for it, decides
+// for all blocks (`decide`). A rank that is masked later, between its announcement and its rows, leaves holes.
 
 constexpr int kDispatchKind = 0, kCombineKind = 1;
 
 enum class Outcome : int { arrived, absent, failed };
 
-// What a block knows of an exchange, in shared memory.
+// The state of an exchange as a block found it, in shared memory.
 struct LowLatencyExchangeState {
-  // As its kernel begins.
+  // When the kernel began.
   uint64_t number, received;
   uint32_t failed;
   RankSet active, awaited;  // the ranks that take part; those whose credit was not there
   uint32_t share;           // Note [Shares]
-  // While it runs: the longest wait for each rank.
+  // Updated while it runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
 
-// One exchange, from the point of view of one rank.
+// One exchange, as one rank sees it.
 class LowLatencyExchange {
  public:
-  // `ticket`: of the half that receives alone.
+  // `in_flight`: what the send returned, for a receive alone.
   __device__
   LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* in_flight, LowLatencyExchangeState& memory)
       : state_(comm.state->low_latency[kind]),
@@ -88,7 +89,7 @@ class LowLatencyExchange {
     }
   }
 
-  // Of a whole block, of which one warp has looked. False: there is no point in it.
+  // Block-collective, after one warp has polled the state. False: the communicator has failed.
   __device__ bool begin() {
     __syncthreads();
     x_.epoch = memory_.number;
@@ -97,7 +98,7 @@ class LowLatencyExchange {
 
   __device__ const LowLatencyLayout& layout() const { return x_.comm.low_latency; }
   __device__ uint64_t number() const { return x_.epoch; }
-  // What words and packs hold of the number; never 0, which is there before the first.
+  // The number as words and packets hold it. Never 0, which memory holds at first.
   __device__ uint32_t tag() const { return max(static_cast<uint32_t>(x_.epoch), 1U); }
   __device__ uint64_t word_of(uint32_t value) const { return uint64_t{tag()} << 32 | value; }
   __device__ bool is_word(uint64_t word) const { return word >> 32 == tag(); }
@@ -107,7 +108,7 @@ class LowLatencyExchange {
   __device__ Inbox inbox() const { return x_.inbox(); }
   __device__ Peer peer(int rank) const { return x_.peer(rank); }
 
-  // As this kernel began.
+  // When this kernel began.
   __device__ bool is_active(int rank) const { return memory_.active.has(rank); }
   __device__ bool masks() const { return x_.comm.masks; }
 
@@ -120,7 +121,7 @@ class LowLatencyExchange {
     publish_failure(x_.comm, kind_, number(), true, cause);
   }
 
-  // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
+  // One thread. Waits until `ready()`. `measures`: the time counts as a wait for `peer`.
   template <class Ready>
   __device__ Outcome wait(Phase phase, int peer, bool measures, const Ready& ready) const {
     if (ready()) {
@@ -141,12 +142,11 @@ class LowLatencyExchange {
     return Outcome::arrived;
   }
 
-  // The last block does nothing but tell: its fence takes about as long as a small exchange.
+  // The last block only publishes credits: its fence takes about as long as a small exchange.
   __device__ bool publishes_credits() const { return blockIdx.x == gridDim.x - 1; }
   __device__ int workers() const { return static_cast<int>(gridDim.x) - 1; }
 
-  // Of the whole teller: to peers, what earlier kernels have received; to the host, how long the exchange before
-  // waited.
+  // Block-collective. Publishes what earlier kernels have received, and reports how long the exchange before waited.
   __device__ void publish_credits(int64_t* wait_ns) const {
     if (warp_id() == 0) {
       write_credits();
@@ -169,7 +169,8 @@ class LowLatencyExchange {
     return memory_.awaited.any() ? await_credits() : memory_.active;
   }
 
-  // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
+  // Every thread, before it receives. False: not the next one. Exchanges are received in the order in which they were
+  // sent, each once.
   __device__ bool is_next() const {
     const uint64_t next = memory_.received + 1;
     if (next == number()) {
@@ -184,8 +185,8 @@ class LowLatencyExchange {
     return false;
   }
 
-  // Where timeouts mask: whether a rank takes part, of which this thread thinks `is_there`: as the first block thought
-  // that knew.
+  // One thread, where timeouts mask. Whether a rank takes part: as the first block that knew decided. `is_there`: what
+  // this block would decide.
   __device__ bool decide(int rank, bool is_there) const {
     auto* verdict = reinterpret_cast<unsigned long long*>(&state_.verdict[half()][rank]);
     unsigned long long seen = fresh(*verdict);
@@ -197,11 +198,11 @@ class LowLatencyExchange {
     return (seen & 1) != 0;
   }
 
-  // Of a whole block, when it has sent and read everything.
+  // Block-collective. This block has sent and read everything.
   __device__ void end() const {
     __syncthreads();
     const int lane = lane_id();
-    // Two lanes of one warp, so that one instruction tells both.
+    // Two lanes of one warp, so that one instruction adds both.
     // fault: low latency: receive not counted
     if (warp_id() == 0 && lane < 2 && part_ != (lane == 0 ? Part::receive : Part::send)) {
       static_assert(offsetof(LowLatencyState, received) == offsetof(LowLatencyState, sent) + sizeof(uint64_t));
@@ -271,7 +272,7 @@ class LowLatencyExchange {
     }
   }
 
-  // Whether to go on waiting (there), to go on without the peer, or not to go on.
+  // One thread. Cold path. Whether to keep waiting (arrived), to go on without the peer (absent), or to stop (failed).
   __device__ static __noinline__ Outcome
   check_slowly(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
     State& state = *comm.state;
@@ -305,12 +306,12 @@ class LowLatencyExchange {
   Exchange x_;
 };
 
-// An entry of topk_idx as it lies in memory: what is asked for here is not waited for before it is needed.
+// An entry of topk_idx as it lies in memory: loading it does not wait, using it does.
 struct Entry {
   int low = -1, high = -1;
   bool wide = false;
 
-  // A bad value stays bad.
+  // A value out of range stays out of range.
   __device__ int value() const { return !wide || high == low >> 31 ? low : high < 0 ? INT_MIN : INT_MAX; }
 };
 

@@ -1,4 +1,4 @@
-// What ep::low_latency_dispatch receives: announcements, then rows, each to its places in the result.
+// How ep::low_latency_dispatch receives: announcements, then rows, each to its rows of the result.
 #pragma once
 
 #include "nvlink/device/low_latency.cuh"
@@ -10,18 +10,18 @@ namespace ep::nvlink {
 constexpr int kDispatchThreads = 512;
 constexpr int kDispatchWarps = kDispatchThreads / kWarp;
 
-// Of the launch.
+// What the host derives for a launch.
 struct LowLatencyShape {
-  int stage_bytes;       // a record, padded
-  int receive_warps;     // of a block, each with a stage; none if rows are packed
-  int parts;             // chunks of a packed row, a warp each
-  int packet_row_bytes;  // of such a row on its way
+  int stage_bytes;       // a wire row, padded
+  int receive_warps;     // of a block, each with a stage; none if rows travel in packets
+  int parts;             // chunks of a row in packets, one per warp
+  int packet_row_bytes;  // of such a row
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
-// Shared memory of a block.
+// Shared memory of a thread block.
 struct LowLatencyMemory {
-  char* stages;        // a record each
+  char* stages;        // a wire row each
   uint64_t* barriers;  // of each warp
   int* words;
   bool* is_lost;  // of each rank
@@ -30,7 +30,7 @@ struct LowLatencyMemory {
 template <bool uses_packets>
 class LowLatencyReceive {
  public:
-  // `loads`: that the barrier of this warp has counted before.
+  // `loads`: what the barrier of this warp has counted before.
   __device__ LowLatencyReceive(
       const LowLatencyDispatchArgs& args,
       const LowLatencyShape& shape,
@@ -50,7 +50,7 @@ class LowLatencyReceive {
   __device__ void run() const {
     const Announced announced{memory_.words, layout().words};
     if constexpr (uses_packets) {
-      // The warp's first chunk is looked at as soon as its words are heard: most likely it has arrived.
+      // Polls the warp's first chunk right after its own words: most likely it has arrived.
       ChunkOfRow first(*this, first_chunk());
       if (wait_for_announcements(memory_.words, [&] { first.poll(); })) {
         receive_packets(announced, first);
@@ -67,13 +67,13 @@ class LowLatencyReceive {
  private:
   __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
-  // What has arrived of the plan, in shared memory.
+  // The announcements of all ranks, in shared memory.
   struct Announced {
     const int* words;  // [world_size][words of an announcement]
     int stride;
 
     __device__ int count(int source, int expert) const { return words[source * stride + Handshake::kFields + expert]; }
-    // Rows of an expert that come before those of the source.
+    // Rows of an expert from the ranks below the source.
     __device__ int before(int source, int expert) const {
       int sum = 0;
 #pragma unroll 1
@@ -93,7 +93,7 @@ class LowLatencyReceive {
     return x_.inbox().poll_word(layout().announcement(x_.half(), source) + int64_t{i} * 8);
   }
 
-  // Word `i` of what `source` announced, as it is kept. False: another exchange.
+  // One thread. Stores word `i` of the announcement of `source`. False: a mismatch.
   __device__ bool store_word(int& stored, int source, int i, uint32_t value) const {
     const bool is_count = i >= Handshake::kFields && i < Handshake::kFields + num_local_;
     stored = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
@@ -111,8 +111,8 @@ class LowLatencyReceive {
     return false;
   }
 
-  // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange. `then`: what
-  // each thread does between its own words and the others'.
+  // Block-collective. False: failed, or a mismatch. `then`: what each thread does between its own words and the
+  // barrier.
   template <class Then>
   __device__ bool wait_for_announcements(int* announced, const Then& then) const {
     const int words = layout().words, all = x_.world_size() * words;
@@ -141,7 +141,7 @@ class LowLatencyReceive {
     return going && (!x_.masks() || agree_on_ranks(announced));
   }
 
-  // Where timeouts mask: of one mind with all other blocks on who takes part.
+  // Block-collective, where timeouts mask. Agrees with all other blocks on who takes part.
   __device__ bool agree_on_ranks(int* announced) const {
     __shared__ bool is_there[kMaxRanks];
     const int words = layout().words;
@@ -163,10 +163,10 @@ class LowLatencyReceive {
     return same;
   }
 
-  // Warps, each some experts: how many rows there are of each, up to which rank; and slots of rows that nobody sent.
+  // Each warp has some experts: their rows, up to each rank, and -1 for rows that nobody sent.
   __device__ void count_rows(const Announced& announced) const {
     const int lane = lane_id(), world_size = x_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
-    // Those begin that have the fewest rows to receive.
+    // Warps with the fewest rows to receive begin.
     const int turn = uses_packets ? warp_id() : kDispatchWarps - 1 - warp_id();
 #pragma unroll 1
     for (int e = static_cast<int>(blockIdx.x) + x_.workers() * turn; e < num_local_;
@@ -194,7 +194,7 @@ class LowLatencyReceive {
     }
   }
 
-  // The row of a slot whose place is known, or -1.
+  // The row of the result for a slot, or -1.
   __device__ int64_t row_at(const Announced& announced, int source, int expert_of_all, int index) const {
     const int expert = expert_of_all - x_.me() * num_local_;
     if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 ||
@@ -205,7 +205,7 @@ class LowLatencyReceive {
     return expert * rows_of_expert + announced.before(source, expert) + index;
   }
 
-  // Of lane k for slot k of a token. `i`: source * max_tokens + token.
+  // Lane k writes slot k of a token. `i`: source * max_tokens + token.
   __device__ void write_slot(int i, int64_t row, float weight) const {
     const int64_t slot = int64_t{i} * a_.num_topk + lane_id();
     if (lane_id() < a_.num_topk) {
@@ -217,25 +217,25 @@ class LowLatencyReceive {
     }
   }
 
-  // Which word of the scales is the first of a row; the next is scale_rows further.
+  // The index of a row's first word of scales; the next is scale_rows further.
   __device__ int64_t scales_of(int64_t row) const {
     const int rows_of_expert = x_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
     return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
-  // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels.
-  // What there is not for this lane counts as arrived.
+  // What a lane has of a chunk of a row in packets: a SlotRoute, a payload, and the scale of a group of channels. What
+  // this lane has none of counts as arrived.
   struct ChunkOfRow {
     int row, chunk, source, token;  // row: source * max_tokens + token
     LaneVectors vectors;
     bool has_route, has_payload, has_scale;
     Inbox inbox;
     int64_t route_at, payload_at, scale_at;
-    int nth_scale;  // of the pack at scale_at
+    int nth_scale;  // of the packet at scale_at
     uint4 route, scale;
     Packets packets;
 
-    // The n-th of all; nothing, if there is none.
+    // The n-th chunk of all; nothing, if there is none.
     __device__ ChunkOfRow(const LowLatencyReceive& r, int n)
         : row(r.shape_.by_parts.quotient(n)),
           chunk(n - row * r.shape_.parts),
@@ -251,7 +251,7 @@ class LowLatencyReceive {
       route_at = from + lane * kPacketBytes;
       has_payload = is_there && vectors.any();
       payload_at = from + layout.row_packets_at + packet_offset(chunk);
-      // Packs are of the i-th vectors of one group after the other.
+      // A packet has the scales of the i-th vectors of one group after another.
       const int groups = vectors.step() / kGroupVectors;
       nth_scale = (lane >= groups ? 1 : 0) + (lane >= 2 * groups ? 1 : 0);
       scale_at =
@@ -281,20 +281,20 @@ class LowLatencyReceive {
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
-  // This warp's: every so manieth. The warps that are least busy with sending begin: the last but the one that counts.
+  // This warp's first. The warps that send least begin: the last but the one that counts.
   __device__ int first_chunk() const {
     constexpr int kFirst = kDispatchWarps - 2;
     const int turn = (kFirst - warp_id() + kDispatchWarps) % kDispatchWarps;
     return static_cast<int>(blockIdx.x) + x_.workers() * turn;
   }
   __device__ int num_chunks() const { return x_.world_size() * a_.max_tokens * shape_.parts; }
-  // Groups of channels in a chunk.
+  // Groups of channels of a chunk.
   __device__ int groups_of(int chunk) const {
     const int groups = (a_.row_bytes / 16 + kGroupVectors - 1) / kGroupVectors;
     return min(groups - chunk * kChunkGroups, kChunkGroups);
   }
 
-  // Warps, each a chunk of one row. `c`: the first, which may not be there.
+  // Each warp has chunks of rows. `c`: its first, which may not exist.
   __device__ void receive_packets(const Announced& announced, ChunkOfRow& c) const {
 #pragma unroll 1
     for (int n = first_chunk(); n < num_chunks();) {
@@ -322,7 +322,7 @@ class LowLatencyReceive {
     }
   }
 
-  // Of a whole warp, also what it says: whether all its lanes may go on.
+  // Warp-collective. The same outcome in all lanes.
   __device__ Outcome wait_for_chunk(ChunkOfRow& c) const {
     auto outcome = Outcome::arrived;
     if (!c.has_arrived(x_.tag())) {
@@ -337,7 +337,7 @@ class LowLatencyReceive {
     return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
   }
 
-  // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
+  // Warp-collective. Writes a chunk to the rows of all lanes; each lane its payload and scale.
   __device__ void write_chunk(const ChunkOfRow& c, int64_t row) const {
     LanePayload payload = c.packets.payload();
 #pragma unroll
@@ -347,7 +347,7 @@ class LowLatencyReceive {
     const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
     const int group = c.chunk * kChunkGroups + lane_id(), groups = a_.num_scales > 0 ? groups_of(c.chunk) : 0;
     const bool has_word = !is_byte && lane_id() < groups;
-    const bool has_byte = is_byte && lane_id() < (groups + 3) / 4 * 4;  // of groups that are not there too: 0
+    const bool has_byte = is_byte && lane_id() < (groups + 3) / 4 * 4;  // padding groups too: 0
     char* scales = static_cast<char*>(a_.scales) +
                    (is_byte ? group / 4 * a_.scale_rows * 4 + group % 4 : group * a_.scale_rows * 4);
     const uint32_t scale = is_byte ? c.scale_word() >> 23 : c.scale_word();
@@ -367,7 +367,7 @@ class LowLatencyReceive {
     }
   }
 
-  // Warps, each a row.
+  // Each warp has rows.
   __device__ void receive_rows(const Announced& announced) const {
     const int lane = lane_id(), rows_of_expert = x_.world_size() * a_.max_tokens;
     char* stage = memory_.stages + int64_t{warp_id()} * shape_.stage_bytes;
@@ -389,11 +389,11 @@ class LowLatencyReceive {
           break;
         }
         if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
-          bulk_wait_read<0>();   // of what left from this stage
+          bulk_wait_read<0>();   // of what was copied from this stage
           fence_async_shared();  // what this lane read of it
           __syncwarp();
           if (lane == 0) {
-            fence_async_global();  // between the flag and the bulk copy of what it tells of
+            fence_async_global();  // between the flag and the bulk copy of what it publishes
             barrier_expect(barrier, wire_row_bytes_);
             const char* from = x_.inbox().data(layout().dispatch_row(x_.half(), source, token));
             bulk_load(stage, from, wire_row_bytes_, barrier);
@@ -412,7 +412,7 @@ class LowLatencyReceive {
     bulk_wait<0>();
   }
 
-  // Of a whole warp: a record to the rows of all lanes.
+  // Warp-collective. Writes a wire row to the rows of all lanes.
   __device__ void write_row(const char* stage, int64_t row) const {
     if (row >= 0) {
       bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);

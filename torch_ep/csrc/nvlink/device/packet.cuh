@@ -1,4 +1,4 @@
-// Units of rows on their way in packs: Note [Packed rows] in layout.h.
+// Rows in packets: Note [LL packets] in layout.h.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -9,8 +9,8 @@ struct LanePayload {
   uint4 vectors[kVectorsPerLane];
 };
 
-// Which vectors of 16 bytes of a row of `vectors` are in this lane's unit of a chunk: every step-th, so that lanes next
-// to each other have vectors next to each other. Steps are of whole groups of channels.
+// Which vectors of a row of `vectors` vectors of 16 bytes this lane has of a chunk: every step-th, so that neighboring
+// lanes have neighboring vectors. A step is a multiple of a group of channels.
 class LaneVectors {
  public:
   __device__ __forceinline__ LaneVectors(int chunk, int vectors) {
@@ -30,7 +30,7 @@ class LaneVectors {
   int first_, step_, end_;
 };
 
-// Of the row at `from`; zeros where it has no vectors.
+// One thread. Zeros where the row at `from` has no vectors.
 __device__ __forceinline__ LanePayload load_payload(const char* from, const LaneVectors& v) {
   LanePayload u;
 #pragma unroll
@@ -49,19 +49,19 @@ __device__ __forceinline__ void store_payload(char* to, const LanePayload& u, co
   }
 }
 
-// What is stored more than once is put together once, in registers that nothing else is put into meanwhile: to do so
-// for each store would be to wait for the one before.
+// Keeps a value that is stored more than once in its own registers. The compiler would put it together again for every
+// store, which waits for the store before.
 __device__ __forceinline__ void keep_together(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
-// Of this lane's.
+// Where this lane's first packet of a chunk is in a row.
 __device__ __forceinline__ int64_t packet_offset(int chunk) {
   return int64_t{chunk} * kChunkBytes + lane_id() * kPacketBytes;
 }
-constexpr int kPacketStride = kLanesPerChunk * kPacketBytes;  // from one pack of a unit to the next
+constexpr int kPacketStride = kLanesPerChunk * kPacketBytes;  // between the packets of a lane
 
-// A unit on its way; `arrived` once all of it is there.
+// A LanePayload in packets. It has `arrived` once every packet holds the number of the exchange.
 struct Packets {
   uint4 packets[kPacketsPerLane];
 

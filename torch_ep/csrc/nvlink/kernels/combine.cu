@@ -1,9 +1,10 @@
-// ep::combine: rows back to the ranks whose tokens they are, summed on both sides.
-//   send   some blocks: chunks of the rows of every peer: the rows of one token summed -> shared memory -> peer
-//   sum    the others, and these when they are done: this rank's tokens: arrived rows and own ones summed -> result.
-//          The first of these warps meets the peers.
-// Where rows are few, warps share them by columns: a warp that sums a whole row takes longer than all the rest.
-// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction, and what
+// ep::combine: returns rows to the ranks of their tokens and reduces them on both sides.
+//   send    some blocks, chunks of every peer's rows: rows of one token reduced -> shared memory -> peer
+//   reduce  the other blocks, and the senders when they are done, this rank's tokens: arrived and own rows -> result.
+//   The
+//           first of these warps exchanges handshakes.
+// Few rows are cut by columns, so that every warp has some: one warp for a whole row would be the last to finish.
+// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction. What
 // crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
 #include "nvlink/device/reduce.cuh"
 #include "nvlink/device/rows.cuh"
@@ -13,8 +14,8 @@
 namespace ep::nvlink {
 namespace {
 
-// 16 warps with 7 pieces have all of a block's shared memory but 3 KB. Copies take all of it; sums load four pieces at
-// a time, which was faster than more of them.
+// 16 warps with 7 pieces leave 3 KB of a block's shared memory. Copies use all pieces; reductions load four at a time,
+// which was faster than more.
 constexpr int kMaxWarps = 16;
 constexpr int kPieces = 7;
 constexpr int kSumDepth = 4;
@@ -72,12 +73,12 @@ class Combine {
     __device__ int64_t offset() const { return int64_t{begin} * kPieceBytes; }
   };
 
-  // How rows are cut: 1 << shift of them a chunk, or some parts a row, each a chunk of its own.
+  // How rows are cut: 1 << shift rows per chunk, or some parts per row, each a chunk of its own.
   struct Cut {
     int shift, parts;
   };
 
-  // Of the `rows` that go from one rank to another: the same on both sides.
+  // For `rows` rows from one rank to another: the same on both sides.
   __device__ Cut cut_of(int rows) const {
     if (!is_few(rows)) {
       return {kChunkShift, 1};
@@ -97,7 +98,7 @@ class Combine {
   __device__ int peers() const { return max(x_.world_size() - 1, 1); }
   __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
 
-  // Where no rows are few, nothing is divided: code of its own, without which 4096 tokens took 1.6 % longer.
+  // Code of its own where no rank has few rows: divisions made 4096 tokens 1.6 % slower.
   template <bool few>
   __device__ Columns columns_of(const Cut& cut, int part) const {
     if (!few || cut.parts == 1) {
@@ -106,18 +107,18 @@ class Combine {
     // fault: combine: columns of a part
     return {part * pieces() / cut.parts, (part + 1) * pieces() / cut.parts};
   }
-  // The chunk that has a piece of a row.
+  // The chunk of a piece of a row.
   template <bool few>
   __device__ int chunk_of(const Cut& cut, int row, int piece) const {
     return !few || cut.parts == 1 ? row >> cut.shift : row * cut.parts + ((piece + 1) * cut.parts - 1) / pieces();
   }
 
-  // Vectors in some columns.
+  // Vectors of some columns.
   __device__ int vectors_in(const Columns& columns) const {
     return min(vectors_, columns.end * kPieceVectors) - columns.begin * kPieceVectors;
   }
 
-  // --- the rows of the result of dispatch that belong to one wire row ---
+  // --- the rows of y that belong to one wire row ---
 
   struct Rows {
     uint32_t lanes;  // that have one
@@ -125,7 +126,7 @@ class Combine {
     Wide weight;     // of it
   };
 
-  // rank_major: it is the same row, and `lane` has it.
+  // Warp-collective. rank_major: the same row, which `lane` has.
   __device__ Rows rows_of(int64_t wire_row, int lane) const {
     Rows rows{0, -1, Wide{1}};
     if (a_.plan.expert_major) {
@@ -142,7 +143,7 @@ class Combine {
 
   __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.format.row_stride; }
 
-  // What lane k's slot brings home of the weights of a wire row.
+  // Lane k: the weight of slot k of a wire row.
   __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
     const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
@@ -155,7 +156,7 @@ class Combine {
 
   // --- send ---
 
-  // The chunks of wire rows that this warp sends, one after the other.
+  // The chunks of wire rows that this warp sends, one after another.
   class SendQueue {
    public:
     __device__ explicit SendQueue(const Combine& c) : c_(c), queue_(c.x_.comm, 0), rows_(c.in_.counts()) {
@@ -169,7 +170,7 @@ class Combine {
       chunks_ = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(most)));
     }
 
-    // False: there is none left. The tickets go round the peers, as long as the one with most chunks has any.
+    // Warp-collective. False: none is left. Items go round the peers, as long as the peer with most chunks has any.
     __device__ bool advance() {
       const int peers = c_.peers();
       while (true) {
@@ -178,7 +179,7 @@ class Combine {
           return false;
         }
         chunk = item / peers;
-        // Note [Peers in work].
+        // Note [Peers in turn], device/ranks.cuh.
         to = (c_.a_.comm.rank + 1 + item - chunk * peers) % c_.x_.world_size();
         const int rows = rows_.of(to);
         const Cut cut = c_.cut_of(rows);
@@ -203,11 +204,11 @@ class Combine {
     int chunks_ = 0;
   };
 
-  // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
+  // Signals a chunk once its rows are there: after pieces of the next row have been copied, so that nothing waits.
   class ChunkFlags {
    public:
     __device__ explicit ChunkFlags(const Exchange& x) : x_(x) {}
-    // After each record's last bulk_commit; `copies`: of the record, at least.
+    // After a row's last bulk_commit. `copies`: bulk copies of the row, at least.
     __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
       if (chunk_ >= 0) {
         if (copies >= 4) {
@@ -249,7 +250,7 @@ class Combine {
     } else {
       send_copies(work);
     }
-    fence_async_shared();  // this memory is for sums next
+    fence_async_shared();  // the reduction uses this memory next
     __syncwarp();
   }
 
@@ -272,7 +273,7 @@ class Combine {
     }
   }
 
-  // Two pieces of the warp's memory hold what is leaving.
+  // Two pieces of the warp's memory hold what is being copied to peers.
   __device__ void send_reduced(SendQueue& work) {
     ChunkFlags flags(x_);
     char* leaving = memory_ + kSumDepth * kPieceBytes;
@@ -315,11 +316,12 @@ class Combine {
     flags.finish();
   }
 
-  // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
+  // Nothing to reduce: rows go through shared memory unchanged; half of it is loaded while the other half is copied
+  // out.
   __device__ void send_copies(SendQueue& work) {
     const Ring ring = copy_ring();
     ChunkFlags flags(x_);
-    // What is loaded, and the one before, which leaves next.
+    // The piece that is loaded, and the one before, which is copied out next.
     struct Piece {
       int to, row, chunk;
       int64_t wire_row;
@@ -362,7 +364,7 @@ class Combine {
               ++copies,
               begin + kHalf >= end,
               row + 1 == work.end};
-          bulk_wait_read<0>();  // of what leaves from this half
+          bulk_wait_read<0>();  // of what is copied out of this half
           load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
           if (has_waiting) {
             push(waiting, copied - 1);
@@ -396,7 +398,7 @@ class Combine {
     }
   }
 
-  // --- sum ---
+  // --- reduce ---
 
   template <bool few>
   __device__ void reduce() {
@@ -455,7 +457,7 @@ class Combine {
         const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
         own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
         own = rows_of(own_wire_row, own_lane);
-        own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
+        own.lanes &= own_lanes;  // the same lanes, unless the plan is inconsistent
       }
       char* result = a_.out + token * a_.format.row_stride + columns.offset() + lane * 16;
       const int vectors = vectors_in(columns);
@@ -471,7 +473,7 @@ class Combine {
       const char* own_row = y_row(own);
       uint32_t own_term = terms & own_lanes;
       if (!weighted && __popc(own.lanes) == 1) {
-        // A row that needs no rounding is a term like any other.
+        // A row that needs no rounding first is a term like any other.
         own_row = reinterpret_cast<const char*>(
             __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
         own_term = 0;
@@ -497,7 +499,7 @@ class Combine {
     }
   }
 
-  // Of many rows, a chunk has two: each costs a fence, as in dispatch.
+  // Where rows are many, a chunk has two: each costs a fence, as in ep::dispatch.
   static constexpr int kChunkShift = 1;
 
   __device__ static char* shared_memory() {
@@ -528,8 +530,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying, most of all
-// where rows are many. See also Note [Blocks that send], device/rows.cuh.
+// Shares that were fastest with 24 blocks on four H200. Senders that reduce need more blocks than senders that copy,
+// most where rows are many. See Note [Blocks that send], device/rows.cuh.
 int send_blocks_of(const CombineArgs& args) {
   constexpr int kManyTokens = 512;
   const int blocks = args.comm.layout.num_blocks;

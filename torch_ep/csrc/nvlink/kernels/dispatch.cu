@@ -1,8 +1,8 @@
-// ep::dispatch: rows to the ranks that need them.
-//   send      some blocks: chunks of tokens: row -> shared memory -> every peer that needs it
-//   receive   the others: chunks of every peer: arrived row -> shared memory -> its places in the result; and, while
-//             there is none, this rank's own rows. The first of these warps meets the peers.
-// Blocks that have sent everything join in the own rows.
+// ep::dispatch: copies rows to the ranks that need them.
+//   send     some blocks, chunks of tokens: row -> shared memory -> every peer that needs it
+//   receive  the other blocks, chunks of every peer: arrived row -> shared memory -> its rows of the result; and while
+//            none has arrived, this rank's own rows. The first of these warps exchanges handshakes.
+// Blocks that have sent everything help with the own rows.
 #include "core/device/launch.cuh"
 #include "nvlink/device/rows.cuh"
 
@@ -11,7 +11,7 @@
 namespace ep::nvlink {
 namespace {
 
-// Of a block. More warps keep more rows on their way, and take a microsecond longer to start: for many tokens only.
+// Per thread block. More warps keep more rows in flight, but start a microsecond later: only for many tokens.
 constexpr int kMaxWarps = 24, kFewWarps = 16;
 
 class Dispatch {
@@ -46,7 +46,7 @@ class Dispatch {
 
   // --- send ---
 
-  // One lane.
+  // One thread.
   __device__ void load_token_row(int64_t token, int n) const {
     const bool scales = a_.format.scale_bytes != 0 && scales_in_bulk();
     barrier_expect(ring_.barrier(n), a_.format.row_bytes + (scales ? a_.format.scale_bytes : 0));
@@ -60,7 +60,7 @@ class Dispatch {
     }
   }
 
-  // What bulk copies do not load. `weight`: this lane's.
+  // Warp-collective. What bulk copies do not load. `weight`: this lane's.
   __device__ void fill_wire_row(char* stage, int64_t token, uint64_t weight) const {
     const int lane = lane_id(), weight_bytes = a_.format.weight_bytes, num_topk = a_.plan.num_topk;
     const bool scales = a_.format.scale_bytes != 0 && !scales_in_bulk();
@@ -78,7 +78,7 @@ class Dispatch {
     }
   }
 
-  // A token, and what this lane knows of its slot of it.
+  // A token, and this lane's slot of it.
   struct Token {
     int64_t index = -1;  // -1: there is none
     int entry = -1;      // of send_row
@@ -119,7 +119,7 @@ class Dispatch {
     int64_t next_ = 0, end_ = 0;
   };
 
-  // Until the stage of the record after the n-th is free: with two stages, the n-th may still be leaving.
+  // Warp-collective. Waits until the next stage is free. With two stages, the last copy may still be reading the other.
   __device__ void wait_for_stage() const {
     if (ring_.depth() > 1) {
       // fault: dispatch: stage reused too early
@@ -252,7 +252,7 @@ class Dispatch {
   static constexpr int kCountShift = 24;
   static_assert(kMaxTokens == 1 << kCountShift);
 
-  // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
+  // Own rows that the receiving blocks have not taken yet. `n`: wire rows that this warp has staged before.
   __device__ void write_own_rows(int n) const {
     if (!wait_for_inverse()) {
       return;
@@ -378,7 +378,7 @@ class Dispatch {
     return receivers_ < chunks ? receivers_ + int64_t{atomicAdd(taken, 1)} : chunks;
   }
 
-  // A token of this rank, if it has an expert here: 1, or else 0.
+  // Warp-collective. Writes a token of this rank, if it has an expert here. Returns the rows staged: 1 or 0.
   __device__ int write_own_row(const Token& token, int n) const {
     const int me = a_.comm.rank;
     const int row = find_rows(x_, token.entry, out_).row_to.of(me);
@@ -424,17 +424,17 @@ class Dispatch {
     zero_bytes(a_.out_scales + row * a_.format.scale_bytes, a_.format.scale_bytes);
   }
 
-  // --- both: the record of a received wire row to its places in the result ---
+  // --- both: a received wire row to its rows of the result ---
 
-  // Warps that build rows_of: all that receive but the one that meets the peers.
+  // Warps that build rows_of: all that receive, except the one that exchanges handshakes.
   __device__ int inverters() const { return receivers_ - 1; }
 
-  // Until it is known where received rows belong.
+  // Warp-collective. Waits until rows_of is complete.
   __device__ bool wait_for_inverse() const {
     return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
   }
 
-  // What lane k has to know of its slot: expert_major: the row, or -1; rank_major: whether the expert is here, or -1.
+  // Lane k: where slot k goes. expert_major: the row of the result; rank_major: the local expert; -1: nowhere.
   __device__ int64_t target_of(int64_t wire_row) const {
     if (a_.plan.expert_major) {
       return row_of_slot(x_, a_.plan, wire_row);
@@ -447,7 +447,7 @@ class Dispatch {
                             : static_cast<const int32_t*>(a_.plan.recv_topk_idx)[i];
   }
 
-  // The caller commits the bulk copies. `place`: of place_of, asked before the record was there.
+  // Warp-collective. The caller commits the bulk copies. `target`: target_of, loaded before the wire row was there.
   __device__ void write_row(const char* stage, int64_t wire_row, int64_t target) const {
     const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
     const char* weights = stage + a_.format.weights_at();
@@ -513,9 +513,10 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Tokens of a chunk, which `warps` send. Each chunk costs a fence, some microseconds of one warp; but nothing of it is
-// placed before all of it has come, and a chunk of every warp shares the links: the more there is in one, `token_bytes`
-// a token, the later the receiver starts and ends. That is worse where it has more to do than the sender.
+// Tokens per chunk; `warps` send. Each chunk costs a fence, some microseconds of one warp. But the receiver uses no row
+// of a chunk before all of it has arrived, and a chunk of every warp shares the links: the larger chunks are, with
+// `token_bytes` per token, the later the receiver starts and ends. That costs more where it has more to do than the
+// sender.
 int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   constexpr int kChunkBytes = 64 * 1024;
   if (tokens <= (expert_major ? 12 * warps : warps)) {
@@ -524,8 +525,8 @@ int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   return std::clamp(kChunkBytes / token_bytes, 1, tokens <= 16 * warps ? 2 : 4);
 }
 
-// Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
-// first rows; and where each arrived row has one place only, the others can spare one.
+// Eight blocks fill the links of an H200 with one row after another. Here they also wait, for flags and for the first
+// rows; and where each arrived row goes to one row of the result, the receivers can spare one.
 Shape shape_of(const DispatchArgs& args) {
   const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;

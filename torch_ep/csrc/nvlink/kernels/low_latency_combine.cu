@@ -1,9 +1,9 @@
-// ep::low_latency_combine: the experts' rows of each token, weighted and summed, back to the rank whose token it is.
-//   send      warps, each a part of one token of one rank: its rows here summed -> that rank
-//   receive   warps, each a part of one own token: what every rank sent for it summed -> result
-// Rows are summed where the experts are, so that one crosses the link for each (token, rank); the order and the width
-// of the sums are those of ep::combine. Sums of few tokens travel in packs (Note [Packed rows]), a chunk to a warp; of
-// many by bulk copies, some of their columns to a warp, followed by a flag.
+// ep::low_latency_combine: returns the experts' rows of each token, weighted and reduced, to the token's rank.
+//   send     each warp has a part of one token of one rank: the token's rows here reduced -> that rank
+//   receive  each warp has a part of one own token: what every rank sent for it reduced -> result
+// Rows are reduced where the experts are, so that one row per (token, rank) crosses the link. Order and width of the
+// sums are those of ep::combine. Small batches travel in packets (Note [LL packets]), a chunk per warp; large ones by
+// bulk copies, some columns per warp, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/low_latency.cuh"
 #include "nvlink/device/packet.cuh"
@@ -20,18 +20,18 @@ constexpr int kPieces = 7;
 constexpr int kWarpBytes = kPieces * kPieceBytes;
 constexpr int kSharedBytes = kMaxWarps * kWarpBytes;
 constexpr int kRowParts = LowLatencyLayout::kRowFlags;
-// Packed rows that a warp has on their kTransfer at once: to sum, in shared memory; to receive, in registers.
+// Rows that a warp loads at once: to send, into shared memory; to receive packets, into registers.
 constexpr int kSendAhead = 8, kReceiveAhead = 2;
 constexpr int kAheadBytes = kSendAhead * kChunkVectors * 16;
 static_assert(kMaxWarps * kAheadBytes <= kSharedBytes);
 
-// How rows travel. What receives alone learns it from its ticket.
+// How rows travel. A receive of its own learns it from what the send returned.
 enum class Transfer { packets, bulk, either };
 
-// Of the launch.
+// What the host derives for a launch.
 struct CombineShape {
   Divisor by_ranks, by_chunks, by_local;
-  // Of few packed rows: half of the warps send and half of them receive, so that neither prepares after the other.
+  // Few rows in packets: half of the warps send and half receive, so that neither prepares after the other.
   bool has_receivers;
 };
 
@@ -78,18 +78,18 @@ class LowLatencyCombine {
   __device__ bool receives() const {
     return a_.part != Part::send && (!shape_.has_receivers || warp_id() >= kMaxWarps / 2);
   }
-  // This warp's work: every so manieth of (row, part).
+  // This warp's work: every step()-th of (row, part).
   __device__ int warps() const { return shape_.has_receivers ? kMaxWarps / 2 : kMaxWarps; }
   __device__ int begin() const { return static_cast<int>(blockIdx.x) + x_.workers() * (warp_id() % warps()); }
   __device__ int step() const { return x_.workers() * warps(); }
-  // Of a piece of work, counted from 0.
+  // The row of a piece of work.
   __device__ int row_of(int work) const { return uses_packets() ? shape_.by_chunks.quotient(work) : work / kRowParts; }
   __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
   __device__ bool uses_packets() const {
     return kTransfer == Transfer::packets || (kTransfer == Transfer::either && max_tokens_ <= layout().packet_tokens);
   }
 
-  // Of a row that is not packed.
+  // Part of a row that travels by bulk copies.
   struct Columns {
     int begin, count;  // vectors
   };
@@ -111,10 +111,10 @@ class LowLatencyCombine {
 
   // --- send ---
 
-  // Of a whole block, once it has asked for what it needs first.
+  // Block-collective, after the first loads have been issued.
   __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
-  // Of a whole block, whose warps begin here, whether they send or not. False: not begun.
+  // Block-collective: all warps begin here, whether they send or not. False: the exchange did not begin.
   __device__ bool send(bool is_sender) {
     const int work = is_sender ? x_.world_size() * max_tokens_ * parts_ : 0;
     RankSet ranks;  // that may be written
@@ -152,13 +152,13 @@ class LowLatencyCombine {
       }
     }
     if (!uses_packets()) {
-      fence_async_shared();  // this memory is for sums next
+      fence_async_shared();  // the reduction uses this memory next
       __syncwarp();
     }
     return true;
   }
 
-  // Of a whole warp: the ranks that may be written, which are told that this one has entered.
+  // Warp-collective. Waits for credits and publishes to the ranks that may be written that this one has entered.
   __device__ RankSet enter() const {
     const RankSet ranks = x_.writable();
     if (!uses_packets()) {
@@ -178,7 +178,7 @@ class LowLatencyCombine {
     return ranks;
   }
 
-  // Of the lane's slot of a token; -1: none here.
+  // Lane k: the row of slot k of a token; -1: none here.
   __device__ int row_of_lane(int source, int token) const {
     const int most = a_.num_experts * max_tokens_;
     const int64_t first = (int64_t{source} * max_tokens_ + token) * a_.num_topk;
@@ -186,8 +186,8 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order. By shared memory, though each lane sees none
-  // but its own: there are no registers for as many.
+  // Warp-collective. Adds the rows of `lanes`, at `y`, in that order. Through shared memory, although each lane reads
+  // only what it loaded: there are not enough registers.
   __device__ LanePayload reduce_lanes(uint32_t lanes, const char* y, float weight, const LaneVectors& vectors) const {
     auto* mine = reinterpret_cast<uint4*>(memory_) + lane_id();
     Sum<T> sums[kVectorsPerLane];
@@ -237,7 +237,7 @@ class LowLatencyCombine {
 
   __device__ void send_part(int source, int token, int part, uint32_t lanes, const char* y, float weight, int& parity)
       const {
-    constexpr int kDepth = kPieces - 2;  // the last two pieces of the warp's memory hold what is leaving
+    constexpr int kDepth = kPieces - 2;  // the last two pieces hold what is being copied to peers
     char* leaving = memory_ + kDepth * kPieceBytes;
     const int lane = lane_id();
     const Columns columns = columns_of(part);
@@ -271,8 +271,8 @@ class LowLatencyCombine {
 
   static constexpr int kNobody = -1;
 
-  // Of a whole warp: the rank whose sum for the token of this piece of work the lane awaits, the first of those that
-  // have a slot there.
+  // Warp-collective. The rank whose row for this piece of work the lane awaits: the first lane of those whose slot is
+  // on that rank.
   __device__ int rank_of_slot(int work) const {
     const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
     const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
@@ -281,7 +281,7 @@ class LowLatencyCombine {
     return first == lane_id() ? rank : kNobody;
   }
 
-  // `rank`: of the first piece of work.
+  // `rank`: rank_of_slot of the first piece of work.
   __device__ void receive(int rank) const {
     for (int i = begin(); i < a_.num_tokens * parts_;) {
       const int token = row_of(i), part = i - token * parts_;
@@ -338,12 +338,12 @@ class LowLatencyCombine {
     x_.publish_failure(cause);
   }
 
-  // Terms are added in the order of the lanes that they are of.
+  // Warp-collective. Terms are added in the order of their lanes.
   __device__ bool receive_packets(bool counts, int rank, int token, int chunk) const {
     const LaneVectors vectors(chunk, vectors_);
     Packets packets[kReceiveAhead];
     int ranks[kReceiveAhead], count = 0;
-    // The first look at each of some, before any is waited for.
+    // The first poll of several rows, before any is waited for.
     const auto poll = [&](uint32_t lanes) {
       count = 0;
 #pragma unroll
@@ -451,7 +451,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kerne
   LowLatencyCombine<T, kTransfer>(args, shape, memory).run();
 }
 
-// A warp for each part of a row, whichever kTransfer it travels, some warps to a block; and a block that tells.
+// A warp per part of a row, some warps per block; and a block that publishes credits.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
   constexpr int kWarpsPerBlock = kMaxWarps / 4;
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;

@@ -1,12 +1,14 @@
-// ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
-//   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
-//   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantized here) and
-//              where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, an
-//              expert each: how many rows there are
-// Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
-// before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
-// many by bulk copies, each followed by a flag.
+// ep::low_latency_dispatch: plans and copies rows to the ranks that need them, in one exchange.
+//   announce  the first block: to every peer, which tokens visit it and how many rows each expert gets
+//   send      each other block has tokens, or with packets, each of its warps has chunks of tokens: row, quantized
+//   here, and
+//             a SlotRoute per slot -> every rank that the token visits
+//   receive   each warp of all blocks has rows, or chunks of rows: arrived row -> its rows of the result; then experts:
+//   the
+//             number of their rows
+// The source counts a row's index among its own rows for an expert. The receiver adds the rows of the ranks below it,
+// so it waits for nothing but the announcements. Small batches travel in packets (Note [LL packets]), large ones by
+// bulk copies, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/counter.cuh"
 #include "nvlink/device/low_latency_receive.cuh"
@@ -22,7 +24,7 @@ constexpr int kThreads = kDispatchThreads;
 constexpr int kMaxWarps = kDispatchWarps;
 constexpr int kStateWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
 constexpr int kSendStages = 2;
-// Of what a block may ask for, less its variables.
+// Dynamic shared memory of a thread block, less its variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 
 constexpr int kNowhere = INT_MIN;  // no expert
@@ -32,7 +34,7 @@ struct LowLatencyShared {
   bool is_lost[kMaxRanks];
 };
 
-// `is_packed`: how rows travel. A kernel of its own for each way, which have little in common.
+// `uses_packets`: how rows travel. Each has a kernel of its own, since they have little in common.
 template <bool uses_packets>
 class LowLatencyDispatch {
  public:
@@ -91,19 +93,19 @@ class LowLatencyDispatch {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
     return uses_packets ? 0 : int64_t{shape.stage_bytes} * stages;
   }
-  // What a block hears from all; what it tells, counts and visits, is less.
+  // Words of the announcements of all ranks; what this rank publishes, counts and visits takes less.
   EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
     return int64_t{layout.world_size} * layout.words;
   }
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
   __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
-  // Of a whole block, once it has asked for what it needs first.
+  // Block-collective, after the first loads have been issued.
   __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
   // --- announce ---
 
-  // False: not begun.
+  // Block-collective. False: the exchange did not begin.
   __device__ bool announce() {
     const int words = layout().words, all = x_.world_size() * words;
     Entry first[kTokensAhead];
@@ -138,9 +140,9 @@ class LowLatencyDispatch {
     return true;
   }
 
-  static constexpr int kTokensAhead = 4;  // that a warp has on their way at once
+  static constexpr int kTokensAhead = 4;  // that a warp loads at once
 
-  // Of the warp's tokens from `first` on.
+  // Loads the entries of the warp's tokens from `first` on.
   __device__ void load_entries(int first, Entry (&entries)[kTokensAhead]) const {
 #pragma unroll
     for (int i = 0; i < kTokensAhead; ++i) {
@@ -149,7 +151,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Of a whole warp: its tokens, of which it has the first entries. Whether any is bad.
+  // Warp-collective. Counts its tokens, whose first entries are loaded. True: an entry is bad.
   __device__ bool count(Entry (&entries)[kTokensAhead]) const {
     const int words = layout().words;
     bool faulty = false;
@@ -179,7 +181,7 @@ class LowLatencyDispatch {
     return __any_sync(kFullWarp, faulty) != 0;
   }
 
-  // Likewise: slots whose entries are bad: out of range, or the same as that of an earlier slot.
+  // Warp-collective. Reports entries that are out of range, or equal to that of an earlier slot.
   __device__ void publish_faults() const {
 #pragma unroll 1
     for (int token = warp_id(); token < a_.num_tokens; token += kMaxWarps) {
@@ -202,8 +204,8 @@ class LowLatencyDispatch {
 
   __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
-  // Of a whole warp, which has the entries of a token: -1 beyond the last slot. kNowhere: none, or that of an earlier
-  // slot too.
+  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNowhere: none, or that of an earlier
+  // slot.
   __device__ int expert_of(int entry) const {
     const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
     return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
@@ -221,7 +223,7 @@ class LowLatencyDispatch {
     return ranks;
   }
 
-  // Of the lane's slot.
+  // The entry of the lane's slot.
   __device__ Entry entry_of(int token) const {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
   }
@@ -230,10 +232,10 @@ class LowLatencyDispatch {
     return has ? a_.topk_weights[int64_t{token} * a_.num_topk + lane_id()] : 1;
   }
 
-  // Where rows are many, all warps count; where they are few, the last one does.
+  // Large batches are counted by all warps, small ones by the last warp.
   using Counter = RowCounter<uses_packets ? 1 : kMaxWarps>;
 
-  // False: not begun.
+  // Block-collective. False: the exchange did not begin.
   template <class T>
   __device__ bool send() {
     if constexpr (uses_packets) {
@@ -243,7 +245,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Warps, each some chunks of tokens; but the last of a block, Places of some.
+  // Each warp has chunks of tokens; the last warp of a block has the SlotRoutes of some tokens.
   template <class T>
   __device__ bool send_packets() {
     const int lane = lane_id(), senders = x_.workers() - 1, chunks = shape_.parts;
@@ -262,7 +264,7 @@ class LowLatencyDispatch {
     for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
          n += step) {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
-      // What is asked for here arrives while others are waited for.
+      // What is loaded here arrives during the waits below.
       const Entry entry = n < end ? entry_of(token) : Entry{};
       const LaneVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
       const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
@@ -293,7 +295,7 @@ class LowLatencyDispatch {
       }
       const int64_t packets = layout().dispatch_packets(x_.half(), x_.me(), token, shape_.packet_row_bytes);
       Packets payload_packets(payload, x_.tag());
-      // One pack extra: of scales, or a Place.
+      // One packet more: of scales, or a SlotRoute.
       uint4 extra{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), x_.tag()};
       int64_t extra_at =
           layout().scale_packets_at + (chunk * kScalePacketsPerChunk + lane / kGroupVectors) * kPacketBytes;
@@ -328,7 +330,7 @@ class LowLatencyDispatch {
     return true;
   }
 
-  // Of a whole warp, the one that counts: the Place of the lane's slot.
+  // Warp-collective, in the warp that counts. The SlotRoute of the lane's slot, as a packet.
   __device__ uint4 route_of(Counter& counter, int token, int entry, float weight) const {
     const int expert = expert_of(entry);
     counter.begin(expert);
@@ -371,7 +373,7 @@ class LowLatencyDispatch {
         barrier_expect(&memory_.barriers[0], a_.row_bytes);
         bulk_load(stage, x, a_.row_bytes, &memory_.barriers[0]);
       }
-      // What is asked for here arrives while others are waited for.
+      // What is loaded here arrives during the waits below.
       const Entry entry = entry_of(token);
       const float weight = weight_of(token);
       Channels<T> ahead[1];
@@ -397,7 +399,7 @@ class LowLatencyDispatch {
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
-        __syncthreads();  // what was in this stage has left
+        __syncthreads();  // what was in this stage has been copied
       }
       counter.count(token);
       if (!as_is) {
@@ -446,14 +448,14 @@ class LowLatencyDispatch {
     return has_begun || may_begin();
   }
 
-  // Of a whole warp: piece n of a row that is quantized, a vector a lane.
+  // Warp-collective. Piece n of a row that is quantized, a vector per lane.
   template <class T>
   __device__ void load_piece(const T* x, int n, Channels<T> (&channels)[1]) const {
     const int v = n * kWarp + lane_id();
     channels[0].load(x, v, v < a_.row_bytes / 16);
   }
 
-  // Of a whole block: into `stage`, with its scales. `channels`: the warp's first piece.
+  // Block-collective. Quantizes a row into `stage`, with its scales. `channels`: the warp's first piece.
   template <class T>
   __device__ void quantize_row(const T* x, char* stage, Channels<T> (&channels)[1]) const {
     const int vectors = a_.row_bytes / 16;
@@ -478,7 +480,7 @@ class LowLatencyDispatch {
         }
       }
     }
-    // Exponents of groups that are not there.
+    // Exponents of padding groups.
     const int groups = (vectors + kGroupVectors - 1) / kGroupVectors;
     const auto tid = static_cast<int>(threadIdx.x);
     if (a_.quantize == Quantize::fp8_ue8m0 && tid < 4 && groups + tid < a_.num_scales * 4) {
@@ -486,7 +488,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
+  // Loads that the barrier of this warp has counted: rows that warp 0 has sent unquantized.
   __device__ int loads_before() const {
     const int first = static_cast<int>(blockIdx.x) - 1, blocks = x_.workers() - 1;
     const bool has_sent = !uses_packets && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
@@ -539,8 +541,8 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   return shape;
 }
 
-// A block for each token and for each row that may come, or for some chunks of it; one that announces them; one that
-// tells.
+// A block per token and per row that may come, or per some chunks of it; one that announces; one that publishes
+// credits.
 template <bool uses_packets>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;

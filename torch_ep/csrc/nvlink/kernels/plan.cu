@@ -1,12 +1,14 @@
 // ep::plan: who sends what where, in one kernel and one message to every peer.
-//   tell    each block checks and counts its share of this rank's tokens, and writes to every peer the counts, then the
-//           experts of the tokens
-//   hear    every block adds up what the blocks of all ranks told: how many rows go and come, and how many of them come
-//           before its own share of each rank's tokens; of expert_major, the same for every expert
-//   place   each block places its share of every rank's tokens, once these have come
-// Every rank gets the experts of all tokens, not of those alone that visit it: they are small, and so nothing has to be
-// counted before they leave. Each count is a word that holds the number of the exchange too: it waits for no flag, nor
-// for what was written before it, and so the host of an exact plan hears soon how many rows there are.
+//   publish_counts  each block checks and counts its share of this rank's tokens, and writes the counts to every peer,
+//   then
+//                   the experts of the tokens
+//   collect_counts  every block adds up the counts of all blocks of all ranks: rows to and from each rank, and how many
+//   of
+//                   them come before its own share of each rank's tokens; for expert_major, the same per expert
+//   write_plan      each block assigns rows to its share of every rank's tokens, once these have arrived
+// Every rank gets the experts of all tokens, not only of those that visit it: they are small, and nothing has to be
+// counted before they are sent. Each count is a word that also holds the number of the exchange. It needs no flag and
+// waits for nothing that was written before it, so the host of an exact plan soon knows the number of rows.
 #include "nvlink/device/exchange.cuh"
 
 #include <algorithm>
@@ -16,22 +18,22 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
-// A thread has so many on their way at once.
+// What a thread loads at once.
 constexpr int kBatch = 12;  // words
 constexpr int kAhead = 8;   // entries of topk_idx
-// These wait for others first; the last warps have the fewest entries.
+// These warps wait for peers first: the last warps have the fewest entries.
 constexpr int kHandshakeWarp = kWarps - 1, kCreditWarp = kWarps - 2;
 
-// Of the launch.
+// What the host derives for a launch.
 struct PlanShape {
   int num_local;  // experts of a rank
-  int words;      // tokens of each rank that are placed at once, kWarp in a word
+  int words;      // of kWarp tokens of each rank, which get their rows in one round
   int groups;     // of threads of a block, each for the tokens of one rank at a time
   int threads;    // of a group
   Divisor by_local, by_topk, by_blocks, by_threads, by_published, by_alignment;
 };
 
-// For every expert, in shared memory.
+// Per expert, in shared memory.
 struct ExpertWords {
   int* expert_total;  // [local experts] rows
   int* expert_begin;  // [local experts] of its group in the result
@@ -52,14 +54,14 @@ struct PlanShared {
   unsigned long long first_bad;  // of all ranks: rank << 32 | status
   int rows_to[kMaxRanks];        // of this block's own tokens
   unsigned own_bad;              // index of their first bad entry
-  // Of the tokens that get their rows at once: the own ones that visit each rank, and those of each source that visit
+  // Of the tokens of one round: the own ones that visit each rank, and those of each source that visit
   // this rank; where the rows begin that a word of own tokens sends to each rank, and those that come of a word of each
   // source.
   uint32_t sent_visits[kMaxRanks][kPlanWords], received_visits[kMaxRanks][kPlanWords];
   int sent_begin[kMaxRanks][kPlanWords], received_begin[kMaxRanks][kPlanWords];
 };
 
-// Out of the way, and with a copy of its own, so that what calls it keeps its variables in registers.
+// One thread. Cold path: Note [Cold paths], device/exchange.cuh.
 __device__ __noinline__ uint64_t await_word(Exchange x, const void* word, int rank) {
   Wait wait(x, Phase::counts);
   uint64_t seen = load_relaxed_system(word);
@@ -100,7 +102,7 @@ class PlanBlock {
     end_exchange(x_, &a_.comm.state->last_plan);
   }
 
-  // One thread: the exact plan's host waits for this.
+  // One thread. The host of an exact plan waits for this.
   __device__ static void publish_rows_to_host(const Comm& comm, int64_t rows, bool failed) {
     const uint64_t word = kPlanReady | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
     store_relaxed_system(&comm.host_report->plan, word);
@@ -120,11 +122,11 @@ class PlanBlock {
 
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
 
-  // Tokens that are placed at once.
+  // Tokens that get their rows in one round.
   __device__ int round_tokens() const { return shape_.words * kWarp; }
 
-  // f(i, entry i) for this thread's share of so many entries: every `threads`-th from the `first` one on. A bad value
-  // stays bad.
+  // f(i, entry i) for this thread's share of `count` entries: every `threads`-th from the `first` one on. A value out
+  // of range stays out of range.
   template <class Int, class F>
   __device__ static void each_entry(const Int* entries, int count, int first, int threads, F f) {
     int ahead[kAhead];
@@ -149,7 +151,7 @@ class PlanBlock {
     }
   }
 
-  // Likewise, of the own entries from the `begin`-th on, each of them to a thread.
+  // f(i, entry i) for this thread's share of `count` own entries from the `begin`-th on.
   template <class F>
   __device__ void each_own_entry(int64_t begin, int count, F f) const {
     const auto tid = static_cast<int>(threadIdx.x);
@@ -160,9 +162,9 @@ class PlanBlock {
     }
   }
 
-  // --- tell ---
+  // --- publish_counts ---
 
-  // False: given up.
+  // Block-collective. False: the exchange was aborted.
   __device__ bool publish_counts() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const Layout& layout = x_.layout();
@@ -242,7 +244,7 @@ class PlanBlock {
     }
   }
 
-  // Of words that lie `step` apart.
+  // Tokens in the words of one round, which lie `step` apart.
   __device__ int tokens_in(const uint32_t* words, int step) const {
     constexpr int kUnroll = 4;
     static_assert(kPlanWords / 2 % kUnroll == 0);
@@ -257,8 +259,8 @@ class PlanBlock {
     return sum;
   }
 
-  // The i-th entry of the tokens that are looked at together, which begin with entry `begin`: its token has this expert
-  // and visits this rank.
+  // One thread. The i-th entry of a round that begins with entry `begin`: its token has this expert and visits its
+  // rank.
   __device__ void count_entry(int64_t begin, int i, int entry) const {
     const int t = shape_.by_topk.quotient(i);
     const uint32_t bit = 1U << t % kWarp;
@@ -267,7 +269,7 @@ class PlanBlock {
       if ((atomicOr(&s_.bits[t / kWarp * a_.num_experts + entry], bit) & bit) == 0) {
         return;
       }
-      // The token has it twice at least, whichever slot came first here: the second one is bad.
+      // The token has it at least twice, whichever slot came first here: the second one is bad.
       i = t * a_.num_topk - 1;
 #pragma unroll 1
       for (int times = 0; times < 2;) {
@@ -290,18 +292,18 @@ class PlanBlock {
   // The warp that exchanges handshakes with the peers.
   __device__ bool is_handshake_warp() const { return block_ == 0 && warp_id() == kHandshakeWarp; }
 
-  // --- hear ---
+  // --- collect_counts ---
 
-  // What a block of a rank tells besides the counts of the experts.
+  // What a block of a rank publishes besides the counts of the experts.
   enum class Sum { rows, num_tokens, status };
   __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
 
-  // Of the shares of all ranks, those of rank 0 first: what the n-th block told.
+  // What the n-th block published, counted through all blocks of all ranks.
   __device__ const char* published_by(int n) const {
     return x_.inbox().data(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
   }
 
-  // The value of a word, once it is there; `seen`: of the first look at it.
+  // One thread. The value of a word, once it is there. `seen`: a first poll.
   __device__ int value_of(const void* word, uint64_t seen, int rank, bool& going) const {
     if (!x_.is_tagged(seen)) {
       seen = await_word(x_, word, rank);
@@ -310,8 +312,8 @@ class PlanBlock {
     return static_cast<int>(seen & 0xffffffff);
   }
 
-  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `words_of`; `words`:
-  // that of block 0.
+  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `published_by`. `words`:
+  // that word of block 0.
   template <int kLanes, class F>
   __device__ void each_count(const char* words, int end, int first, bool& going, F f) const {
     const int64_t step = x_.layout().counts_bytes;
@@ -332,7 +334,7 @@ class PlanBlock {
     }
   }
 
-  // False: given up.
+  // Block-collective. False: the exchange was aborted.
   __device__ bool collect_counts() {
     bool going = true;
     if (is_handshake_warp()) {
@@ -371,7 +373,7 @@ class PlanBlock {
     received_ = received_end_.of(world_size_ - 1);
     needed_ = a_.expert_major ? add_up_experts() : received_;
     rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
-    // Where rows are dropped, `place` knows, where the capacity ends.
+    // Where rows are dropped, assign_rows finds where the capacity ends.
     if (!a_.expert_major && received_ <= rows_ && lane == 0) {
       for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
         a_.tokens_per_expert[e] = is_void_ ? 0 : s_.expert_total[e];
@@ -380,10 +382,11 @@ class PlanBlock {
     return true;
   }
 
-  // rank_major: of those whose rows this warp adds up, one of all blocks for each. The last warps have the time.
+  // rank_major: the first expert whose rows this warp adds up; one warp of all blocks per expert. The last warps have
+  // time.
   __device__ int first_expert() const { return block_ + blocks_ * (kWarps - 1 - warp_id()); }
 
-  // Of a whole warp: what all blocks of a rank told beside the experts.
+  // Warp-collective. What all blocks of a rank published besides the experts.
   __device__ void collect_rank(int rank, bool& going) const {
     RankCounts sums{};
     for (int b = lane_id(); b < blocks_; b += kWarp) {
@@ -405,7 +408,7 @@ class PlanBlock {
       // fault: plan: rows of earlier blocks
       sums.received_before += b < block_ ? received : 0;
       sums.received_here += b == block_ ? received : 0;
-      sums.num_tokens = value_of(words[2], seen[2], rank, going);  // every block tells the same
+      sums.num_tokens = value_of(words[2], seen[2], rank, going);  // every block publishes the same
       const auto status = static_cast<uint32_t>(value_of(words[3], seen[3], rank, going));
       if (status != 0) {
         atomicMin(&shared_.first_bad, static_cast<unsigned long long>(rank) << 32 | status);
@@ -424,7 +427,7 @@ class PlanBlock {
     }
   }
 
-  // Of a whole block: for each (rank, local expert), in `before` the rows of blocks before this one; and the totals.
+  // Block-collective. Per (rank, local expert): in `before` the rows of the blocks before this one; and the totals.
   __device__ void collect_experts(bool& going) const {
     constexpr int kLanes = 2;  // that share the blocks
     const auto tid = static_cast<int>(threadIdx.x);
@@ -441,17 +444,17 @@ class PlanBlock {
         before += __shfl_xor_sync(kFullWarp, before, lanes);
       }
       if (i < a_.num_experts && tid % kLanes == 0) {
-        // Those of the ranks before: added once all totals are known.
+        // Rows of the ranks before are added once all totals are known.
         s_.before[i] = before;
         totals()[i] = total;
       }
     }
   }
 
-  // [rank][local expert]. The bits are not needed yet.
+  // [rank][local expert], in the memory of the bits, which are not needed yet.
   __device__ int* totals() const { return reinterpret_cast<int*>(s_.bits); }
 
-  // Of a whole block, expert_major. Returns the rows of all groups.
+  // Block-collective, expert_major. Returns the rows of all groups.
   __device__ int64_t add_up_experts() const {
     for (int e = static_cast<int>(threadIdx.x); e < num_local_; e += kThreads) {
       int sum = 0;
@@ -462,7 +465,7 @@ class PlanBlock {
       s_.expert_total[e] = sum;
     }
     __syncthreads();
-    // Groups begin where the groups before end, padded: each lane has some, in a row.
+    // A group begins where the one before ends, padded. Each lane has some consecutive groups.
     if (warp_id() == 0) {
       const int lane = lane_id(), share = (num_local_ + kWarp - 1) / kWarp;
       const int from = min(lane * share, num_local_), to = min(from + share, num_local_);
@@ -481,7 +484,7 @@ class PlanBlock {
   }
 
   __device__ int aligned(int n) const { return shape_.by_alignment.quotient(n + a_.alignment - 1) * a_.alignment; }
-  // Of the group of an expert.
+  // The end of an expert's group.
   __device__ int64_t end_of(int expert) const {
     return int64_t{s_.expert_begin[expert]} + aligned(s_.expert_total[expert]);
   }
@@ -514,12 +517,12 @@ class PlanBlock {
     publish_failure(x_, cause);
   }
 
-  // Rows of an expert that find a place.
+  // Rows of an expert that are not dropped.
   __device__ int kept(int expert) const {
     return static_cast<int>(min(max(rows_ - s_.expert_begin[expert], int64_t{0}), int64_t{s_.expert_total[expert]}));
   }
 
-  // Of the first block.
+  // The first block.
   __device__ void write_totals() const {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     if (tid == 0 && a_.capacity < 0) {
@@ -554,9 +557,9 @@ class PlanBlock {
     }
   }
 
-  // --- place ---
+  // --- write_plan ---
 
-  // A thread: until it can read what a block of a rank wrote of its tokens.
+  // One thread. Waits until it can read the experts of the tokens of a block of a rank.
   __device__ bool wait_for_tokens(int rank, int block) const {
     const int64_t flag = x_.layout().plan_flag(rank, block);
     Wait wait(x_, Phase::counts);
@@ -592,7 +595,7 @@ class PlanBlock {
     clear_rest();
   }
 
-  // Of a whole block: its share of every rank's tokens, of the longest one `share` tokens.
+  // Block-collective. Its share of every rank's tokens: at most `share` tokens of a rank.
   __device__ void assign_rows(int share) {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const int group = shape_.by_threads.quotient(tid), thread = tid - group * shape_.threads;
@@ -611,7 +614,7 @@ class PlanBlock {
     const bool counts_kept = !a_.expert_major && ends.any();
     const int ends_in = counts_kept ? ends.first_from(0) : -1;
     if (counts_kept) {
-      bool going = true;  // all of this has been heard, but for an exchange that ends anyway
+      bool going = true;  // all of this has been collected, unless the exchange ends anyway
       for (int e = warp_id(); e < num_local_; e += kWarps) {
         const int rows = rows_of(e, ends_in * blocks_ + block_, going);
         if (lane == 0) {
@@ -694,12 +697,12 @@ class PlanBlock {
     return reinterpret_cast<const int*>(x_.inbox().data(x_.layout().plan_topk(rank)));
   }
 
-  // Tokens that have an expert, of the word of a source's t-th token.
+  // The word of tokens that have an expert, with a source's t-th token.
   __device__ uint32_t* bits_of(int source, int t, int local) const {
     return &s_.bits[(source * shape_.words + t / kWarp) * num_local_ + local];
   }
 
-  // Slot k of a source's token, the t-th of those that are placed at once. `counts`: what the expert keeps.
+  // One thread. Slot k of a source's token, the t-th of this round. `counts`: count what the expert keeps.
   __device__ void assign_slot(int source, int t, int token, int k, int expert, bool counts) const {
     const int w = t / kWarp;
     const uint32_t bit = 1U << t % kWarp, below = bit - 1;
@@ -747,7 +750,7 @@ class PlanBlock {
     }
   }
 
-  // Of a whole warp: rows of an expert of this rank in the first n shares, counted as in `words_of`.
+  // Warp-collective. Rows of a local expert in the first n shares, counted as in `published_by`.
   __device__ int rows_of(int expert, int n, bool& going) const {
     int sum = 0;
     each_count<kWarp>(
@@ -755,7 +758,7 @@ class PlanBlock {
     return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(sum)));
   }
 
-  // Places of the result that no token takes.
+  // Rows of the result that no token takes.
   __device__ void clear_rest() const {
     const auto tid = static_cast<int64_t>(threadIdx.x);
     const int64_t threads = int64_t{blocks_} * kThreads, thread = int64_t{block_} * kThreads + tid;
@@ -788,7 +791,7 @@ class PlanBlock {
   ExpertWords s_;
   const int world_size_, me_, block_, blocks_, num_local_;
   bool is_void_ = false;  // some rank's values are bad: a plan of no rows, everywhere
-  // Lane r: what rank r told, and where the wire rows to it and from it end.
+  // Per rank: what it published, and where the wire rows to it and from it end.
   RankCounts mine_[kRankSteps];
   PerRank<int> sent_end_, received_end_;
   int64_t received_ = 0;  // wire rows
