@@ -559,6 +559,8 @@ class Run {
     for (int r = 0; r < world_size(); ++r) {
       PlanArgs a{};
       a.comm = world_.comm(r);
+      a.handshake.num_experts = c_.num_experts();
+      a.handshake.num_topk = c_.num_topk;
       a.comm.host_report->plan = 0;
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;

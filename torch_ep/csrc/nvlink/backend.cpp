@@ -189,6 +189,8 @@ class Nvlink final : public Backend {
 
     PlanArgs args{};
     args.comm = comm_;
+    args.handshake.num_experts = static_cast<int32_t>(options.num_experts);
+    args.handshake.num_topk = static_cast<int32_t>(num_topk);
     args.topk_idx = topk_idx.const_data_ptr();
     args.wide_idx = topk_idx.scalar_type() == at::kLong;
     args.num_tokens = static_cast<int>(num_tokens);

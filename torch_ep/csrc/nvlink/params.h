@@ -142,6 +142,7 @@ class Divisor {
 
 struct PlanArgs {
   Comm comm;
+  Handshake handshake;
   const void* topk_idx;
   bool wide_idx;  // int64, not int32
   int num_tokens, num_topk, num_experts;

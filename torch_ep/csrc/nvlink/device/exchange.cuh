@@ -301,7 +301,7 @@ publish_handshake(const Exchange& x, const Handshake& handshake, const RowCounts
 
 // One thread. Cold path. Reports the first field in which a peer's header differs.
 __device__ __noinline__ inline void
-publish_mismatch(Exchange x, Handshake ours, int peer, int rows_to_peer, int rows_from_peer) {
+publish_mismatch(Exchange x, const Handshake& ours, int peer, int rows_to_peer, int rows_from_peer) {
   const auto word = [&](int i) { return x.inbox().poll_word(header_at(x, peer, i)); };
   FailureCause cause{Failure::mismatch, Phase::handshake, peer};
   cause.their_epoch = static_cast<int64_t>(word(Header::kEpoch));

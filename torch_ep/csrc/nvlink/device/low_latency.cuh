@@ -215,6 +215,16 @@ class LowLatencyExchange {
     }
   }
 
+  // One thread. Cold path: Note [Cold paths].
+  static __device__ __noinline__ void
+  publish_failure(const Comm& comm, int kind, uint64_t number, bool stops, FailureCause cause) {
+    const Exchange x(comm, op_of(kind), number);
+    ::ep::nvlink::publish_failure(x, cause, &comm.state->low_latency[kind].reported);
+    if (stops) {
+      stop(x);
+    }
+  }
+
  private:
   static constexpr int kPollsPerCheck = 64;
 
@@ -259,16 +269,6 @@ class LowLatencyExchange {
       uint64_t& before = state_.wait_ns[1 - half()][p];
       wait_ns[p] = static_cast<int64_t>(fresh(before));
       before = 0;
-    }
-  }
-
-  // One thread. Cold path: Note [Cold paths].
-  static __device__ __noinline__ void
-  publish_failure(const Comm& comm, int kind, uint64_t number, bool stops, FailureCause cause) {
-    const Exchange x(comm, op_of(kind), number);
-    ::ep::nvlink::publish_failure(x, cause, &comm.state->low_latency[kind].reported);
-    if (stops) {
-      stop(x);
     }
   }
 

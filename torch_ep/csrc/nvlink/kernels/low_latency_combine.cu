@@ -314,18 +314,18 @@ class LowLatencyCombine {
       counts = outcome == Outcome::arrived;
       going = outcome != Outcome::failed;
       if (counts && !agree(entered, entered_packet())) {
-        publish_mismatch(rank, entered);
+        publish_mismatch(a_.comm, x_.number(), rank, entered_packet(), entered);
         going = false;
       }
     }
     return __all_sync(kFullWarp, going) != 0;
   }
 
-  // One thread. Cold path: Note [Cold paths].
-  __device__ __noinline__ void publish_mismatch(int rank, uint4 theirs) const {
-    const uint4 ours = entered_packet();
+  // One thread. Cold path: Note [Cold paths]. Static, since a pointer to this object would keep it out of registers.
+  static __device__ __noinline__ void
+  publish_mismatch(const Comm& comm, uint64_t number, int rank, uint4 ours, uint4 theirs) {
     FailureCause cause{Failure::mismatch, Phase::handshake, rank};
-    cause.their_epoch = static_cast<int64_t>(x_.number());
+    cause.their_epoch = static_cast<int64_t>(number);
     const auto differ = [&](HandshakeField field, uint32_t mine, uint32_t other) {
       cause.field = field;
       cause.ours = static_cast<int32_t>(mine);
@@ -335,7 +335,7 @@ class LowLatencyCombine {
     if (!differ(HandshakeField::hidden, ours.y, theirs.y) && !differ(HandshakeField::dtype, ours.z, theirs.z)) {
       differ(HandshakeField::max_tokens, ours.x, theirs.x);
     }
-    x_.publish_failure(cause);
+    LowLatencyExchange::publish_failure(comm, kCombineKind, number, false, cause);
   }
 
   // Warp-collective. Terms are added in the order of their lanes.

@@ -181,7 +181,7 @@ class PlanBlock {
       shared_.first_bad = ~0ULL;
     }
     if (is_handshake_warp()) {
-      publish_handshake(x_, handshake(), RowCounts::unknown());
+      publish_handshake(x_, a_.handshake, RowCounts::unknown());
     }
     const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
@@ -283,12 +283,6 @@ class PlanBlock {
     atomicMin(&shared_.own_bad, static_cast<unsigned>(begin + i));
   }
 
-  __device__ Handshake handshake() const {
-    Handshake handshake{};
-    handshake.num_experts = a_.num_experts;
-    handshake.num_topk = a_.num_topk;
-    return handshake;
-  }
   // The warp that exchanges handshakes with the peers.
   __device__ bool is_handshake_warp() const { return block_ == 0 && warp_id() == kHandshakeWarp; }
 
@@ -338,7 +332,7 @@ class PlanBlock {
   __device__ bool collect_counts() {
     bool going = true;
     if (is_handshake_warp()) {
-      going = check_handshake(x_, handshake(), RowCounts::unknown());
+      going = check_handshake(x_, a_.handshake, RowCounts::unknown());
     }
     for (int rank = warp_id(); rank < world_size_; rank += kWarps) {
       collect_rank(rank, going);
