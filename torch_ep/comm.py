@@ -28,7 +28,7 @@ _PROVIDERS = ("torch", "nvshmem")
 _ON_TIMEOUT = ("raise", "mask")
 _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
 # Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
-_MAX_RANKS = 8
+_MAX_RANKS = 16
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
 _MAX_SMS = 128
@@ -164,7 +164,7 @@ def init(
             no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         backend: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
-            four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
+            four limits, GPUs that can write into each other, at most 16 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
         provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py). With "nvshmem" ranks
@@ -280,9 +280,7 @@ def _milliseconds(timeout: timedelta) -> int:
     return max(1, int(timeout.total_seconds() * 1000))
 
 
-def _why_not_nvlink(
-    process: dist.ProcessGroup | None, world_size: int, limits: Mapping[str, int | None]
-) -> str | None:
+def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: Mapping[str, int | None]) -> str | None:
     """What this rank can tell without the others; the same answer on every rank."""
     if "nvlink" not in torch.ops.ep._backends():
         return "torch_ep was built without CUDA"

@@ -31,7 +31,7 @@ Provider = Literal["torch", "nvshmem"]
 T = TypeVar("T")
 
 # Of the nvlink kernels (csrc/nvlink/layout.h).
-_MAX_RANKS = 8
+_MAX_RANKS = 16
 # How long a rank waits for the others. They come here together, from `torch_ep.init`.
 _TIMEOUT = timedelta(minutes=5)
 

@@ -1053,7 +1053,7 @@ class GroupOnCpu:
     ("world_size", "num_experts", "reason"),
     [
         (2, 5, "num_experts = 5 is no multiple of the 2 ranks"),
-        (9, 9, "it takes at most 8 ranks, and there are 9"),
+        (17, 17, "it takes at most 16 ranks, and there are 17"),
         (4, 4880, "it takes at most 4876 experts on 4 ranks, and num_experts is 4880"),
         (2, 4, "the process group has no backend for CUDA"),
     ],

@@ -146,16 +146,16 @@ class Nvlink final : public Backend {
     const auto bytes = at::TensorOptions().device(at::kCUDA, device_).dtype(at::kByte);
     state_ = at::zeros({static_cast<int64_t>(sizeof(State))}, bytes);
     rows_of_ = at::zeros({layout_.world_size * layout_.max_tokens * layout_.num_topk * int64_t{8}}, bytes);
-    void* mailbox = nullptr;
-    C10_CUDA_CHECK(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-    mailbox_ = static_cast<Mailbox*>(mailbox);
-    *mailbox_ = {};
+    void* host_report = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+    host_report_ = static_cast<HostReport*>(host_report);
+    *host_report_ = {};
     comm_ = {};
     for (int r = 0; r < layout_.world_size; ++r) {
       comm_.buffers[r] = reinterpret_cast<char*>(options.buffers[r]);
     }
     comm_.state = reinterpret_cast<State*>(mutable_data<char>(state_));
-    comm_.mailbox = mailbox_;
+    comm_.host_report = host_report_;
     comm_.rows_of = reinterpret_cast<uint64_t*>(mutable_data<char>(rows_of_));
     comm_.layout = layout_;
     comm_.low_latency = low_latency_layout_of(layout_, options.limits);
@@ -167,7 +167,7 @@ class Nvlink final : public Backend {
     C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
   }
 
-  ~Nvlink() override { static_cast<void>(cudaFreeHost(mailbox_)); }
+  ~Nvlink() override { static_cast<void>(cudaFreeHost(host_report_)); }
 
   PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) override {
     constexpr auto kOp = OpKind::plan;
@@ -199,6 +199,8 @@ class Nvlink final : public Backend {
 
     PlanArgs args{};
     args.comm = comm_;
+    args.handshake.num_experts = static_cast<int32_t>(options.num_experts);
+    args.handshake.num_topk = static_cast<int32_t>(num_topk);
     args.topk_idx = topk_idx.const_data_ptr();
     args.wide_idx = topk_idx.scalar_type() == at::kLong;
     args.num_tokens = static_cast<int>(num_tokens);
@@ -219,7 +221,7 @@ class Nvlink final : public Backend {
     last_tokens_ = num_tokens;
     last_most_tokens_ = most_tokens;
     if (exact) {
-      mailbox_->plan = 0;
+      host_report_->plan = 0;
     }
     C10_CUDA_CHECK(launch_plan(args, stream));
     if (args.refused && !exact) {
@@ -248,8 +250,8 @@ class Nvlink final : public Backend {
     DispatchArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, x, topk_weights, scales, num_topk);
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.handshake = handshake_of(x, topk_weights, scales, num_topk);
     if (topk_weights) {
       std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
       args.weights = data<char>(*topk_weights);
@@ -257,16 +259,16 @@ class Nvlink final : public Backend {
     }
     // Scales travel in the row's record if there is room beside at least as much of the row.
     const int64_t scale_bytes = bytes_per_row(scales);
-    const bool beside = 2 * (round_up(scale_bytes, kVector) + record_tail(args.record, num_topk)) <= record_limit();
+    const bool beside = 2 * (round_up(scale_bytes, kVector) + wire_row_tail(args.format, num_topk)) <= wire_row_limit();
     if (scales && beside) {
       std::get<2>(result) = empty({rows, scales->size(1)}, *scales);
-      args.record.scale_bytes = static_cast<int>(scale_bytes);
+      args.format.scale_bytes = static_cast<int>(scale_bytes);
       args.scales = data<char>(*scales);
       args.out_scales = mutable_data<char>(*std::get<2>(result));
     }
     std::get<0>(result) = dispatch_rows(args, x, rows, stream);
     if (scales && !beside) {
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
       std::get<2>(result) = dispatch_rows(args, *scales, rows, stream);
     }
     return result;
@@ -286,8 +288,8 @@ class Nvlink final : public Backend {
     CombineArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, y, topk_weights, scales, num_topk);
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.handshake = handshake_of(y, topk_weights, scales, num_topk);
     at::Tensor wide_weights;
     if (row_weights) {
       wide_weights = row_weights->to(y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -300,7 +302,7 @@ class Nvlink final : public Backend {
     }
     std::get<0>(result) = combine_rows(args, y, num_tokens, stream);
     if (scales) {
-      args.record.weight_bytes = 0;
+      args.format.weight_bytes = 0;
       std::get<2>(result) = combine_rows(args, *scales, num_tokens, stream);
     }
     return result;
@@ -389,25 +391,29 @@ class Nvlink final : public Backend {
     }
     C10_CUDA_CHECK(cudaMemcpy(comm_.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     C10_CUDA_CHECK(cudaDeviceSynchronize());
-    *mailbox_ = {};
+    *host_report_ = {};
     fatal_.clear();
-    masked_ = 0;
+    std::fill(std::begin(masked_), std::end(masked_), 0);
   }
 
   // Bits of the ranks that the low-latency pair of this rank leaves out; `mask` adds some.
   int64_t masked() const {
-    uint32_t words[2] = {};
+    uint32_t by_host[kRankSteps] = {}, by_timeout[kRankSteps] = {};
     const Stream stream;
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t* from = i == 0 ? &comm_.state->masked_by_host : &comm_.state->masked_by_timeout;
-      stream.copy(&words[i], from, sizeof(uint32_t));
+    stream.copy(by_host, comm_.state->masked_by_host, sizeof(by_host));
+    stream.copy(by_timeout, comm_.state->masked_by_timeout, sizeof(by_timeout));
+    uint64_t ranks = 0;
+    for (int i = 0; i < kRankSteps; ++i) {
+      ranks |= static_cast<uint64_t>(by_host[i] | by_timeout[i]) << i * kWarpLanes;
     }
-    return words[0] | words[1];
+    return static_cast<int64_t>(ranks);
   }
 
   void mask(int64_t ranks) {
-    masked_ |= static_cast<uint32_t>(ranks);
-    Stream().copy(&comm_.state->masked_by_host, &masked_, sizeof(masked_));
+    for (int i = 0; i < kRankSteps; ++i) {
+      masked_[i] |= static_cast<uint32_t>(static_cast<uint64_t>(ranks) >> i * kWarpLanes);
+    }
+    Stream().copy(comm_.state->masked_by_host, masked_, sizeof(masked_));
   }
 
   // Whether no kernel of it runs any more, so that its memory may go.
@@ -459,25 +465,25 @@ class Nvlink final : public Backend {
     return view;
   }
 
-  static int64_t with_dtype(const std::optional<at::Tensor>& t, int64_t bytes) {
-    return bytes > 0 ? bytes | static_cast<int64_t>(t->scalar_type()) << kDtypeShift : 0;
-  }
-
-  static void set_agreed(
-      int64_t (&agreed)[kNumAgreed],
+  // What travels, as all ranks have to pass it.
+  static Handshake handshake_of(
       const at::Tensor& rows,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales,
       int64_t num_topk) {
-    agreed[0] = rows.size(1);
-    agreed[1] = static_cast<int64_t>(rows.scalar_type());
-    agreed[2] = with_dtype(topk_weights, element_bytes(topk_weights) * num_topk);
-    agreed[3] = with_dtype(scales, bytes_per_row(scales));
+    Handshake handshake{};
+    handshake.hidden = static_cast<int32_t>(rows.size(1));
+    handshake.dtype = static_cast<int32_t>(rows.scalar_type());
+    handshake.weight_bytes = static_cast<int32_t>(element_bytes(topk_weights) * num_topk);
+    handshake.weight_dtype = handshake.weight_bytes > 0 ? static_cast<int32_t>(topk_weights->scalar_type()) : 0;
+    handshake.scale_bytes = static_cast<int32_t>(bytes_per_row(scales));
+    handshake.scale_dtype = handshake.scale_bytes > 0 ? static_cast<int32_t>(scales->scalar_type()) : 0;
+    return handshake;
   }
 
-  int64_t record_limit() const { return std::min<int64_t>(layout_.slot_bytes, max_record_bytes()); }
+  int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
 
-  static int64_t record_tail(Record record, int64_t num_topk) {
+  static int64_t wire_row_tail(WireFormat record, int64_t num_topk) {
     record.row_bytes = 0;
     return record.bytes(static_cast<int>(num_topk));
   }
@@ -485,12 +491,12 @@ class Nvlink final : public Backend {
   // One exchange for each slice of columns that a slot has room for; the first takes what travels along.
   template <class Args, class Launch>
   void by_columns(Args& args, int64_t row_bytes, int64_t num_topk, Launch launch) const {
-    args.record.row_stride = row_bytes;
-    const int64_t widest = (record_limit() - record_tail(args.record, num_topk)) / kVector * kVector;
+    args.format.row_stride = row_bytes;
+    const int64_t widest = (wire_row_limit() - wire_row_tail(args.format, num_topk)) / kVector * kVector;
     for (int64_t begin = 0; begin < row_bytes; begin += widest) {
-      args.record.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
+      args.format.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
       launch(begin);
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
     }
   }
 
@@ -522,19 +528,19 @@ class Nvlink final : public Backend {
   // The one number that an exact plan waits for.
   int64_t await_rows(cudaStream_t stream) {
     // The kernel's own waits end by the timeout; this one is for a kernel that ended without a word, or never began.
-    const auto look_at = std::chrono::milliseconds(10);
-    auto look = steady_clock::now() + look_at;
-    std::atomic_ref<uint64_t> mail(mailbox_->plan);
+    const auto count_entry = std::chrono::milliseconds(10);
+    auto look = steady_clock::now() + count_entry;
+    std::atomic_ref<uint64_t> word(host_report_->plan);
     uint64_t told = 0;
-    while ((told = mail.load(std::memory_order_acquire)) == 0) {
+    while ((told = word.load(std::memory_order_acquire)) == 0) {
       if (steady_clock::now() < look) {
         continue;
       }
-      look += look_at;
+      look += count_entry;
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
-        TORCH_CHECK(mail.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
+        TORCH_CHECK(word.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
       }
       std::this_thread::yield();
     }
@@ -559,8 +565,9 @@ class Nvlink final : public Backend {
     if (!fatal_.empty()) {
       C10_THROW_ERROR(DistError, fatal_);
     }
-    const int64_t stopped = std::atomic_ref<int64_t>(mailbox_->stopped).load(std::memory_order_acquire);
-    const auto kind = static_cast<Failure>(std::atomic_ref<int64_t>(mailbox_->kind).load(std::memory_order_acquire));
+    const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
+    std::atomic_ref<Failure> reported(host_report_->failure.kind);
+    const Failure kind = reported.load(std::memory_order_acquire);
     if (kind == Failure::none) {
       if (stopped != 0) {
         std::ostringstream message;
@@ -572,22 +579,22 @@ class Nvlink final : public Backend {
       }
       return;
     }
-    const Mailbox report = *mailbox_;
-    if (kind == Failure::timeout || kind == Failure::left || kind == Failure::bad_order) {
+    const FailureReport report = host_report_->failure;
+    if (is_fatal(kind)) {
       fatal_ = describe(group_name_, comm_, report);
       C10_THROW_ERROR(DistError, fatal_);
     }
-    std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
+    reported.store(Failure::none, std::memory_order_release);
     // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
-    const bool all_refused =
-        kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
+    const bool too_many = kind == Failure::too_many_tokens;
+    const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
+    const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
     const bool own_argument =
-        kind == Failure::bad_plan || all_refused || (kind == Failure::bad_topk && report.peer == comm_.rank);
+        kind == Failure::bad_send_row || kind == Failure::bad_recv_pair || all_refused || own_topk;
     if (!own_argument) {
       C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
     }
-    TORCH_CHECK_VALUE(
-        kind != Failure::bad_topk || report.ours != kTooManyTokens, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(!too_many, refusal(last_tokens_, last_most_tokens_));
     TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
   }
 
@@ -598,11 +605,11 @@ class Nvlink final : public Backend {
   const c10::DeviceIndex device_;
   const int multiprocessors_;
   at::Tensor state_, rows_of_;
-  Mailbox* mailbox_ = nullptr;
+  HostReport* host_report_ = nullptr;
   Comm comm_;
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
-  uint32_t masked_ = 0;  // State::masked_by_host
+  uint32_t masked_[kRankSteps] = {};  // State::masked_by_host
   // Of the last plan, whose exact form says at once if these were too many.
   int64_t last_tokens_ = 0, last_most_tokens_ = 0;
   std::string fatal_;
@@ -737,7 +744,8 @@ TORCH_LIBRARY_FRAGMENT(ep, m) {
   m.def("_nvlink_runs() -> bool", &kernels_run);
   m.def(
       "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, *, int max_tokens_per_rank, int hidden, "
-      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool shares_device, "
+      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool "
+      "shares_device, "
       "bool masks) "
       "-> bool",
       &init);

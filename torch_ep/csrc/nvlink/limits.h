@@ -29,7 +29,7 @@ inline LowLatencyLayout low_latency_layout_of(const Layout& layout, const Limits
       static_cast<int>(limits.low_latency_tokens),
       layout.num_topk,
       layout.num_local_experts(),
-      round_up(round_up(2 * limits.hidden, 16) + kPlaceBytes * limits.num_topk, 128)};
+      round_up(round_up(2 * limits.hidden, 16) + kSlotRouteBytes * limits.num_topk, 128)};
 }
 
 }  // namespace ep::nvlink
