@@ -167,9 +167,9 @@ def init(
             four limits, GPUs that can write into each other, at most 16 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
-        provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py). With "nvshmem" ranks
-            may share a GPU: num_sms times the ranks of one GPU is then at most its number of SMs, and the ranks run at
-            the same time only under NVIDIA MPS. Meant for tests of several ranks on one GPU.
+        provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py). With "nvshmem"
+            ranks may share a GPU, for tests: num_sms times the ranks of one GPU is then at most its number of SMs, and
+            the ranks run at the same time only under NVIDIA MPS.
         on_timeout: what the low-latency pair does on backend nvlink when a rank does not come in time: "raise", or
             "mask" it and go on without it; see `mask_ranks`. All other operators raise.
 

@@ -57,7 +57,7 @@ from torch_ep import LowLatencyPlan, LowLatencyStatistics, reference
 from torch_ep.low_latency import Quantize
 
 VIRTUAL = ["virtual-1", "virtual-2", "virtual-3", "virtual-4"]
-GPUS = ["gpus-2", "gpus-3", "gpus-4"]
+GPUS = ["gpus-2", "gpus-4", "gpus-8"]
 # Graphs of torch.compile belong to the main thread of a process, and virtual ranks beside each other have none.
 COMPILE_WORLDS = ["virtual-1", *GPUS]
 

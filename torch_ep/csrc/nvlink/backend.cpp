@@ -659,9 +659,10 @@ find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const 
   if (!backend || !backend->takes(t)) {
     return nullptr;
   }
-  // One rank alone exchanges nothing: plan, dispatch and combine are the local backend's.
+  // The process alone exchanges nothing: plan, dispatch and combine are the local backend's. A single virtual rank runs
+  // the link kernels.
   const bool is_low_latency = op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine;
-  if (world_size == 1 && backend->world_size() == 1 && !is_low_latency) {
+  if (group_name.empty() && !is_low_latency) {
     return nullptr;
   }
   if (!backend->is_groupless()) {
