@@ -5,12 +5,17 @@ ARGS ?=
 SETUP := "$(PYTHON)" tools/setup_env.py
 SOURCES = $(shell find torch_ep/csrc test -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# One process on a GPU host: see test/conftest.py. Each file stays in one process, since its tests share what is slow to
+# make, and files keep the order of test/conftest.py.
+SIDE_BY_SIDE = -n auto --dist loadfile --no-loadscope-reorder
+QUICK = $(addprefix api/test_,reference.py errors.py autograd.py groups.py routing.py calls.py) compile/test_opcheck.py
+
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo decode test test-gpu sanitize lint docs bench
+.PHONY: help demo decode test test-quick test-gpu sanitize lint docs bench
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'ARGS="..." goes to the command, as in: make demo ARGS="--steps 100 --ranks 4" or make demo ARGS=--help'
 
 demo: ## train a small MoE language model on the Python standard library; results in runs/moe
@@ -19,8 +24,11 @@ demo: ## train a small MoE language model on the Python standard library; result
 decode: ## continue prompts with the model that `make demo` trained; results in runs/decode
 	@python=$$($(SETUP) demo) && exec "$$python" examples/decode_moe.py $(ARGS)
 
-test: ## run the tests
-	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(ARGS)
+test: ## run the tests, a process on each core
+	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+test-quick: ## run the tests to repeat after every change, under two minutes: results, errors, gradients, groups
+	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(SIDE_BY_SIDE) $(addprefix test/,$(QUICK)) $(ARGS)
 
 test-gpu: ## run the tests that need a GPU, on a host that has one or several
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest -m gpu -rs $(ARGS)

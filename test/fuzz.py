@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from harness import Workers, World, answer_jobs
-from test_low_latency import FORMS
-from test_low_latency import Case as LowLatencyCase
-from test_low_latency import case_differs as low_latency_case_differs
-from test_reference import LAYOUTS, SUM_TYPES, Case, Comparison, Mode, padding
+from api.test_low_latency import FORMS
+from api.test_low_latency import Case as LowLatencyCase
+from api.test_low_latency import case_differs as low_latency_case_differs
+from api.test_reference import LAYOUTS, SUM_TYPES, Case, Comparison, Mode, padding
+from support.harness import Workers, World, answer_jobs
 from torch import Tensor
 
 import torch_ep
@@ -436,7 +436,7 @@ def operator_calls(a: Arguments) -> dict[str, tuple[Callable, dict[str, Any]]]:
     plan = {"topk_idx": a.idx, "num_experts": a.num_experts, "layout": a.layout, "alignment": 1}
     group = {"world_size": world_size, "group_name": group_name}
     recv = {
-        "ticket": torch.zeros(2, world_size, dtype=torch.int64),
+        "status": torch.zeros(2, world_size, dtype=torch.int64),
         "in_flight": torch.zeros(rows, 16 + 16 + 16, dtype=torch.uint8),
         "hidden": 4,
         "dtype": torch.float32,

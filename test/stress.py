@@ -23,13 +23,12 @@ import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-import expected
-import low_latency_cases
 import torch
-from harness import same_bits
+from support import expected, low_latency_cases
+from support.harness import same_bits
+from support.virtual import HostedRanks, Ranks, meet, open_world
 from torch import Tensor
 from tqdm import tqdm
-from virtual import HostedRanks, Ranks, meet, open_world
 
 import torch_ep
 from torch_ep import reference
@@ -465,7 +464,7 @@ def run(
     `limit_s`: of each chunk.
     """
     if low_latency and isinstance(ranks, HostedRanks):
-        # Each kind of kernel has to have run alone: see Note [Kernels that wait for other kernels] in virtual.py.
+        # Each kind of kernel has to have run alone, see Note [Kernels that wait for other kernels].
         open_world("virtual-1").run(run_chunk, seed, 0, 100, True, limit_s=limit_s)
     begun = time.monotonic()
     number = done = rows = grown = 0

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -15,15 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import setuptools
-import torch
+from support.builds import CSRC, ROOT, Build
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).parent.parent
-CSRC = ROOT / "torch_ep" / "csrc"
 NVLINK = CSRC / "nvlink"
 NVCC = shutil.which("nvcc")
 
@@ -54,9 +48,9 @@ def errors_of(command: list[str]) -> str:
 def compile_kernel(path: Path) -> str:
     """Without torch's include folders; with the macros that torch's builds define for nvcc."""
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
-    # Programs, which are these kernels once more, only as far as PTX and not optimized: that takes a sixth of the time.
-    code, effort = ("compute_90a", "-G") if path in PROGRAMS else ("sm_90a", "-O3")
-    target = [f"-I{CSRC}", f"-gencode=arch=compute_90a,code={code}", "-std=c++20", effort, "-Werror", "all-warnings"]
+    # Not optimized, which halves the time. Programs, which hold the same kernels again, only as far as PTX.
+    code = "compute_90a" if path in PROGRAMS else "sm_90a"
+    target = [f"-I{CSRC}", f"-gencode=arch=compute_90a,code={code}", "-std=c++20", "-G", "-Werror", "all-warnings"]
     flags = [*target, *cpp_extension.COMMON_NVCC_FLAGS, *host_compiler]
     with tempfile.TemporaryDirectory() as folder:
         return errors_of([str(NVCC), *flags, "-c", str(path), "-o", f"{folder}/kernel.o"])
@@ -188,38 +182,6 @@ def test_a_torch_header_is_found_through_other_headers(tmp_path: Path, include: 
     assert torch_includes(tmp_path / "kernel.cu") == [f"launch.h: {include[1:-1]}"]
 
 
-class Build:
-    """Runs setup.py up to its call of setuptools.setup, with a torch and a toolkit of the test's choice."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        self.monkeypatch = monkeypatch
-        self.toolkit = tmp_path / "toolkit"
-        self.namespace: dict[str, Any] = {}
-        (self.toolkit / "bin").mkdir(parents=True)
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")  # setup.py sets it; this takes it back after the test
-        monkeypatch.delenv("CUDAHOSTCXX", raising=False)
-
-    def add_nvcc(self, version: str = "13.0") -> None:
-        nvcc = self.toolkit / "bin" / "nvcc"
-        nvcc.write_text(f"#!/bin/sh\necho {version}\n")
-        nvcc.chmod(0o755)
-
-    def extension(self, root: Path = ROOT, cuda: str | None = "13.0") -> setuptools.Extension:
-        calls: list[dict[str, list[setuptools.Extension]]] = []
-        self.monkeypatch.chdir(root)
-        self.monkeypatch.setattr(torch.version, "cuda", cuda)
-        self.monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(self.toolkit))
-        self.monkeypatch.setattr(setuptools, "setup", lambda **arguments: calls.append(arguments))
-        self.namespace = runpy.run_path(str(ROOT / "setup.py"))
-        (extension,) = calls[0]["ext_modules"]
-        return extension
-
-
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Build:
-    return Build(monkeypatch, tmp_path)
-
-
 def in_tree(paths: list[Path]) -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in paths)
 
@@ -282,15 +244,6 @@ def test_two_sources_with_one_object_file_are_refused(build: Build, tmp_path: Pa
         SystemExit, match=r"nvlink/plan\.cpp and torch_ep/csrc/nvlink/plan\.cu would be compiled to one"
     ):
         build.extension(root=tmp_path / "tree", cuda=None)
-
-
-@pytest.fixture
-def setup_env() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_another_nvcc_makes_the_extension_stale(

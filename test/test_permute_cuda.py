@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import random_topk, same_bits, seeded
-from nvlink_cases import BF16, F16, F32, F64, WIDE_ROWS, Case, check_cases, check_seeds, works
+from support.harness import random_topk, same_bits, seeded
+from support.nvlink_cases import BF16, F16, F32, F64, WIDE_ROWS, Case, check_cases, check_seeds, works
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

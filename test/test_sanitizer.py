@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import LIMIT_S
+from support.harness import LIMIT_S
 from test_cuda_sources import CSRC
 from torch.utils import cpp_extension
 

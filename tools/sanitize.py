@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 PACKAGE = BUILD / "lib"
-TESTS = ["test_reference.py", "test_low_latency.py", "test_errors.py"]
+TESTS = ["api/test_reference.py", "api/test_low_latency.py", "api/test_errors.py"]
 # What is left out compiles, which takes longer than all the rest and runs nothing of the extension.
 NOT_COMPILED = "not compil and not inductor and not cuda"
 
