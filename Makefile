@@ -12,7 +12,7 @@ QUICK = $(addprefix api/test_,reference.py errors.py autograd.py groups.py routi
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo decode test test-quick test-gpu sanitize lint bench
+.PHONY: help demo decode test test-quick test-gpu sanitize lint docs bench
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,10 @@ lint: ## check style and types: ruff, clang-format, mypy
 		--dry-run -Werror $(SOURCES) || status=1; \
 	"$$python" -m mypy torch_ep || status=1; \
 	exit $$status
+
+docs: ## build these pages and the API reference as a website in build/docs; a broken link is an error
+	@python=$$($(SETUP) docs) && "$$python" docs/diagrams.py > /dev/null && \
+		"$$python" -m sphinx -W --keep-going -q -d build/doctrees $(ARGS) docs build/docs && echo build/docs/index.html
 
 bench: ## measure dispatch and combine against hand-written exchanges
 	@python=$$($(SETUP) demo) && exec "$$python" benchmarks/bench.py $(ARGS)

@@ -99,7 +99,8 @@ def has_headers(toolkit: str) -> bool:
 
 
 def needs_cuda(path: Path) -> bool:
-    return path.suffix == ".cu" or path.parent == CSRC / "nvlink" or path.stem.endswith("_cuda")
+    in_nvlink = path.parent == CSRC / "nvlink" and path.stem != "limits"
+    return path.suffix == ".cu" or in_nvlink or path.stem.endswith("_cuda")
 
 
 def sources(cuda: bool) -> list[str]:

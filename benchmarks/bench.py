@@ -1,18 +1,17 @@
-"""Times whole dispatch and combine calls against the same work written by hand, side by side in the same run.
+"""Times whole dispatch and combine calls against a baseline of permute and all_to_all_single, in the same run.
 
     python benchmarks/bench.py                                  # the GPUs if there are two, or else CPU with gloo
     python benchmarks/bench.py --ranks 2 --tokens 256 4096      # some sizes
     python benchmarks/bench.py --device cuda --ops dispatch combine --num-sms 16
     python benchmarks/bench.py --device cpu --layout rank_major --dtype bfloat16
 
-Prints a table; writes OUTPUT.json (every time that was taken, with command, commit and hardware) and OUTPUT.png.
-benchmarks/README.md says what is measured and how.
+Prints a table; writes OUTPUT.json (summaries, command, commit, hardware) and OUTPUT.png. benchmarks/README.md describes
+the measurements.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Any
 import cpu
 import gpu
 import torch
-from ranks import environment, positive
+from ranks import environment, positive, write_results
 
 RESULTS = Path(__file__).parent / "results"
-# Of each device; an option that its device does not have is an error.
+# Per device. An option of the other device is an error.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
         "ranks": [2, 4],
@@ -54,20 +53,20 @@ def parser() -> argparse.ArgumentParser:
         cpu_default, cuda_default = (
             " ".join(map(str, d)) if isinstance(d := DEFAULTS[device][name], list) else d for device in DEFAULTS
         )
-        return f"{text} (default: {cpu_default}; on GPUs {cuda_default or 'all that share out the experts evenly'})"
+        return f"{text} (default: {cpu_default}; on GPUs {cuda_default or 'as many as divide the experts evenly'})"
 
     p = argparse.ArgumentParser(
-        description="Whole dispatch and combine calls of torch_ep against the same work written by hand.",
+        description="Whole dispatch and combine calls of torch_ep against permute and all_to_all_single.",
         epilog="ops on GPUs: " + "; ".join(f"{name}: {op.title}" for name, op in gpu.OPS.items()),
     )
     devices = list(DEFAULTS)
-    p.add_argument("--device", choices=devices, help="where the tensors are (default: cuda if there are two GPUs)")
-    p.add_argument("--ranks", type=positive, nargs="+", help=both("processes; one run for each number", "ranks"))
-    p.add_argument("--tokens", type=positive, nargs="+", help=both("tokens of each rank", "tokens"))
-    p.add_argument("--hidden", type=positive, help=both("elements of a token", "hidden"))
-    p.add_argument("--topk", type=positive, default=8, help="experts of a token (default: %(default)s)")
+    p.add_argument("--device", choices=devices, help="device of the tensors (default: cuda if there are two GPUs)")
+    p.add_argument("--ranks", type=positive, nargs="+", help=both("processes; one run per number", "ranks"))
+    p.add_argument("--tokens", type=positive, nargs="+", help=both("tokens per rank", "tokens"))
+    p.add_argument("--hidden", type=positive, help=both("elements per token", "hidden"))
+    p.add_argument("--topk", type=positive, default=8, help="experts per token (default: %(default)s)")
     p.add_argument("--experts", type=positive, help=both("experts over all ranks", "experts"))
-    iterations = "timed calls of a side for one row of the table, at most (default: %(default)s)"
+    iterations = "most timed calls per side and row of the table (default: %(default)s)"
     p.add_argument("--iterations", type=positive, default=50, help=iterations)
     output = "where the results go: .json and .png are appended (default: benchmarks/results/cpu or gpu)"
     p.add_argument("--output", type=Path, help=output)
@@ -76,13 +75,13 @@ def parser() -> argparse.ArgumentParser:
     on_cpu.add_argument("--dtype", choices=cpu.DTYPES, help="of the rows (default: float32)")
     layouts = ["expert_major", "rank_major"]
     on_cpu.add_argument("--layout", choices=layouts, help="of the received rows (default: expert_major)")
-    fewer = f"fewer calls where a row of the table would take longer, but at least {cpu.MIN_ITERATIONS} (default: 3)"
+    fewer = f"limit per row of the table; at least {cpu.MIN_ITERATIONS} calls are timed all the same (default: 3)"
     on_cpu.add_argument("--seconds", type=partial(positive, kind=float), help=fewer)
 
     on_gpu = p.add_argument_group("GPUs only")
-    on_gpu.add_argument("--ops", choices=gpu.OPS, nargs="+", metavar="OP", help="some of the ops below (default: all)")
-    on_gpu.add_argument("--num-sms", type=positive, help="blocks that the kernels may use (default: 24)")
-    link = f"GB/s of the link of one GPU, one way, for the floor (default: {gpu.LINK_GBS:g}, see benchmarks/README.md)"
+    on_gpu.add_argument("--ops", choices=gpu.OPS, nargs="+", metavar="OP", help="which of the ops below (default: all)")
+    on_gpu.add_argument("--num-sms", type=positive, help="SMs that the kernels may use (default: 24)")
+    link = f"GB/s per GPU and direction, for the floor (default: {gpu.LINK_GBS:g}, see benchmarks/README.md)"
     on_gpu.add_argument("--link-gbs", type=partial(positive, kind=float), help=link)
     return p
 
@@ -108,7 +107,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.experts % ranks:
             p.error(f"--experts: expected a multiple of the {ranks} ranks, got {args.experts}")
         if args.device == "cuda" and ranks > gpus:
-            p.error(f"--ranks: expected at most one for each of the {gpus} GPUs, got {ranks}")
+            p.error(f"--ranks: expected at most one per GPU, of which there are {gpus}, got {ranks}")
     if args.topk > args.experts:
         p.error(f"--topk: expected at most the {args.experts} experts, got {args.topk}")
     if args.device == "cuda" and args.hidden % gpu.SCALE_BLOCK:
@@ -119,11 +118,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     side = gpu if args.device == "cuda" else cpu
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     results = {**environment("bench.py", argv), **side.run(args)}
     print(side.verdict(results["rows"]))
-    json_path, png_path = (Path(f"{args.output}{suffix}") for suffix in (".json", ".png"))
-    json_path.write_text(json.dumps(results, indent=1) + "\n")
+    json_path, png_path = write_results(args.output, results), Path(f"{args.output}.png")
     side.draw(results, png_path)
     print(f"wrote {json_path} and {png_path}")
 

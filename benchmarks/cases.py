@@ -113,7 +113,7 @@ class PairRouting(NamedTuple):
     chunks: list[list[int]]  # [source rank][local expert] received rows
 
 
-class ByHandExpertMajor:
+class BaselineExpertMajor:
     """One row per (token, expert): sort, exchange, regroup by local expert; back the same way, scatter-add at home.
 
     Chosen for speed on the CPU, where there was a choice: splitting and joining whole chunks against one more
@@ -203,8 +203,8 @@ def sort_pairs(topk_idx: Tensor, num_experts: int) -> SortedPairs:
     )
 
 
-class ByHandPairs:
-    """One row per (token, expert), as `ByHandExpertMajor`, written for GPUs: gathers by index instead of many chunks,
+class BaselinePairs:
+    """One row per (token, expert), as `BaselineExpertMajor`, written for GPUs: gathers by index instead of many chunks,
     one wait for the device, no atomics: at home the rows of a token are gathered and summed by a `bmm`.
     """
 
@@ -242,7 +242,7 @@ class VisitRouting(NamedTuple):
     recv_topk_idx: Tensor
 
 
-class ByHandRankMajor:
+class BaselineRankMajor:
     """One row per (token, rank), with its local experts and weights; back the same way, scatter-add at home."""
 
     def __init__(self, inputs: Inputs) -> None:
@@ -283,8 +283,8 @@ class ByHandRankMajor:
         return {"route": experts, "dispatch": i.row_bytes + weights, "combine": i.row_bytes}
 
 
-def by_hand(inputs: Inputs, layout: torch_ep.Layout) -> Side:
-    return ByHandExpertMajor(inputs) if layout == "expert_major" else ByHandRankMajor(inputs)
+def make_baseline(inputs: Inputs, layout: torch_ep.Layout) -> Side:
+    return BaselineExpertMajor(inputs) if layout == "expert_major" else BaselineRankMajor(inputs)
 
 
 class Op(NamedTuple):
@@ -317,13 +317,13 @@ OPS = (
 )
 
 
-def check_equal(ours: Side, theirs: Side) -> None:
+def check_equal(ours: Side, baseline: Side) -> None:
     """Raises unless both sides give the same rows, bit by bit and in the same order, and the same sums."""
-    routings = ours.route(), theirs.route()
-    received = ours.dispatch(routings[0]), theirs.dispatch(routings[1])
+    routings = ours.route(), baseline.route()
+    received = ours.dispatch(routings[0]), baseline.dispatch(routings[1])
     if not torch.equal(received[0].rows, received[1].rows):
         raise RuntimeError("dispatch: the two sides returned different rows")
-    sums = [side.combine(r.rows, r, w) for side, r, w in zip((ours, theirs), received, routings, strict=True)]
+    sums = [side.combine(r.rows, r, w) for side, r, w in zip((ours, baseline), received, routings, strict=True)]
     # The sides round at different places: allow the width of the dtype for a sum of a few rows of order 1.
     tolerance = 32 * torch.finfo(sums[0].dtype).eps
     torch.testing.assert_close(sums[0], sums[1], rtol=tolerance, atol=tolerance, msg=lambda m: f"combine: {m}")

@@ -1,4 +1,4 @@
-"""What `bench.py --device cpu` measures: time and memory of dispatch and combine against the same work by hand."""
+"""`bench.py --device cpu`: time and memory of dispatch and combine against the baseline."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import OPS, Op, Side, TorchEP, by_hand, check_equal, random_inputs
+from cases import OPS, Op, Side, TorchEP, check_equal, make_baseline, random_inputs
 from platforms import PLATFORMS, Platform, cores
-from ranks import over_ranks, run_ranks, summary
+from ranks import over_ranks, run_ranks, spread, summary
 from tqdm import tqdm
 
 import torch_ep
 
-SIDES = ("ours", "theirs")
+SIDES = ("ours", "baseline")
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 WARM_UP = 2
-# Peaks differ by a buffer where a thread of the backend frees its input late: the median tells.
+# A thread of gloo may free its input late, which adds a buffer to a peak: take the median.
 PEAK_CALLS = 3
-# A median of fewer says little.
 MIN_ITERATIONS = 7
 MIB = 2**20
 
 
 def threads_of(ranks: int) -> int:
-    """Threads of each rank: the cores are shared out, and no rank goes without one."""
+    """Threads per rank: cores / ranks, at least 1."""
     return max(1, cores() // ranks)
 
 
 def timed(call: Callable[[], Any], platform: Platform) -> float:
-    """Seconds of one call on this rank, ranks aligned before it. Results are freed after the clock has stopped."""
+    """Seconds per call on this rank. Ranks meet at a barrier first; results are freed after the clock has stopped."""
     platform.synchronize()
     dist.barrier()
     start = time.perf_counter()
@@ -48,7 +47,7 @@ def timed(call: Callable[[], Any], platform: Platform) -> float:
 
 
 def traffic(side: Side, op: Op) -> dict[str, int]:
-    """Bytes that the busiest rank sends: all of them, and those that leave the rank."""
+    """Bytes that the busiest rank sends: with (logical) and without (wire) the rows that stay on it."""
     rows = side.sends(side.route())
     bytes_per_row = sum(side.bytes_per_row()[step] for step in op.steps)
     own = rows[dist.get_rank()]
@@ -62,7 +61,7 @@ def sides_of(rank: int, tokens: int, args: argparse.Namespace) -> dict[str, Side
     inputs = random_inputs(
         rank, tokens, args.hidden, args.topk, args.experts, DTYPES[args.dtype], PLATFORMS[args.device].device(rank)
     )
-    return {"ours": TorchEP(inputs, args.layout), "theirs": by_hand(inputs, args.layout)}
+    return {"ours": TorchEP(inputs, args.layout), "baseline": make_baseline(inputs, args.layout)}
 
 
 def measure(op: Op, sides: dict[str, Side], platform: Platform, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
@@ -75,7 +74,7 @@ def measure(op: Op, sides: dict[str, Side], platform: Platform, args: argparse.N
     gc.collect()
     gc.disable()
     for _ in range(iterations):
-        for name, call in calls.items():  # interleaved, so that what disturbs the machine disturbs both
+        for name, call in calls.items():  # alternating, so that a disturbance of the machine affects both sides
             seconds[name].append(timed(call, platform))
         bar.update()
     gc.enable()
@@ -83,7 +82,7 @@ def measure(op: Op, sides: dict[str, Side], platform: Platform, args: argparse.N
     result: dict[str, Any] = {"op": op.name, "iterations": iterations}
     for name in SIDES:
         result[name] = {**summary([s * 1e6 for s in seconds[name]]), **traffic(sides[name], op)}
-    result["ratio"] = round(result["ours"]["median_us"] / result["theirs"]["median_us"], 4)
+    result["ratio"] = round(result["ours"]["median_us"] / result["baseline"]["median_us"], 4)
     return result
 
 
@@ -95,11 +94,11 @@ def join_group(rank: int, ranks: int, port: int, args: argparse.Namespace) -> No
     torch.set_grad_enabled(False)
 
 
-Peaks = dict[tuple[int, str, str], int]  # of (tokens, op, side)
+Peaks = dict[tuple[int, str, str], int]  # bytes by (tokens, op, side)
 
 
 def measure_peaks(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Connection) -> None:
-    """What one rank does in the run that measures memory."""
+    """One rank of the run that measures memory. Rank 0 sends the peaks to `results`."""
     join_group(rank, ranks, port, args)
     platform = PLATFORMS[args.device]
     platform.prepare_peak()
@@ -121,7 +120,7 @@ def measure_peaks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
 def measure_times(
     rank: int, ranks: int, port: int, args: argparse.Namespace, results: Connection, peaks: Peaks
 ) -> None:
-    """What one rank does in the run that measures times; rank 0 prints and sends the rows of the table."""
+    """One rank of the run that measures times. Rank 0 prints the rows of the table and sends them to `results`."""
     join_group(rank, ranks, port, args)
     if rank == 0:
         print(HEAD, flush=True)
@@ -143,40 +142,40 @@ def measure_times(
 
 
 HEAD = (
-    f"{'':>6} {'':>5} {'':<21} | {'median us (min to max)':^55} | {'':>6} | {'peak MiB':^15} | "
+    f"{'':>6} {'':>5} {'':<21} | {'median us (p5 to p95)':^55} | {'':>6} | {'peak MiB':^15} | "
     f"{'logical MiB':^15} | {'wire MiB':^15}\n"
-    f"{'tokens':>6} {'ranks':>5} {'op':<21} | {'ours':^27} {'theirs':^27} | {'ratio':>6} | {'ours':>7} {'theirs':>7} | "
-    f"{'ours':>7} {'theirs':>7} | {'ours':>7} {'theirs':>7}"
+    f"{'tokens':>6} {'ranks':>5} {'op':<21} | {'ours':^27} {'baseline':^27} | {'ratio':>6} | {'ours':>7} {'base':>7} | "
+    f"{'ours':>7} {'base':>7} | {'ours':>7} {'base':>7}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
-    ours, theirs = (row[side] for side in SIDES)
+    ours, baseline = (row[side] for side in SIDES)
 
     def times(side: dict[str, Any]) -> str:
-        return f"{side['median_us']:9.0f} {'({:.0f} to {:.0f})'.format(side['min_us'], side['max_us']):<17}"
+        return f"{side['median_us']:9.0f} {spread(side):<17}"
 
     def mib(key: str) -> str:
-        return " ".join(f"{side[key] / MIB:7.2f}" for side in (ours, theirs))
+        return " ".join(f"{side[key] / MIB:7.2f}" for side in (ours, baseline))
 
     return (
-        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<21} | {times(ours):<27} {times(theirs):<27} | "
+        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<21} | {times(ours):<27} {times(baseline):<27} | "
         f"{row['ratio']:6.2f} | {mib('peak_bytes')} | {mib('logical_bytes')} | {mib('wire_bytes')}"
     )
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
     slower = sum(row["ratio"] > 1 for row in rows)
-    larger = sum(row["ours"]["peak_bytes"] > row["theirs"]["peak_bytes"] for row in rows)
+    larger = sum(row["ours"]["peak_bytes"] > row["baseline"]["peak_bytes"] for row in rows)
     ratios = [row["ratio"] for row in rows]
     return (
-        f"{len(rows)} rows: ratio (ours / theirs) {min(ratios):.2f} to {max(ratios):.2f}, "
+        f"{len(rows)} rows: ratio (ours / baseline) {min(ratios):.2f} to {max(ratios):.2f}, "
         f"above 1.00 in {slower}; more peak memory in {larger}"
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The results but for what every benchmark says about itself."""
+    """The results, except what `ranks.environment` adds."""
     rows = []
     for ranks in args.ranks:
         (peaks,) = run_ranks(measure_peaks, ranks, args)
@@ -186,6 +185,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    from figure import draw_cpu  # here, not above: the ranks import this file too and draw nothing
+    from figure import draw_cpu  # imported here: the ranks import this file and draw nothing
 
     draw_cpu(results, path)

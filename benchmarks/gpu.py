@@ -1,4 +1,4 @@
-"""What `bench.py --device cuda` measures: every op over the GPUs of this host, against NCCL and against the link."""
+"""`bench.py --device cuda`: every op over the GPUs of this host, against NCCL and the link rate."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
-from cases import ByHandPairs, ByHandRankMajor, TorchEP, check_equal, random_inputs
+from cases import BaselinePairs, BaselineRankMajor, TorchEP, check_equal, random_inputs
 from platforms import cores
-from ranks import over_ranks, run_ranks, summary
+from ranks import over_ranks, run_ranks, spread, summary
 from torch import Tensor
 from tqdm import tqdm
 
 import torch_ep
 
-# GB/s of one GPU, one way, all GPUs at once: bulk-copy push of 14336 B rows between 4 x H200, 64 to 128 blocks.
+# GB/s per GPU and direction, all GPUs at once: bulk copies of 14336 B rows to peers, 4 x H200, 64 to 128 SMs.
 LINK_GBS = 345.0
-SCALE_BLOCK = 128  # elements of a row that share an fp8 scale
+SCALE_BLOCK = 128  # elements per fp8 scale
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 WARM_UP = 10
-# Larger batches are not decoded from graphs, and a capacity that drops nothing costs more there.
+# Decoding does not replay larger batches from graphs, and a capacity that drops nothing costs more there.
 MOST_GRAPH_TOKENS = 512
-L2_BYTES = 256 * 2**20  # several times what any GPU has
-# About 500 us at 2 GHz: longer than the host takes to issue a call.
+L2_BYTES = 256 * 2**20  # several times the L2 cache of any GPU
+# About 500 us at 2 GHz: longer than the host needs to issue a call.
 HEAD_START_CYCLES = 1_000_000
 TIMEOUT = timedelta(minutes=2)
-SIDES = ("ours", "theirs", "nccl")
+SIDES = ("ours", "baseline", "nccl")
 
 
 class Stopwatch:
-    """Times a call on the device: ranks aligned on the device, the host ahead of it. Collective."""
+    """Times a call on the device: the ranks meet on the device first, the host runs ahead. Collective."""
 
     def __init__(self, device: torch.device) -> None:
         self.l2 = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
@@ -49,9 +49,11 @@ class Stopwatch:
         self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, call: Callable[[], Any], flush: bool = True) -> float:
-        """Microseconds on this rank, with nothing left in L2, or right after an untimed call of the same.
+        """Microseconds on this rank. Results are freed after the clock has stopped.
 
-        Results are freed after the clock has stopped.
+        Args:
+            call: timed once.
+            flush: overwrites L2 first; False: makes the same call first, untimed.
         """
         if flush:
             self.l2.zero_()
@@ -68,7 +70,7 @@ class Stopwatch:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """Replays `call` from a CUDA graph; the result is the graph's own, overwritten by the next replay."""
+    """A function that replays `call` from a CUDA graph. The next replay overwrites its result."""
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
@@ -88,22 +90,22 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x in fp8, and the scales [tokens, hidden / 128] float32 to multiply it with."""
+    """x [tokens, hidden] as float8_e4m3fn, and its scales [tokens, hidden / 128] float32, to multiply by."""
     blocks = x.float().view(len(x), -1, SCALE_BLOCK)
     scales = blocks.abs().amax(2).clamp_min(1e-4) / FP8_MAX
     return (blocks / scales[..., None]).to(torch.float8_e4m3fn).view(x.shape), scales
 
 
 class Case:
-    """One routing and one batch on this rank, and both sides of it."""
+    """One routing and one batch on this rank, for both sides."""
 
     def __init__(self, rank: int, ranks: int, tokens: int, args: argparse.Namespace, device: torch.device) -> None:
         self.inputs = random_inputs(rank, tokens, args.hidden, args.topk, args.experts, torch.bfloat16, device)
         self.fp8, self.scales = quantize(self.inputs.x)
-        self.by_hand = ByHandPairs(self.inputs)
-        # Bits are what moves, and gathers are faster in words.
-        self.by_hand_fp8 = ByHandPairs(self.inputs._replace(x=self.fp8.view(torch.int32)), self.scales)
-        self.rank, self.capacity = rank, ranks * tokens  # of which nothing is dropped
+        self.baseline = BaselinePairs(self.inputs)
+        # Rows move as bits, and gathers are faster in words.
+        self.baseline_fp8 = BaselinePairs(self.inputs._replace(x=self.fp8.view(torch.int32)), self.scales)
+        self.rank, self.capacity = rank, ranks * tokens  # drops nothing
 
     def plan(self, layout: torch_ep.Layout = "rank_major", capacity: int | None = None) -> torch_ep.Plan:
         return torch_ep.plan(self.inputs.topk_idx, self.inputs.num_experts, layout=layout, capacity=capacity)
@@ -116,18 +118,18 @@ class Case:
 
 
 class Calls(NamedTuple):
-    """What is timed, on this rank."""
+    """The timed calls of this rank."""
 
     ours: Callable[[], Any]
-    theirs: Callable[[], Any]
+    baseline: Callable[[], Any]
 
 
 def _plan(case: Case, capacity: bool) -> Calls:
-    return Calls(partial(case.plan, capacity=case.capacity if capacity else None), case.by_hand.route)
+    return Calls(partial(case.plan, capacity=case.capacity if capacity else None), case.baseline.route)
 
 
 def _busiest_rows(case: Case, layout: torch_ep.Layout) -> int:
-    """The rows of the rank that receives most: the least capacity of which nothing is dropped. Collective."""
+    """Rows of the rank that receives most: the least capacity that drops nothing. Collective."""
     return int(over_ranks(case.plan(layout).num_rows))
 
 
@@ -135,35 +137,35 @@ def _dispatch(case: Case, layout: torch_ep.Layout, capacity: bool = False) -> Ca
     rows = _busiest_rows(case, layout) if capacity else None
     return Calls(
         lambda: case.dispatch(case.plan(layout, rows)),
-        lambda: case.by_hand.dispatch(case.by_hand.route()),
+        lambda: case.baseline.dispatch(case.baseline.route()),
     )
 
 
 def _dispatch_cached(case: Case, layout: torch_ep.Layout) -> Calls:
-    plan, routing = case.plan(layout), case.by_hand.route()
-    return Calls(lambda: case.dispatch(plan), lambda: case.by_hand.dispatch(routing))
+    plan, routing = case.plan(layout), case.baseline.route()
+    return Calls(lambda: case.dispatch(plan), lambda: case.baseline.dispatch(routing))
 
 
 def _dispatch_fp8(case: Case, capacity: bool = False) -> Calls:
     rows = _busiest_rows(case, "rank_major") if capacity else None
     return Calls(
         lambda: case.dispatch_fp8(case.plan(capacity=rows)),
-        lambda: case.by_hand_fp8.dispatch(case.by_hand_fp8.route()),
+        lambda: case.baseline_fp8.dispatch(case.baseline_fp8.route()),
     )
 
 
 def _dispatch_fp8_cached(case: Case) -> Calls:
-    plan, routing = case.plan(), case.by_hand_fp8.route()
-    return Calls(lambda: case.dispatch_fp8(plan), lambda: case.by_hand_fp8.dispatch(routing))
+    plan, routing = case.plan(), case.baseline_fp8.route()
+    return Calls(lambda: case.dispatch_fp8(plan), lambda: case.baseline_fp8.dispatch(routing))
 
 
 def _combine(case: Case, layout: torch_ep.Layout, weighted: bool) -> Calls:
-    plan, routing = case.plan(layout), case.by_hand.route()
+    plan, routing = case.plan(layout), case.baseline.route()
     rows, weights = case.dispatch(plan)
-    received = case.by_hand.dispatch(routing)
+    received = case.baseline.dispatch(routing)
     return Calls(
         lambda: torch_ep.combine(rows, plan, row_weights=weights if weighted else None),
-        lambda: case.by_hand.combine(received.rows, received, routing),
+        lambda: case.baseline.combine(received.rows, received, routing),
     )
 
 
@@ -172,15 +174,15 @@ def _graph(case: Case) -> Calls:
         plan = case.plan(capacity=capacity)
         return torch_ep.combine(case.dispatch(plan)[0], plan)
 
-    def by_hand() -> Tensor:
-        routing = case.by_hand.route()
-        received = case.by_hand.dispatch(routing)
-        return case.by_hand.combine(received.rows, received, routing)
+    def baseline() -> Tensor:
+        routing = case.baseline.route()
+        received = case.baseline.dispatch(routing)
+        return case.baseline.combine(received.rows, received, routing)
 
     ours = captured(partial(pair, case.capacity))
     if not torch.equal(ours(), pair(None)):
         raise RuntimeError("graph: the replay returned other sums than the eager calls")
-    return Calls(ours, by_hand)
+    return Calls(ours, baseline)
 
 
 class Op(NamedTuple):
@@ -188,8 +190,8 @@ class Op(NamedTuple):
 
     title: str
     prepare: Callable[[Case], Calls]
-    row_bytes: Callable[[int], int]  # what crosses for each row, of its hidden size, without indices and weights
-    exchanges: int = 1  # of such rows in one call
+    row_bytes: Callable[[int], int]  # wire bytes per row, of the hidden size, without indices and weights
+    exchanges: int = 1  # per call
     in_graph: bool = False
 
 
@@ -212,14 +214,12 @@ OPS = {
         partial(_dispatch, layout="rank_major", capacity=True),
         bf16_bytes,
     ),
-    "dispatch-cached": Op(
-        "bf16, rank_major, plan from before", partial(_dispatch_cached, layout="rank_major"), bf16_bytes
-    ),
+    "dispatch-cached": Op("bf16, rank_major, cached plan", partial(_dispatch_cached, layout="rank_major"), bf16_bytes),
     "dispatch-fp8": Op("fp8 and scales, rank_major, exact plan included", _dispatch_fp8, fp8_bytes),
     "dispatch-fp8-capacity": Op(
         "fp8 and scales, rank_major, plan with a capacity included", partial(_dispatch_fp8, capacity=True), fp8_bytes
     ),
-    "dispatch-fp8-cached": Op("fp8 and scales, rank_major, plan from before", _dispatch_fp8_cached, fp8_bytes),
+    "dispatch-fp8-cached": Op("fp8 and scales, rank_major, cached plan", _dispatch_fp8_cached, fp8_bytes),
     "dispatch-expert": Op(
         "bf16, expert_major, exact plan included", partial(_dispatch, layout="expert_major"), bf16_bytes
     ),
@@ -229,7 +229,7 @@ OPS = {
         bf16_bytes,
     ),
     "dispatch-expert-cached": Op(
-        "bf16, expert_major, plan from before", partial(_dispatch_cached, layout="expert_major"), bf16_bytes
+        "bf16, expert_major, cached plan", partial(_dispatch_cached, layout="expert_major"), bf16_bytes
     ),
     "combine": Op("bf16, rank_major", partial(_combine, layout="rank_major", weighted=False), bf16_bytes),
     "combine-expert": Op("bf16, expert_major", partial(_combine, layout="expert_major", weighted=False), bf16_bytes),
@@ -253,23 +253,23 @@ def ops_for(tokens: int, names: Sequence[str]) -> list[str]:
 
 
 def check(case: Case) -> None:
-    """Raises unless ours and what is written by hand give the same, fp8 included."""
-    check_equal(TorchEP(case.inputs, "expert_major"), case.by_hand)
-    by_hand = ByHandRankMajor(case.inputs)
-    check_equal(TorchEP(case.inputs, "rank_major"), by_hand)
+    """Raises RuntimeError or AssertionError unless both sides return the same, fp8 included. Collective."""
+    check_equal(TorchEP(case.inputs, "expert_major"), case.baseline)
+    baseline = BaselineRankMajor(case.inputs)
+    check_equal(TorchEP(case.inputs, "rank_major"), baseline)
     rows, _, scales = case.dispatch_fp8(case.plan())
-    routing = by_hand.route()
+    routing = baseline.route()
     for name, got, sent in (
-        ("rows", rows.view(torch.int32), case.by_hand_fp8.inputs.x),
+        ("rows", rows.view(torch.int32), case.baseline_fp8.inputs.x),
         ("scales", scales, case.scales),
     ):
-        want = ByHandRankMajor(case.inputs._replace(x=sent)).dispatch(routing).rows
+        want = BaselineRankMajor(case.inputs._replace(x=sent)).dispatch(routing).rows
         if not torch.equal(got, want):
             raise RuntimeError(f"dispatch-fp8: the two sides returned different {name}")
 
 
 def busiest(send: Sequence[int], recv: Sequence[int], rank: int) -> tuple[int, int]:
-    """Rows that this rank sends or receives, whichever is more: all of them, and those of other ranks."""
+    """Rows in the busier direction of this rank: all of them, and those from or to other ranks."""
     return max(sum(send), sum(recv)), max(sum(send) - send[rank], sum(recv) - recv[rank])
 
 
@@ -278,7 +278,7 @@ def floor_us(wire_bytes: int, link_gbs: float) -> float:
 
 
 def equal_splits(wire_bytes: Sequence[int], ranks: int, device: torch.device) -> Callable[[], Any]:
-    """What NCCL can do at best: an `all_to_all_single` for each number of bytes, no permutation, counts, allocation."""
+    """The best case of NCCL: one `all_to_all_single` per number of bytes, without permutation, counts or allocation."""
     chunks = [math.ceil(exchanged / (ranks - 1) / 16) * 16 for exchanged in wire_bytes]
     sent, received = (torch.empty(ranks * max(chunks), dtype=torch.uint8, device=device) for _ in range(2))
 
@@ -290,7 +290,7 @@ def equal_splits(wire_bytes: Sequence[int], ranks: int, device: torch.device) ->
 
 
 def alternate(timers: dict[str, Callable[[], float]], iterations: int, bar: tqdm) -> dict[str, dict[str, Any]]:
-    """The summary of the times that each returns, by turns, so that what disturbs the machine disturbs all."""
+    """Summaries of the times that the timers return. They alternate, so that a disturbance affects all. Collective."""
     for _ in range(WARM_UP):
         for timer in timers.values():
             timer()
@@ -308,21 +308,20 @@ def alternate(timers: dict[str, Callable[[], float]], iterations: int, bar: tqdm
 def row(
     op: str, ranks: int, tokens: int, logical_bytes: int, wire_bytes: int, link_gbs: float, times: dict[str, Any]
 ) -> dict[str, Any]:
-    """A row of the table from the times of its sides. A plan moves no rows: no rates, no floor."""
+    """A row of the table, given the summary of each side. A plan moves no rows, so it has no rates and no floor."""
     us = times["ours"]["median_us"]
     floor = floor_us(wire_bytes, link_gbs) if wire_bytes else None
     return {
         "ranks": ranks,
         "tokens": tokens,
         "op": op,
-        "iterations": len(times["ours"]["times_us"]),
         "logical_bytes": logical_bytes,
         "wire_bytes": wire_bytes,
         "logical_gbs": round(logical_bytes / us / 1e3, 1) if wire_bytes else None,
         "wire_gbs": round(wire_bytes / us / 1e3, 1) if wire_bytes else None,
         "floor_us": None if floor is None else round(floor, 2),
         "floor_ratio": None if floor is None else round(us / floor, 3),
-        "ratio": round(us / times["theirs"]["median_us"], 4),
+        "ratio": round(us / times["baseline"]["median_us"], 4),
         "nccl_ratio": round(us / times["nccl"]["median_us"], 4) if "nccl" in times else None,
         **times,
     }
@@ -344,8 +343,8 @@ def measure(name: str, case: Case, stopwatch: Stopwatch, ranks: int, args: argpa
 
 
 def join_group(rank: int, ranks: int, port: int, timeout: timedelta = TIMEOUT) -> torch.device:
-    """One process for each GPU, with gloo beside NCCL for what stays on the host."""
-    # Nothing here uses NVLink multicast, and where a host does not allow it setting it up fails.
+    """Joins the default group, one process per GPU: NCCL for CUDA tensors, gloo for CPU tensors."""
+    # Nothing here uses NVLink multicast, and its set-up fails on hosts that do not allow it.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     torch.set_num_threads(max(1, cores() // ranks))
@@ -376,7 +375,7 @@ def describe(communicator: torch_ep.Communicator) -> dict[str, Any]:
 
 
 def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Connection) -> None:
-    """What one rank does; rank 0 prints, and sends (hardware, communicator) and then the rows of the table."""
+    """One rank of a run. Rank 0 prints, and sends (hardware, communicator) and then the rows to `results`."""
     device = join_group(rank, ranks, port)
     torch.set_grad_enabled(False)
     communicator = torch_ep.init(
@@ -393,8 +392,8 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         about = hardware()
         results.send((about, describe(communicator)))
         print(
-            f"{ranks} x {about['gpus'][0]}, {communicator.num_sms} blocks, "
-            f"{communicator.symmetric_bytes / 2**20:.0f} MiB of symmetric memory a rank\n{HEAD}",
+            f"{ranks} x {about['gpus'][0]}, {communicator.num_sms} SMs, "
+            f"{communicator.symmetric_bytes / 2**20:.0f} MiB of symmetric memory per rank\n{HEAD}",
             flush=True,
         )
     cases = [(tokens, name) for tokens in args.tokens for name in ops_for(tokens, args.ops)]
@@ -416,9 +415,9 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
 
 OP_WIDTH = max(map(len, OPS))
 HEAD = (
-    f"{'':>6} {'':>5} {'':<{OP_WIDTH}} | {'torch_ep, us':^27} | {'GB/s':^13} | {'floor':^14} | {'by hand, NCCL':^15} | "
+    f"{'':>6} {'':>5} {'':<{OP_WIDTH}} | {'torch_ep, us':^27} | {'GB/s':^13} | {'floor':^14} | {'baseline':^15} | "
     f"{'equal splits':^15}\n"
-    f"{'tokens':>6} {'ranks':>5} {'op':<{OP_WIDTH}} | {'median':>9} {'(min to max)':<17} | {'logical':>7} {'wire':>5} "
+    f"{'tokens':>6} {'ranks':>5} {'op':<{OP_WIDTH}} | {'median':>9} {'(p5 to p95)':<17} | {'logical':>7} {'wire':>5} "
     f"| {'us':>7} {'ratio':>6} | {'us':>8} {'ratio':>6} | {'us':>8} {'ratio':>6}"
 )
 
@@ -428,20 +427,20 @@ def line(row: dict[str, Any]) -> str:
         return f"{'-':>{width}}" if value is None else f"{value:{width}.{digits}f}"
 
     ours = row["ours"]
-    spread = f"({ours['min_us']:.1f} to {ours['max_us']:.1f})"
-    theirs = f"{row['theirs']['median_us']:8.1f} {row['ratio']:6.2f}"
+    us = f"{ours['median_us']:9.1f} {spread(ours, 1):<17}"
+    baseline = f"{row['baseline']['median_us']:8.1f} {row['ratio']:6.2f}"
     nccl = row["nccl"]["median_us"] if "nccl" in row else None
     return (
-        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<{OP_WIDTH}} | {ours['median_us']:9.1f} {spread:<17} | "
+        f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<{OP_WIDTH}} | {us} | "
         f"{number(row['logical_gbs'], 7, 0)} {number(row['wire_gbs'], 5, 0)} | "
         f"{number(row['floor_us'], 7, 1)} {number(row['floor_ratio'], 6, 2)} | "
-        f"{theirs} | {number(nccl, 8, 1)} {number(row['nccl_ratio'], 6, 2)}"
+        f"{baseline} | {number(nccl, 8, 1)} {number(row['nccl_ratio'], 6, 2)}"
     )
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
     slower = sum(row["ratio"] > 1 for row in rows)
-    text = f"{len(rows)} rows: slower than by hand in {slower}"
+    text = f"{len(rows)} rows: slower than the baseline in {slower}"
     largest = [row for row in rows if row["floor_ratio"] and row["tokens"] == max(r["tokens"] for r in rows)]
     if largest:
         ratios = [row["floor_ratio"] for row in largest]
@@ -450,7 +449,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The results but for what every benchmark says about itself."""
+    """The results, except what `ranks.environment` adds."""
     rows: list[dict[str, Any]] = []
     communicators = {}
     for ranks in args.ranks:
@@ -464,6 +463,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    from figure import draw_gpu  # here, not above: the ranks import this file too and draw nothing
+    from figure import draw_gpu  # imported here: the ranks import this file and draw nothing
 
     draw_gpu(results, path)

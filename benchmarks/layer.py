@@ -1,17 +1,16 @@
 """Times a compiled MoE layer, forward and backward, against the same layer on `all_to_all_single`, on GPUs.
 
-    python benchmarks/layer.py                   # 2, 3, ... GPUs, as far as they share out the experts evenly
+    python benchmarks/layer.py                   # every number of GPUs, from 2, that divides the experts
     python benchmarks/layer.py --ranks 4 --topk 8
 
-Router and experts are the same code in both: `torch_ep.nn.MoE`, whose exchanges `ByHandMoE` replaces. Prints a table
-and writes OUTPUT.json. benchmarks/README.md says what is measured and how.
+Both layers share the code of router and experts: `BaselineMoE` replaces the exchanges of `torch_ep.nn.MoE`. Prints a
+table and writes OUTPUT.json. benchmarks/README.md describes the measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,7 +22,7 @@ import gpu
 import torch
 import torch.distributed as dist
 from cases import SortedPairs, sort_pairs
-from ranks import environment, over_ranks, positive, run_ranks, summary
+from ranks import environment, over_ranks, positive, run_ranks, spread, summary, write_results
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
@@ -32,13 +31,13 @@ import torch_ep
 
 WARM_UP = 5
 COMPILE_TIMEOUT = timedelta(minutes=10)  # ranks do not compile equally fast
-SIDES = ("ours", "theirs")
-# Of the norm of a difference to the norm: both sides are sums in bfloat16, rounded at different places.
+SIDES = ("ours", "baseline")
+# Relative norm of a difference: both sides sum in bfloat16 and round at different places.
 TOLERANCE = 0.02
 
 
 class _Expand(torch.autograd.Function):
-    """A row for each sorted pair. Backward gathers and sums each token's rows: no atomics, as `index_add_` has."""
+    """One row per sorted pair. Backward gathers and sums each token's rows, without the atomics of `index_add_`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, home: Tensor) -> Tensor:
@@ -54,7 +53,7 @@ class _Expand(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """rows[permutation], whose backward is a gather by the inverse."""
+    """rows[permutation]. Backward gathers by the inverse permutation."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, permutation: Tensor, inverse: Tensor) -> Tensor:
@@ -85,8 +84,8 @@ class _AllToAll(torch.autograd.Function):
         return _all_to_all(grad, ctx.recv, ctx.send), None, None
 
 
-# Splits are numbers on the host, for which a graph has to break; so the exchanges run as they are, between compiled
-# router, experts and sum.
+# `all_to_all_single` takes its splits from the host, which breaks the graph: the exchanges run eagerly between the
+# compiled router, experts and sum.
 @torch.compiler.disable
 def to_experts(x: Tensor, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, SortedPairs]:
     pairs = sort_pairs(topk_idx, num_experts)
@@ -101,8 +100,8 @@ def from_experts(y: Tensor, pairs: SortedPairs) -> Tensor:
     return _Reorder.apply(rows, pairs.home, pairs.order)
 
 
-class ByHandMoE(torch_ep.nn.MoE):
-    """The layer with one row per (token, expert) over `all_to_all_single`."""
+class BaselineMoE(torch_ep.nn.MoE):
+    """`MoE` with one row per (token, expert) over `all_to_all_single`."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, torch_ep.nn.RouterStats]:
         topk_idx, weights, aux_loss, load = self.route(x)
@@ -113,7 +112,7 @@ class ByHandMoE(torch_ep.nn.MoE):
 
 
 def step(layer: torch.nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Forward and backward; gradients replace those from before."""
+    """Forward and backward. Gradients are replaced, not accumulated."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
     y, _ = layer(x)
@@ -122,25 +121,25 @@ def step(layer: torch.nn.Module, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def check_same(layers: dict[str, torch.nn.Module], x: Tensor, grad: Tensor) -> None:
-    """Raises unless output and gradients of both layers are the same up to rounding."""
+    """Raises RuntimeError unless output and gradients of both layers are the same up to rounding."""
     found = {}
     for side, layer in layers.items():
         y = step(layer, x, grad)
         found[side] = {"output": y, "gradient of x": x.grad.clone()}
         found[side] |= {f"gradient of {name}": p.grad for name, p in layer.named_parameters()}
-    for name, want in found["theirs"].items():
+    for name, want in found["baseline"].items():
         error = ((found["ours"][name].float() - want.float()).norm() / want.float().norm()).item()
         if not error < TOLERANCE:
             raise RuntimeError(f"{name}: expected the same from both layers within {TOLERANCE}, got {error:.3g}")
 
 
 def row(ranks: int, times: dict[str, Any]) -> dict[str, Any]:
-    ratio = round(times["ours"]["median_us"] / times["theirs"]["median_us"], 4)
-    return {"ranks": ranks, "iterations": len(times["ours"]["times_us"]), "ratio": ratio, **times}
+    ratio = round(times["ours"]["median_us"] / times["baseline"]["median_us"], 4)
+    return {"ranks": ranks, "ratio": ratio, **times}
 
 
 def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Connection) -> None:
-    """What one rank does; rank 0 prints, and sends (hardware, communicator) and then the row of the table."""
+    """One rank of a run. Rank 0 prints, and sends (hardware, communicator) and then the row to `results`."""
     device = gpu.join_group(rank, ranks, port, COMPILE_TIMEOUT)
     communicator = torch_ep.init(
         max_tokens_per_rank=args.tokens,
@@ -153,7 +152,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
     )
     stopwatch = gpu.Stopwatch(device)
     layers: dict[str, Any] = {}
-    for side, kind in (("ours", torch_ep.nn.MoE), ("theirs", ByHandMoE)):
+    for side, kind in (("ours", torch_ep.nn.MoE), ("baseline", BaselineMoE)):
         torch.manual_seed(0)  # the same parameters
         layers[side] = kind(
             args.hidden, args.intermediate, args.experts, args.topk, device=device, dtype=torch.bfloat16
@@ -163,7 +162,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
     x = torch.randn(args.tokens, args.hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn_like(x, requires_grad=False)
     check_same(layers, x, grad)
-    over_ranks(0)  # a mismatch on one rank ends all before the timing
+    over_ranks(0)  # a rank with a mismatch ends all ranks here, before the timing
 
     def call(side: str) -> Callable[[], Tensor]:
         return lambda: step(layers[side], x, grad)
@@ -176,7 +175,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
     gc.collect()
     gc.disable()
     for _ in tqdm(range(args.iterations), desc=f"{ranks} GPUs", disable=True if rank else None):
-        for side in SIDES:  # interleaved, so that what disturbs the machine disturbs both
+        for side in SIDES:  # alternating, so that a disturbance affects both
             times[side].append(stopwatch(calls[side]))
     gc.enable()
     measured = row(ranks, {side: summary(t) for side, t in times.items()})
@@ -189,16 +188,16 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
 
 
 HEAD = (
-    f"{'':>5} | {'forward and backward, median us (min to max)':^55} |\n"
-    f"{'ranks':>5} | {'torch_ep':^27} {'by hand':^27} | ratio"
+    f"{'':>5} | {'forward and backward, median us (p5 to p95)':^55} |\n"
+    f"{'ranks':>5} | {'torch_ep':^27} {'baseline':^27} | ratio"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     def times(side: dict[str, Any]) -> str:
-        return f"{side['median_us']:9.0f} {'({:.0f} to {:.0f})'.format(side['min_us'], side['max_us']):<17}"
+        return f"{side['median_us']:9.0f} {spread(side):<17}"
 
-    return f"{row['ranks']:>5} | {times(row['ours'])} {times(row['theirs'])} | {row['ratio']:5.2f}"
+    return f"{row['ranks']:>5} | {times(row['ours'])} {times(row['baseline'])} | {row['ratio']:5.2f}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -206,23 +205,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="A compiled MoE layer, forward and backward, against the same one on all_to_all_single.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    ranks = "GPUs; one run for each number; if not given 2, 3, ... as far as they share out the experts evenly"
+    ranks = "GPUs; one run per number; every number from 2 that divides the experts if not given"
     p.add_argument("--ranks", type=positive, nargs="+", help=ranks)
-    p.add_argument("--tokens", type=positive, default=4096, help="tokens of each rank")
-    p.add_argument("--hidden", type=positive, default=2048, help="elements of a token")
+    p.add_argument("--tokens", type=positive, default=4096, help="tokens per rank")
+    p.add_argument("--hidden", type=positive, default=2048, help="elements per token")
     p.add_argument("--intermediate", type=positive, default=1408, help="inner size of an expert")
     p.add_argument("--experts", type=positive, default=64, help="experts over all ranks")
-    p.add_argument("--topk", type=positive, default=6, help="experts of a token")
-    p.add_argument("--num-sms", type=positive, default=24, help="blocks that the kernels of torch_ep may use")
-    p.add_argument("--iterations", type=positive, default=30, help="timed steps of each layer")
+    p.add_argument("--topk", type=positive, default=6, help="experts per token")
+    p.add_argument("--num-sms", type=positive, default=24, help="SMs that the kernels of torch_ep may use")
+    p.add_argument("--iterations", type=positive, default=30, help="timed steps per layer")
     output = Path(__file__).parent / "results" / "gpu_layer"
-    p.add_argument("--output", type=Path, default=output, help="where the results go: .json is appended")
+    p.add_argument("--output", type=Path, default=output, help="path of the results, without .json")
     args = p.parse_args(argv)
     gpus = torch.cuda.device_count()
     if args.ranks is None:
         args.ranks = [n for n in range(2, gpus + 1) if args.experts % n == 0]
         if not args.ranks:
-            p.error(f"expected at least 2 GPUs that share out {args.experts} experts evenly, got {gpus}")
+            p.error(f"expected a number of GPUs, at least 2, that divides {args.experts} experts, got {gpus}")
     for n in args.ranks:
         if not 2 <= n <= gpus:
             p.error(f"--ranks: expected 2 to the number of GPUs, {gpus}, got {n}")
@@ -238,7 +237,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     print(HEAD, flush=True)
     rows, communicators = [], {}
     for ranks in args.ranks:
@@ -252,9 +250,7 @@ def main(argv: list[str]) -> None:
         "settings": {name: getattr(args, name) for name in names},
         "rows": rows,
     }
-    path = Path(f"{args.output}.json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {write_results(args.output, results)}")
 
 
 if __name__ == "__main__":

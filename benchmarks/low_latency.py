@@ -11,7 +11,6 @@ a table; writes OUTPUT.json and OUTPUT.png. benchmarks/README.md says what is me
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import gpu
 import torch
 import torch.distributed as dist
 from cases import random_inputs
-from ranks import environment, over_ranks, positive, run_ranks, summary
+from ranks import environment, over_ranks, positive, run_ranks, spread, summary, write_results
 from torch import Tensor
 from tqdm import tqdm
 
@@ -349,7 +348,6 @@ def row(
         "ranks": ranks,
         "tokens": tokens,
         "op": op,
-        "iterations": len(times["ours"]["times_us"]),
         "logical_bytes": logical_bytes,
         "wire_bytes": sum(wire_bytes),
         "link_us": round(link, 2),
@@ -426,7 +424,6 @@ def overlap_row(
         "tokens": tokens,
         "op": op,
         "shape": list(gemm),
-        "iterations": len(times["exchange"]["times_us"]),
         "fraction": round((sequential - overlapped) / min(exchange, alone), 3),
         **times,
     }
@@ -543,7 +540,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
 HEAD = (
     f"{'':>6} {'':>5} {'':<12} | {'whole, us':^30} | {'halves, us':^20} | {'floor, us':^21} | {'goal':^12} | "
     f"{'plan, capacity':^14} | {'equal splits':^14}\n"
-    f"{'tokens':>6} {'ranks':>5} {'op':<12} | {'median':>6} {'(min to max)':<16} {'cold':>6} | "
+    f"{'tokens':>6} {'ranks':>5} {'op':<12} | {'median':>6} {'(p5 to p95)':<16} {'cold':>6} | "
     f"{'send':>6} {'recv':>6} {'both':>6} | {'link':>6} {'+signal':>7} {'ratio':>6} | {'us':>5} {'ratio':>6} | "
     f"{'us':>7} {'ratio':>6} | {'us':>7} {'ratio':>6}"
 )
@@ -555,7 +552,6 @@ def _number(value: float | None, width: int, digits: int) -> str:
 
 def line(row: dict[str, Any]) -> str:
     ours = row["ours"]
-    spread = f"({ours['min_us']:.1f} to {ours['max_us']:.1f})"
     halves = " ".join(
         _number(row[side]["median_us"] if side in row else None, 6, 1) for side in ("send", "recv", "split")
     )
@@ -564,7 +560,7 @@ def line(row: dict[str, Any]) -> str:
     )
     return (
         f"{row['tokens']:>6} {row['ranks']:>5} {row['op']:<12} | "
-        f"{ours['median_us']:6.1f} {spread:<16} {row['cold']['median_us']:6.1f} | {halves} | "
+        f"{ours['median_us']:6.1f} {spread(ours, 1):<16} {row['cold']['median_us']:6.1f} | {halves} | "
         f"{row['link_us']:6.1f} {row['floor_us']:7.1f} {row['floor_ratio']:6.2f} | "
         f"{_number(row['goal_us'], 5, 0)} {_number(row['goal_ratio'], 6, 2)} | {baselines}"
     )
@@ -645,7 +641,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     tables: dict[str, list[dict[str, Any]]] = {"rows": [], "overlap": []}
     communicators = {}
     for ranks in args.ranks:
@@ -661,9 +656,8 @@ def main(argv: list[str]) -> None:
         **tables,
     }
     print(verdict(tables["rows"]))
-    json_path, png_path = (Path(f"{args.output}{suffix}") for suffix in (".json", ".png"))
-    json_path.write_text(json.dumps(results, indent=1) + "\n")
-    from figure import draw_low_latency  # here, not above: the ranks import this file too and draw nothing
+    json_path, png_path = write_results(args.output, results), Path(f"{args.output}.png")
+    from figure import draw_low_latency  # imported here: the ranks import this file and draw nothing
 
     draw_low_latency(results, png_path)
     print(f"wrote {json_path} and {png_path}")

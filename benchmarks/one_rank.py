@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,7 @@ from typing import Any, NamedTuple
 import gpu
 import torch
 from cases import random_inputs
-from ranks import environment, positive
+from ranks import environment, positive, spread, statistics_of, write_results
 from torch import Tensor
 from tqdm import tqdm
 
@@ -54,18 +52,6 @@ class Stopwatch:
         return self.start.elapsed_time(self.end) * 1e3
 
 
-def summary(times_us: list[float]) -> dict[str, float]:
-    percentiles = statistics.quantiles(times_us, n=20, method="inclusive")
-    numbers = {
-        "median_us": statistics.median(times_us),
-        "p5_us": percentiles[0],
-        "p95_us": percentiles[-1],
-        "min_us": min(times_us),
-        "max_us": max(times_us),
-    }
-    return {name: round(us, 1) for name, us in numbers.items()}
-
-
 def alternate(calls: dict[str, Callable[[], Any]], stopwatch: Stopwatch, iterations: int) -> dict[str, dict]:
     """The sides by turns, so that what disturbs the machine disturbs all."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -77,7 +63,7 @@ def alternate(calls: dict[str, Callable[[], Any]], stopwatch: Stopwatch, iterati
             if i >= WARM_UP:
                 times[name].append(us)
     gc.enable()
-    return {name: summary(t) for name, t in times.items()}
+    return {name: statistics_of(t) for name, t in times.items()}
 
 
 class Sorted(NamedTuple):
@@ -88,7 +74,7 @@ class Sorted(NamedTuple):
     offsets: Tensor  # [experts]
 
 
-class ByTorch:
+class TorchGather:
     """The same by torch's operators: a sort, and a gather each way."""
 
     def __init__(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int) -> None:
@@ -115,14 +101,14 @@ def measure(shape: tuple[int, int, int, int], groups: dict[str, str], stopwatch:
     tokens, hidden, topk, experts = shape
     inputs = random_inputs(0, tokens, hidden, topk, experts, DTYPE, torch.device("cuda"))
     x, topk_idx, topk_weights = inputs.x, inputs.topk_idx, inputs.topk_weights
-    theirs = ByTorch(x, topk_idx, topk_weights, experts)
-    their_plan = theirs.plan()
-    y = theirs.dispatch(their_plan)
+    gather = TorchGather(x, topk_idx, topk_weights, experts)
+    torch_plan = gather.plan()
+    y = gather.dispatch(torch_plan)
     calls: dict[str, dict[str, Callable[[], Any]]] = {
-        "plan": {"torch": theirs.plan},
+        "plan": {"torch": gather.plan},
         "plan, capacity": {},
-        "dispatch": {"torch": partial(theirs.dispatch, their_plan)},
-        "combine": {"torch": partial(theirs.combine, y, their_plan)},
+        "dispatch": {"torch": partial(gather.dispatch, torch_plan)},
+        "combine": {"torch": partial(gather.combine, y, torch_plan)},
     }
     for side, group in groups.items():
         exact = partial(torch_ep.plan, topk_idx, experts, group)
@@ -130,7 +116,7 @@ def measure(shape: tuple[int, int, int, int], groups: dict[str, str], stopwatch:
         rows, weights = torch_ep.dispatch(x, plan, topk_weights=topk_weights)
         if not torch.equal(rows, y):
             raise RuntimeError(f"dispatch, {side}: expected the rows of torch's gather, got others")
-        sums, want = torch_ep.combine(rows, plan, row_weights=weights), theirs.combine(y, their_plan)
+        sums, want = torch_ep.combine(rows, plan, row_weights=weights), gather.combine(y, torch_plan)
         if (sums - want).float().norm() > TOLERANCE * want.float().norm():
             raise RuntimeError(f"combine, {side}: expected the sums of torch's product, got others")
         calls["plan"][side] = exact
@@ -161,7 +147,7 @@ def line(row: dict[str, Any]) -> str:
         if side not in row:
             return f"{'-':>{WIDTH}}"
         times = row[side]
-        return f"{times['median_us']:.1f} ({times['p5_us']:.1f} to {times['p95_us']:.1f})".rjust(WIDTH)
+        return f"{times['median_us']:.1f} {spread(times, 1)}".rjust(WIDTH)
 
     floor = "-" if row["floor_us"] is None else f"{row['floor_us']:.1f}"
     name = f"{tokens} x {hidden}, {topk} of {experts}"
@@ -222,10 +208,7 @@ def main(argv: list[str]) -> None:
         "copy_gbs": round(args.copy_rate, 1),
         "rows": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    path = Path(f"{args.output}.json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {write_results(args.output, results)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What the benchmarks share: a process for each rank, times over ranks, and what a run says about itself."""
+"""Shared by the benchmarks: one process per rank, statistics over ranks, origin and files of results."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import platform as host
 import shlex
 import socket
-import statistics
 import subprocess
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
@@ -23,7 +23,11 @@ import torch_ep
 
 
 def run_ranks(fn: Callable[..., None], ranks: int, args: Namespace, *more: Any) -> list[Any]:
-    """Runs `fn(rank, ranks, port, args, results, *more)` on so many fresh processes; what rank 0 sent to `results`."""
+    """Runs `fn(rank, ranks, port, args, results, *more)` in one new process per rank.
+
+    Returns:
+        The objects that rank 0 sent to the pipe `results`.
+    """
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -34,8 +38,8 @@ def run_ranks(fn: Callable[..., None], ranks: int, args: Namespace, *more: Any) 
     try:
         ended = False
         while not ended:
-            ended = context.join(timeout=0.1)  # raises what a rank raised, after it has ended the others
-            with contextlib.suppress(EOFError):  # of a rank 0 that ended
+            ended = context.join(timeout=0.1)  # ends the other ranks, then raises the error of the rank that failed
+            with contextlib.suppress(EOFError):  # rank 0 has ended
                 while receiver.poll():
                     received.append(receiver.recv())
     finally:
@@ -45,25 +49,47 @@ def run_ranks(fn: Callable[..., None], ranks: int, args: Namespace, *more: Any) 
 
 
 def over_ranks(value: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> float:
+    """Reduces a number over all ranks. Collective."""
     t = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(t, op)
     return t.item()
 
 
-def summary(times_us: list[float]) -> dict[str, Any]:
-    """Of this rank's times, the same on every rank: for each iteration the time of the rank that took longest."""
+def summary(times_us: list[float]) -> dict[str, float]:
+    """Statistics of the slowest rank's time per iteration, given this rank's times. Collective."""
     t = torch.tensor(times_us, dtype=torch.float64)
     dist.all_reduce(t, dist.ReduceOp.MAX)
-    return statistics_of([round(us, 1) for us in t.tolist()])
+    return statistics_of(t.tolist())
 
 
-def statistics_of(times_us: list[float]) -> dict[str, Any]:
-    return {
-        "median_us": round(statistics.median(times_us), 1),
-        "min_us": min(times_us),
-        "max_us": max(times_us),
-        "times_us": times_us,
-    }
+QUANTILES = {"median_us": 0.5, "p5_us": 0.05, "p95_us": 0.95, "min_us": 0.0, "max_us": 1.0}
+
+
+def statistics_of(times_us: list[float]) -> dict[str, float]:
+    """Microseconds, rounded to a tenth."""
+    quantiles = torch.tensor(times_us, dtype=torch.float64).quantile(torch.tensor([*QUANTILES.values()]).double())
+    return {name: round(us, 1) for name, us in zip(QUANTILES, quantiles.tolist(), strict=True)}
+
+
+def spread(times: dict[str, float], digits: int = 0) -> str:
+    """The 5th and the 95th percentile, for a table."""
+    return f"({times['p5_us']:.{digits}f} to {times['p95_us']:.{digits}f})"
+
+
+def write_results(output: Path, results: dict[str, Any]) -> Path:
+    """Writes OUTPUT.json, one line per row of each table; returns its path."""
+
+    def dump(value: Any) -> str:
+        if isinstance(value, list) and value:
+            return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        return json.dumps(value)
+
+    path = Path(f"{output}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "{\n" + ",\n".join(f" {json.dumps(key)}: {dump(value)}" for key, value in results.items()) + "\n}\n"
+    )
+    return path
 
 
 def positive(text: str, kind: Callable[[str], Any] = int) -> Any:
@@ -75,7 +101,7 @@ def positive(text: str, kind: Callable[[str], Any] = int) -> Any:
 
 
 def commit() -> str | None:
-    """That of the working tree, marked where tracked files differ from it; None outside of git."""
+    """The commit of the working tree, with "-dirty" if tracked files differ from it; None outside of git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

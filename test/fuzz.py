@@ -436,7 +436,7 @@ def operator_calls(a: Arguments) -> dict[str, tuple[Callable, dict[str, Any]]]:
     plan = {"topk_idx": a.idx, "num_experts": a.num_experts, "layout": a.layout, "alignment": 1}
     group = {"world_size": world_size, "group_name": group_name}
     recv = {
-        "ticket": torch.zeros(2, world_size, dtype=torch.int64),
+        "status": torch.zeros(2, world_size, dtype=torch.int64),
         "in_flight": torch.zeros(rows, 16 + 16 + 16, dtype=torch.uint8),
         "hidden": 4,
         "dtype": torch.float32,

@@ -6,6 +6,7 @@ Runs the programs that compute-sanitizer runs on a GPU (test/sanitizer), made C+
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulator.translate import KERNELS, translate
+from emulator.translate import KERNELS, ROOT, translate
 from support.harness import LIMIT_S
 from test_cuda_sources import cuda_include_folders, needs_nvcc
 
@@ -58,110 +59,57 @@ def run(program: Path, cases: int, *options: str) -> tuple[int, str]:
 
 
 class Fault(NamedTuple):
+    """A planted fault: in each line after a comment `// fault: <name>`, `right` (a pattern) becomes `wrong`."""
+
     program: str
-    file: str
     right: str
     wrong: str
 
 
 FAULTS = {
-    "plan: rows that come before": Fault(
-        "virtual_ranks", "plan.cu", "received_before += b < block_ ?", "received_before += b <= block_ ?"
-    ),
-    "dispatch: rows in a flag": Fault(
-        "virtual_ranks", "dispatch.cu", "static_cast<uint64_t>(told_count) << 24", "uint64_t{1} << 24"
-    ),
-    "combine: rows of the own rank": Fault(
-        "virtual_ranks", "device/reduce.cuh", "take(terms.own_rows);", "take(terms.own_rows & -terms.own_rows);"
-    ),
+    "plan: rows of earlier blocks": Fault("virtual_ranks", "b < block_", "b <= block_"),
+    "dispatch: row count in a flag": Fault("virtual_ranks", r"static_cast<uint64_t>\(\w+\) << 24", "uint64_t{1} << 24"),
+    "combine: rows of the own rank": Fault("virtual_ranks", r"terms\.own_rows", "terms.own_rows & -terms.own_rows"),
     "combine: columns of a part": Fault(
-        "virtual_ranks", "combine.cu", "(part + 1) * pieces() / cut.parts}", "part * pieces() / cut.parts + 1}"
+        "virtual_ranks", r"\(part \+ 1\) \* pieces\(\) / cut\.parts", "part * pieces() / cut.parts + 1"
     ),
-    "dispatch: a flag before its rows": Fault(
-        "virtual_ranks", "dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
-    ),
-    "dispatch: a stage used before it has left": Fault(
-        "virtual_ranks",
-        "dispatch.cu",
-        "bulk_wait_read<1>();\n    } else {\n      bulk_wait_read<0>();",
-        "bulk_wait_read<2>();\n    } else {\n      bulk_wait_read<1>();",
-    ),
-    "dispatch: a chunk that nobody takes": Fault(
-        "virtual_ranks", "dispatch.cu", "receivers_ + int64_t{atomicAdd", "receivers_ + 1 + int64_t{atomicAdd"
-    ),
-    "combine: the first part of a row awaited alone": Fault(
-        "virtual_ranks",
-        "combine.cu",
-        "chunk_of<few>(theirs, row, columns.end - 1)",
-        "chunk_of<few>(theirs, row, columns.begin)",
-    ),
-    "combine: rows read before they have come": Fault(
-        "virtual_ranks", "device/reduce.cuh", "copy_wait<kDepth - 1>();", "copy_wait<kDepth>();"
-    ),
-    "low latency: a flag before its row": Fault(
-        "low_latency", "low_latency_dispatch.cu", "bulk_wait<1>();  // all but this token's", ";"
-    ),
-    "low latency: a doubled expert": Fault("low_latency", "device/counter.cuh", "visited |=", "visited +="),
-    "rows written without a credit": Fault(
-        "virtual_ranks",
-        "device/exchange.cuh",
-        "load_acquire_system(x.own(x.layout().done(p))) >= last;",
-        "true;",
-    ),
-    "an epoch left out": Fault(
-        "virtual_ranks", "device/exchange.cuh", "state.epoch = x.epoch;", "state.epoch = x.epoch + 1;"
-    ),
-    "low latency: rows of the ranks before": Fault(
-        "low_latency", "device/low_latency_receive.cuh", "sum += count(s, expert);", "sum += 1;"
-    ),
-    "low latency: rounding of a scale": Fault("low_latency", "device/quantize.cuh", "(bits + 0x7fffff)", "bits"),
-    "low latency: not counted as received": Fault(
-        "low_latency", "device/low_latency.cuh", "lane < 2 &&", "lane < 1 &&"
-    ),
-    "low latency: a half written again too early": Fault(
-        "low_latency", "device/low_latency.cuh", "is_peer && done + 2 < number", "is_peer && done + 4 < number"
-    ),
-    "low latency: two packed rows in one place": Fault(
-        "low_latency", "layout.h", "token * bytes;", "token / 2 * bytes;"
-    ),
-    "permute plan: rows that come before": Fault(
-        "permute", "permute_plan.cu", "before += b < block_", "before += b <= block_"
-    ),
-    "permute plan: tokens in words before": Fault(
-        "permute", "permute_plan.cu", "for (int w = 0; w < word; ++w)", "for (int w = 1; w < word; ++w)"
-    ),
-    "permute plan: an expert without padding": Fault(
-        "permute", "permute_plan.cu", "const int most = a_.alignment - 1;", "const int most = a_.alignment - 2;"
-    ),
-    "permute: an entry that nothing confirms": Fault(
-        "permute", "permute_kernels.cu", "map_.recv_pair[row] == pair_of(k)", "map_.recv_pair[row] >= 0"
-    ),
-    "permute: a row of padding": Fault(
-        "permute", "permute_kernels.cu", "is_padding = from < 0", "is_padding = from < -1"
-    ),
-    "permute: a row with slots in two groups": Fault(
-        "permute", "permute_kernels.cu", "k < group && is_first", "k < 0 && is_first"
-    ),
-    "unpermute: a zero of a sum of nothing": Fault(
-        "permute", "permute_kernels.cu", "terms == 0 ? Raw{} :", "terms < 0 ? Raw{} :"
-    ),
-    "low latency: what a pack holds": Fault(
-        "low_latency", "device/packet.cuh", "{b.z, b.w, c.x, number}", "{b.z, b.w, c.y, number}"
-    ),
+    "dispatch: flag before its rows": Fault("virtual_ranks", r"bulk_wait<1>\(\);", ";"),
+    "dispatch: stage reused too early": Fault("virtual_ranks", r"read<(\d)>", r"read<\1 + 1>"),
+    "dispatch: chunk that no warp takes": Fault("virtual_ranks", r"receivers_ \+ int64_t", "receivers_ + 1 + int64_t"),
+    "combine: only the first part awaited": Fault("virtual_ranks", r"columns\.end - 1", "columns.begin"),
+    "combine: rows read before they arrive": Fault("virtual_ranks", "kDepth - 1", "kDepth"),
+    "low latency: flag before its row": Fault("low_latency", r"bulk_wait<1>\(\);", ";"),
+    "low latency: doubled expert": Fault("low_latency", r"\|=", "+="),
+    "rows written without a credit": Fault("virtual_ranks", "return .*? >= last;", "return true;"),
+    "skipped epoch": Fault("virtual_ranks", r"x\.epoch;", "x.epoch + 1;"),
+    "low latency: rows of earlier ranks": Fault("low_latency", r"count\(s, expert\)", "1"),
+    "low latency: scale not rounded up": Fault("low_latency", r"\(bits \+ 0x7fffff\)", "bits"),
+    "low latency: receive not counted": Fault("low_latency", "lane < 2", "lane < 1"),
+    "low latency: half reused too early": Fault("low_latency", r"\+ 2", "+ 4"),
+    "low latency: two inline rows in one place": Fault("low_latency", r"token \* bytes", "token / 2 * bytes"),
+    "low latency: contents of a packet": Fault("low_latency", r"c\.x", "c.y"),
+    "permute plan: rows of earlier blocks": Fault("permute", "b < block_", "b <= block_"),
+    "permute plan: tokens of earlier words": Fault("permute", "w = 0", "w = 1"),
+    "permute plan: expert without padding": Fault("permute", "- 1", "- 2"),
+    "permute: unconfirmed pair": Fault("permute", r"== pair_of\(k\)", ">= 0"),
+    "permute: padding row": Fault("permute", "from < 0", "from < -1"),
+    "permute: row with slots in two groups": Fault("permute", "k < group", "k < 0"),
+    "unpermute: zero of an empty sum": Fault("permute", "terms == 0", "terms < 0"),
 }
 
 
-def build_faulty(fault: Fault, folder: Path) -> Path:
+def build_faulty(name: str, folder: Path) -> Path:
+    fault = FAULTS[name]
+    marked = re.compile(rf"(?<=// fault: {name}\n).*")
     planted = []
 
-    def change(path: str, text: str) -> str:
-        if not path.endswith(f"/{fault.file}"):
-            return text
-        planted.append(fault.right in text)
-        return text.replace(fault.right, fault.wrong)
+    def plant(line: re.Match[str]) -> str:
+        faulty, count = re.subn(fault.right, fault.wrong, line[0])
+        planted.append(count)
+        return faulty
 
-    program = build(fault.program, folder, change, "-O0")
-    assert planted == [True]
+    program = build(fault.program, folder, lambda path, text: marked.sub(plant, text), "-O0")
+    assert planted and all(count == 1 for count in planted), f"{name}: planted {planted}"
     return program
 
 
@@ -170,7 +118,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
     """Programs by their name or by that of their fault. All are built side by side, from the first question on."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = {name: pool.submit(build, name, tmp_path_factory.mktemp("emulator")) for name in CASES}
-        jobs |= {n: pool.submit(build_faulty, f, tmp_path_factory.mktemp("emulator")) for n, f in FAULTS.items()}
+        jobs |= {n: pool.submit(build_faulty, n, tmp_path_factory.mktemp("emulator")) for n in FAULTS}
         yield lambda name: jobs[name].result()
         pool.shutdown(cancel_futures=True)
 
@@ -186,3 +134,10 @@ def test_random_cases(built: Callable[[str], Path], program: str) -> None:
 def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
     code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "10")
     assert code != 0, output
+
+
+def test_every_marker_has_its_fault() -> None:
+    """A marker without a fault tests nothing."""
+    sources = [p for p in (ROOT / KERNELS).rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
+    marked = {name for path in sources for name in re.findall(r"// fault: (.*)", path.read_text())}
+    assert marked == FAULTS.keys()

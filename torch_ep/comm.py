@@ -27,12 +27,13 @@ _BACKENDS = ("auto", "c10d", "nvlink")
 _PROVIDERS = ("torch", "nvshmem")
 _ON_TIMEOUT = ("raise", "mask")
 _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
-_NO_LIMIT = -1
 # Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
-_MAX_RANKS = 8
+_MAX_RANKS = 16
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
 _MAX_SMS = 128
+# Longer ones overflow the clocks of gloo and of stores, in nanoseconds.
+_MAX_TIMEOUT = timedelta(days=365)
 # Making buffers takes longer than an exchange may.
 _LEAST_INIT_TIMEOUT = timedelta(minutes=1)
 
@@ -163,10 +164,12 @@ def init(
             no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         backend: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
-            four limits, GPUs that can write into each other, at most 8 ranks and 32 experts a token. "c10d": through
+            four limits, GPUs that can write into each other, at most 16 ranks and 32 experts a token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
-        provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py).
+        provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py). With "nvshmem"
+            ranks may share a GPU, for tests: num_sms times the ranks of one GPU is then at most its number of SMs, and
+            the ranks run at the same time only under NVIDIA MPS.
         on_timeout: what the low-latency pair does on backend nvlink when a rank does not come in time: "raise", or
             "mask" it and go on without it; see `mask_ranks`. All other operators raise.
 
@@ -192,8 +195,8 @@ def init(
             raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
     if not isinstance(timeout, timedelta):
         raise TypeError(f"torch_ep.init: expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
-    if timeout <= timedelta():
-        raise ValueError(f"torch_ep.init: expected a positive timeout, got {timeout}")
+    if not timedelta() < timeout <= _MAX_TIMEOUT:
+        raise ValueError(f"torch_ep.init: expected a timeout above 0 and of at most {_MAX_TIMEOUT}, got {timeout}")
     if backend not in _BACKENDS:
         raise ValueError(f"torch_ep.init: expected backend 'auto', 'c10d' or 'nvlink', got {backend!r}")
     if provider not in _PROVIDERS:
@@ -224,9 +227,13 @@ def init(
         communicator = communicator._replace(reason="asked for")
         _forget(group_name)
     else:
-        why_not = _why_not_nvlink(process, world_size, limits, _init_timeout(timeout))
+        why_not, ranks_per_gpu = _why_not_nvlink(process, world_size, limits), 1
+        if why_not is None and process is not None:
+            why_not, ranks_per_gpu = symmetric.peer_access(process, _device(), provider, timeout=_init_timeout(timeout))
+        if why_not is None and ranks_per_gpu > 1:
+            why_not = _why_not_shared(ranks_per_gpu, num_sms)
         if why_not is None:
-            communicator = _init_nvlink(communicator, process, num_sms, provider)
+            communicator = _init_nvlink(communicator, process, num_sms, provider, ranks_per_gpu)
         elif backend == "nvlink":
             raise RuntimeError(f"torch_ep.init: backend 'nvlink' cannot be used: {why_not}")
         else:
@@ -254,24 +261,14 @@ def _agree(process: dist.ProcessGroup, timeout: timedelta, arguments: Mapping[st
 
     Returns whether they had to connect.
     """
-    limits = [arguments[name] for name in _LIMITS]
-    values = (
-        _milliseconds(timeout),
-        [_NO_LIMIT if limit is None else limit for limit in limits],
-        [
-            _BACKENDS.index(arguments["backend"]),
-            _PROVIDERS.index(arguments["provider"]),
-            arguments["num_sms"],
-            arguments["low_latency_tokens"] or 0,
-            _ON_TIMEOUT.index(arguments["on_timeout"]),
-        ],
-    )
+    options = {**arguments, "timeout_ms": _milliseconds(timeout)}
+    del options["timeout"]
     name = process.group_name
-    if torch.ops.ep._init(name, "", *values):
+    if torch.ops.ep._init(name, "", **options):
         return False
     torch.ops.ep._destroy(name)
     with rendezvous.connect(process, timeout) as connections:
-        torch.ops.ep._init(name, connections, *values)
+        torch.ops.ep._init(name, connections, **options)
     return True
 
 
@@ -283,14 +280,9 @@ def _milliseconds(timeout: timedelta) -> int:
     return max(1, int(timeout.total_seconds() * 1000))
 
 
-def _why_not_nvlink(
-    process: dist.ProcessGroup | None,
-    world_size: int,
-    limits: Mapping[str, int | None],
-    timeout: timedelta = _LEAST_INIT_TIMEOUT,
-) -> str | None:
-    """Collective if there is a process group: the same answer on every rank."""
-    if not torch.ops.ep._has_nvlink():
+def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: Mapping[str, int | None]) -> str | None:
+    """What this rank can tell without the others; the same answer on every rank."""
+    if "nvlink" not in torch.ops.ep._backends():
         return "torch_ep was built without CUDA"
     missing = [name for name, limit in limits.items() if limit is None]
     if missing:
@@ -311,37 +303,47 @@ def _why_not_nvlink(
         return f"it takes at most {_MAX_RANKS} ranks, and there are {world_size}"
     if torch.device("cuda") not in process._device_types:
         return "the process group has no backend for CUDA"
-    return symmetric.peer_access(process, _device(), timeout=timeout)
+    return None
+
+
+def _why_not_shared(ranks_per_gpu: int, num_sms: int) -> str | None:
+    """Thread blocks of all ranks wait for each other, so all have to run at once."""
+    available = torch.cuda.get_device_properties(_device()).multi_processor_count
+    if ranks_per_gpu * num_sms > available:
+        return (
+            f"{ranks_per_gpu} ranks share a GPU of {available} SMs, so each may use {available // ranks_per_gpu}, and "
+            f"num_sms is {num_sms}"
+        )
+    return None
 
 
 def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _limits(communicator: Communicator) -> list[int]:
-    """Of a communicator that has all of them, but for the low-latency pair: 0 if there is to be none."""
-    limits = (
-        communicator.max_tokens_per_rank,
-        communicator.hidden,
-        communicator.num_topk,
-        communicator.num_experts,
-        communicator.low_latency_tokens,
-    )
-    return [limit or 0 for limit in limits]
+def _limits(communicator: Communicator) -> dict[str, int]:
+    """Limits of a communicator that has all of them; low_latency_tokens is 0 if there is to be no low-latency pair."""
+    return {name: getattr(communicator, name) or 0 for name in (*_LIMITS, "low_latency_tokens")}
 
 
 def _init_nvlink(
-    communicator: Communicator, process: dist.ProcessGroup | None, num_sms: int, provider: symmetric.Provider
+    communicator: Communicator,
+    process: dist.ProcessGroup | None,
+    num_sms: int,
+    provider: symmetric.Provider,
+    ranks_per_gpu: int,
 ) -> Communicator:
     world_size = communicator.world_size
-    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(communicator), num_sms)
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, **_limits(communicator), num_sms=num_sms)
     if process is None:
         buffer, reason = _local_buffers(1, nbytes)[0], "one CUDA device, no peers"
     else:
         buffer = symmetric.allocate(process, nbytes, _device(), provider, timeout=_init_timeout(communicator.timeout))
         reason = "every GPU of the group can write into every other"
+        if ranks_per_gpu > 1:
+            reason = f"up to {ranks_per_gpu} ranks share one GPU"
     communicator = communicator._replace(backend="nvlink", reason=reason, symmetric_bytes=nbytes, num_sms=num_sms)
-    _start_nvlink(communicator, buffer, groupless=process is None)
+    _start_nvlink(communicator, buffer, groupless=process is None, shares_device=ranks_per_gpu > 1)
     return communicator
 
 
@@ -352,18 +354,21 @@ def _local_buffers(count: int, nbytes: int) -> list[symmetric.Buffer]:
     return [symmetric.Buffer([t.data_ptr() for t in tensors], nbytes, "local", tensors) for _ in range(count)]
 
 
-def _start_nvlink(communicator: Communicator, buffer: symmetric.Buffer, *, groupless: bool) -> None:
+def _start_nvlink(
+    communicator: Communicator, buffer: symmetric.Buffer, *, groupless: bool, shares_device: bool
+) -> None:
     name = communicator.group_name
     was_idle = torch.ops.ep._init_nvlink(
         name,
         communicator.rank,
         communicator.world_size,
         buffer.pointers,
-        _limits(communicator),
-        communicator.num_sms,
-        _milliseconds(communicator.timeout),
-        groupless,
-        communicator.on_timeout == "mask",
+        **_limits(communicator),
+        num_sms=communicator.num_sms,
+        timeout_ms=_milliseconds(communicator.timeout),
+        groupless=groupless,
+        shares_device=shares_device,
+        masks=communicator.on_timeout == "mask",
     )
     if name in _buffers and not was_idle:
         _still_running.append(_buffers[name])
@@ -402,10 +407,10 @@ def init_virtual(
         names[0], 0, world_size, timeout, max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens,
         backend="nvlink", reason="virtual ranks", num_sms=num_sms, on_timeout=on_timeout,
     )  # fmt: skip
-    nbytes = torch.ops.ep._nvlink_bytes(world_size, _limits(first_rank), num_sms)
+    nbytes = torch.ops.ep._nvlink_bytes(world_size, **_limits(first_rank), num_sms=num_sms)
     for rank, (name, buffer) in enumerate(zip(names, _local_buffers(world_size, nbytes), strict=True)):
         communicator = first_rank._replace(group_name=name, rank=rank, symmetric_bytes=nbytes)
-        _start_nvlink(communicator, buffer, groupless=True)
+        _start_nvlink(communicator, buffer, groupless=True, shares_device=world_size > 1)
         communicators[name] = communicator
         _virtual.add(name)
     return names

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_int, check_str, check_tensors, check_type, refuse
-from .comm import Group, communicators, resolve
-from .telling import tells_peers
+from .comm import Group, resolve
+from .peer_errors import reports_to_peers
 
 __all__ = [
     "InFlightCombine",
@@ -93,8 +93,9 @@ class InFlightDispatch(NamedTuple):
     """A dispatch that was sent, for `low_latency_dispatch_recv`. Nothing in it is of use before that."""
 
     #: [2, W] int64: rows from each rank; ns waited for each rank.
-    ticket: Tensor
-    #: uint8 [rows, bytes of a record]: the rows, where they travel in it.
+    status: Tensor
+    #: uint8 [W * max_tokens_per_rank, bytes per wire row]: the wire rows. Undefined on backend nvlink, which keeps
+    #: them in its own buffers.
     data: Tensor
     topk_idx: Tensor
     hidden: int
@@ -110,7 +111,7 @@ class InFlightCombine(NamedTuple):
     """A combine that was sent, for `low_latency_combine_recv`. Nothing in it is of use before that."""
 
     #: As in `InFlightDispatch`.
-    ticket: Tensor
+    status: Tensor
     data: Tensor
     topk_idx: Tensor
     hidden: int
@@ -118,14 +119,6 @@ class InFlightCombine(NamedTuple):
     num_experts: int
     world_size: int
     group_name: str
-
-
-def _in_flight_rows(rows: Tensor, group_name: str, world_size: int, max_tokens_per_rank: int) -> int:
-    """Rows of the tensor between the halves: on c10d as many as may arrive; on nvlink none, they lie elsewhere."""
-    communicator = communicators.get(group_name)
-    if communicator is not None and communicator.backend == "nvlink" and rows.is_cuda:
-        return 0
-    return world_size * max_tokens_per_rank
 
 
 def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: str, statistics: Any) -> Any:
@@ -202,7 +195,7 @@ def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: in
             )
 
 
-@tells_peers("ep::low_latency_dispatch", 5, "group")
+@reports_to_peers("ep::low_latency_dispatch", 5, "group")
 @_sizes_by_name
 def low_latency_dispatch(
     x: Tensor,
@@ -265,7 +258,7 @@ def low_latency_dispatch(
     return _dispatched(fields, topk_idx, num_experts, group_name, statistics)
 
 
-@tells_peers("ep::low_latency_combine", 1, "plan")
+@reports_to_peers("ep::low_latency_combine", 1, "plan")
 def low_latency_combine(
     y: Tensor, plan: LowLatencyPlan, *, statistics: LowLatencyStatistics | None = None, after: Tensor | None = None
 ) -> Tensor:
@@ -328,7 +321,7 @@ def _check_matrix(op: str, name: str, t: Tensor, shape: str, origin: str) -> Non
 def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> None:
     check_type(op, "in_flight", in_flight, kind, f"a torch_ep.{kind.__name__}")
     tensors = {
-        "in_flight.ticket": in_flight.ticket,
+        "in_flight.status": in_flight.status,
         "in_flight.data": in_flight.data,
         "in_flight.topk_idx": in_flight.topk_idx,
     }
@@ -346,7 +339,7 @@ def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> No
         _check_statistics(op, statistics, in_flight.num_experts, in_flight.world_size, in_flight.data.device)
 
 
-@tells_peers("ep::low_latency_dispatch", 5, "group")
+@reports_to_peers("ep::low_latency_dispatch", 5, "group")
 @_sizes_by_name
 def low_latency_dispatch_send(
     x: Tensor,
@@ -372,10 +365,9 @@ def low_latency_dispatch_send(
         x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, None, after
     )
     *_, num_experts, max_tokens_per_rank = arguments
-    in_flight_rows = _in_flight_rows(x, group_name, world_size, max_tokens_per_rank)
-    ticket, data = torch.ops.ep.low_latency_dispatch_send(*arguments, world_size, group_name, in_flight_rows, after)
+    status, data = torch.ops.ep.low_latency_dispatch_send(*arguments, world_size, group_name, after)
     return InFlightDispatch(
-        ticket=ticket,
+        status=status,
         data=data,
         topk_idx=topk_idx,
         hidden=x.shape[1],
@@ -393,14 +385,14 @@ def low_latency_dispatch_recv(
 ) -> tuple[Any, LowLatencyPlan]:
     """The second half of `low_latency_dispatch`. Collective; returns and raises what that does."""
     _check_in_flight("ep::low_latency_dispatch_recv", in_flight, InFlightDispatch, statistics)
-    ticket, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
+    status, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
-        ticket, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
+        status, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
     )
     return _dispatched(fields, topk_idx, num_experts, name, statistics)
 
 
-@tells_peers("ep::low_latency_combine", 1, "plan")
+@reports_to_peers("ep::low_latency_combine", 1, "plan")
 def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor | None = None) -> InFlightCombine:
     """The first half of `low_latency_combine`. Collective.
 
@@ -411,10 +403,9 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
     """
     arguments = _check_combine_arguments(y, plan, None, after)
     *_, num_experts, world_size, group_name = arguments
-    in_flight_rows = _in_flight_rows(y, group_name, world_size, plan.recv_row.shape[0] // world_size)
-    ticket, data = torch.ops.ep.low_latency_combine_send(*arguments, in_flight_rows, after)
+    status, data = torch.ops.ep.low_latency_combine_send(*arguments, after)
     return InFlightCombine(
-        ticket=ticket,
+        status=status,
         data=data,
         topk_idx=plan.topk_idx,
         hidden=y.shape[2],

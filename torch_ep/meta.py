@@ -456,7 +456,7 @@ def _check_low_latency_sizes(
     if max_tokens_per_rank > most:
         raise ValueError(
             f"{op}: expected max_tokens_per_rank of at most {most} with world_size {world_size} and {factor} "
-            f"slots a token or local experts, got {max_tokens_per_rank}"
+            f"slots per token or local experts, got {max_tokens_per_rank}"
         )
 
 
@@ -465,8 +465,8 @@ def _num_scales(hidden: Size, quantize: str) -> Size:
     return 0 if quantize == "" else _ceil_div(groups, 4) if quantize == "fp8_ue8m0" else groups
 
 
-def _record_bytes(hidden: Size, dtype: torch.dtype, quantize: str, num_topk: int) -> Size:
-    """`Record` of csrc/ops/low_latency.cpp."""
+def _wire_row_bytes(hidden: Size, dtype: torch.dtype, quantize: str, num_topk: int) -> Size:
+    """`LowLatencyWireRow` of csrc/ops/low_latency.cpp."""
     parts = (
         hidden * (dtype.itemsize if quantize == "" else 1),
         4 * _num_scales(hidden, quantize),
@@ -545,17 +545,19 @@ def _low_latency_rows(
     )
 
 
-def _in_flight(like: Tensor, world_size: int, rows: int, record_bytes: Size) -> tuple[Tensor, Tensor]:
+def _in_flight(like: Tensor, world_size: int, rows: int, wire_row_bytes: Size) -> tuple[Tensor, Tensor]:
     return (
         like.new_empty((2, world_size), dtype=torch.int64),
-        like.new_empty((rows, record_bytes), dtype=torch.uint8),
+        like.new_empty((rows, wire_row_bytes), dtype=torch.uint8),
     )
 
 
-def _check_in_flight(op: str, ticket: Tensor, in_flight: Tensor, record_bytes: Size, world_size: int) -> None:
-    _check_tensor(op, "ticket", ticket, (2, world_size), ticket, _IN_FLIGHT)
-    _check_type(op, "ticket", ticket, (torch.int64,))
-    _check_tensor(op, "in_flight", in_flight, ("rows", record_bytes), ticket, _IN_FLIGHT)
+def _check_in_flight(
+    op: str, status: Tensor, in_flight: Tensor, rows: Size | str, wire_row_bytes: Size, world_size: int
+) -> None:
+    _check_tensor(op, "status", status, (2, world_size), status, _IN_FLIGHT)
+    _check_type(op, "status", status, (torch.int64,))
+    _check_tensor(op, "in_flight", in_flight, (rows, wire_row_bytes), status, _IN_FLIGHT)
     _check_type(op, "in_flight", in_flight, (torch.uint8,))
 
 
@@ -589,18 +591,22 @@ def _low_latency_dispatch_send(
     max_tokens_per_rank: int,
     world_size: int,
     group_name: str,
-    in_flight_rows: int,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_low_latency_tokens(
         x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, group_name
     )
-    return _in_flight(x, world_size, in_flight_rows, _record_bytes(x.shape[1], x.dtype, quantize, topk_idx.shape[1]))
+    return _in_flight(
+        x,
+        world_size,
+        world_size * max_tokens_per_rank,
+        _wire_row_bytes(x.shape[1], x.dtype, quantize, topk_idx.shape[1]),
+    )
 
 
 @_fake("ep::low_latency_dispatch_recv")
 def _low_latency_dispatch_recv(
-    ticket: Tensor,
+    status: Tensor,
     in_flight: Tensor,
     hidden: Size,
     dtype: torch.dtype,
@@ -616,7 +622,8 @@ def _low_latency_dispatch_recv(
     _check_low_latency_sizes(op, num_experts, num_topk, max_tokens_per_rank, world_size)
     _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
     _check_hidden(op, hidden)
-    _check_in_flight(op, ticket, in_flight, _record_bytes(hidden, dtype, quantize, num_topk), world_size)
+    wire_row_bytes = _wire_row_bytes(hidden, dtype, quantize, num_topk)
+    _check_in_flight(op, status, in_flight, world_size * max_tokens_per_rank, wire_row_bytes, world_size)
     return _low_latency_rows(in_flight, hidden, dtype, num_topk, quantize, num_experts, max_tokens_per_rank, world_size)
 
 
@@ -676,16 +683,15 @@ def _low_latency_combine_send(
     num_experts: int,
     world_size: int,
     group_name: str,
-    in_flight_rows: int,
     after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check_low_latency_results(y, topk_idx, row_weights, recv_row, num_experts, world_size, group_name)
-    return _in_flight(y, world_size, in_flight_rows, y.shape[2] * y.dtype.itemsize)
+    return _in_flight(y, world_size, recv_row.shape[0], y.shape[2] * y.dtype.itemsize)
 
 
 @_fake("ep::low_latency_combine_recv")
 def _low_latency_combine_recv(
-    ticket: Tensor,
+    status: Tensor,
     in_flight: Tensor,
     topk_idx: Tensor,
     hidden: Size,
@@ -695,13 +701,13 @@ def _low_latency_combine_recv(
     group_name: str,
 ) -> tuple[Tensor, Tensor]:
     op = "ep::low_latency_combine_recv"
-    _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), ticket, _IN_FLIGHT)
+    _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), status, _IN_FLIGHT)
     _check_index_type(op, "topk_idx", topk_idx)
     _check_topk(op, topk_idx.shape[1])
     _check_experts(op, num_experts, world_size)
     _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
     _check_hidden(op, hidden)
-    _check_in_flight(op, ticket, in_flight, hidden * dtype.itemsize, world_size)
+    _check_in_flight(op, status, in_flight, "rows", hidden * dtype.itemsize, world_size)
     return (
         in_flight.new_empty((topk_idx.shape[0], hidden), dtype=dtype),
         in_flight.new_empty(world_size, dtype=torch.int64),

@@ -17,13 +17,13 @@ from . import _C  # type: ignore[attr-defined]
 from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
 from .derivatives import is_floating, register_derivatives
+from .peer_errors import reports_to_peers
 from .plan import Layout, Plan
-from .telling import tells_peers
 
 __all__ = ["combine", "dispatch", "plan"]
 
 
-@tells_peers("ep::plan", 2, "group")
+@reports_to_peers("ep::plan", 2, "group")
 def plan(
     topk_idx: Tensor,
     num_experts: int,
@@ -151,7 +151,7 @@ def dispatch(x: Tensor, plan: Plan, *, scales: Tensor, after: Tensor | None = No
 def dispatch(
     x: Tensor, plan: Plan, *, topk_weights: Tensor, scales: Tensor, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]: ...
-@tells_peers("ep::dispatch", 1, "plan")
+@reports_to_peers("ep::dispatch", 1, "plan")
 def dispatch(
     x: Tensor,
     plan: Plan,
@@ -196,7 +196,7 @@ def dispatch(
 def combine(y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None) -> Tensor: ...
 @overload
 def combine(y: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-@tells_peers("ep::combine", 1, "plan")
+@reports_to_peers("ep::combine", 1, "plan")
 def combine(
     y: Tensor,
     plan: Plan,

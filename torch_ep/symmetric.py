@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +31,7 @@ Provider = Literal["torch", "nvshmem"]
 T = TypeVar("T")
 
 # Of the nvlink kernels (csrc/nvlink/layout.h).
-_MAX_RANKS = 8
+_MAX_RANKS = 16
 # How long a rank waits for the others. They come here together, from `torch_ep.init`.
 _TIMEOUT = timedelta(minutes=5)
 
@@ -48,23 +48,37 @@ class Buffer(NamedTuple):
     owner: object
 
 
-def peer_access(group: dist.ProcessGroup, device: torch.device, *, timeout: timedelta = _TIMEOUT) -> str | None:
-    """Why the ranks' GPUs cannot load from and store to each other; None if they can. Collective, equal on all ranks.
+class PeerAccess(NamedTuple):
+    """What `peer_access` found, equal on all ranks."""
 
-    Every rank has to see the GPUs of all ranks, and to number its own differently from the others: torch's symmetric
-    memory asks for that, and CUDA answers for no GPU that `CUDA_VISIBLE_DEVICES` hides.
+    #: Why the ranks' GPUs cannot load from and store to each other; None if they can.
+    why_not: str | None
+    #: The largest number of ranks on one GPU.
+    ranks_per_gpu: int
+
+
+def peer_access(
+    group: dist.ProcessGroup, device: torch.device, provider: Provider = "torch", *, timeout: timedelta = _TIMEOUT
+) -> PeerAccess:
+    """Whether the ranks' GPUs can load from and store to each other. Collective.
+
+    Every rank has to see the GPUs of all ranks: CUDA answers for no GPU that `CUDA_VISIBLE_DEVICES` hides. Provider
+    "torch" needs a GPU per rank as well, numbered differently on each. Ranks that share a GPU run at the same time only
+    under NVIDIA MPS; without it the driver gives each rank time slices of milliseconds.
 
     Args:
         group: its ranks.
         device: this rank's.
+        provider: whose memory the ranks are to share, as in `allocate`.
         timeout: how long to wait for the other ranks.
 
     Raises:
         torch.distributed.DistError: a rank did not come in time.
     """
     if group.size() > _MAX_RANKS:
-        return f"it takes at most {_MAX_RANKS} ranks, and there are {group.size()}"
-    return _why_not([json.loads(facts) for facts in _all_gather(group, json.dumps(_facts(device)), timeout)])
+        return PeerAccess(f"it takes at most {_MAX_RANKS} ranks, and there are {group.size()}", 1)
+    facts = [json.loads(answer) for answer in _all_gather(group, json.dumps(_facts(device)), timeout)]
+    return PeerAccess(_why_not(facts, provider), max(Counter(rank["gpu"] for rank in facts).values()))
 
 
 def allocate(
@@ -181,8 +195,8 @@ def _host() -> str:
     return f"{socket.gethostname()} {boot}".strip()
 
 
-def _why_not(ranks: Sequence[Mapping[str, Any]]) -> str | None:
-    """`peer_access` from the facts of all ranks, by rank."""
+def _why_not(ranks: Sequence[Mapping[str, Any]], provider: Provider = "torch") -> str | None:
+    """`PeerAccess.why_not` from the facts of all ranks, by rank."""
     for rank, facts in enumerate(ranks):
         if facts["problem"]:
             return f"rank {rank} could not ask its GPU: {facts['problem']}"
@@ -199,8 +213,8 @@ def _why_not(ranks: Sequence[Mapping[str, Any]]) -> str | None:
         return "its ranks are on several hosts: " + ", ".join(f"{on} on {host}" for host, on in ranks_on.items())
     pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if i != j]
     for i, j in pairs:
-        if ranks[i]["gpu"] == ranks[j]["gpu"]:
-            return f"ranks {i} and {j} share one GPU"
+        if ranks[i]["gpu"] == ranks[j]["gpu"] and provider == "torch":
+            return f"ranks {i} and {j} share one GPU, which provider 'nvshmem' takes and provider 'torch' does not"
     for i, j in pairs:
         if ranks[j]["gpu"] not in ranks[i]["reach"]:
             return (
@@ -211,7 +225,7 @@ def _why_not(ranks: Sequence[Mapping[str, Any]]) -> str | None:
         if not ranks[i]["reach"][ranks[j]["gpu"]]:
             return f"no peer access from the GPU of rank {i} to that of rank {j}"
     for i, j in pairs:
-        if ranks[i]["index"] == ranks[j]["index"]:
+        if ranks[i]["index"] == ranks[j]["index"] and provider == "torch":
             return (
                 f"ranks {i} and {j} both call their GPU cuda:{ranks[i]['index']}: CUDA_VISIBLE_DEVICES has to name the "
                 "GPUs in the same order on every rank"
@@ -392,7 +406,7 @@ def _import_nvshmem() -> tuple[ModuleType, ModuleType, Any]:
 def _init_nvshmem(
     group: dist.ProcessGroup, nbytes: int, cuda_device: Any, core: ModuleType, timeout: timedelta
 ) -> None:
-    """Initialises NVSHMEM over all ranks of the job, unless this process has."""
+    """Initializes NVSHMEM over all ranks of the job, unless this process has."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def begin() -> bytes | None:

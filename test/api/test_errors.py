@@ -128,6 +128,7 @@ def low_latency_dispatch(
     error: type[Exception] = ValueError,
     fake: bool = True,
     told_later: bool = False,
+    send: bool = False,
     **changes: Any,
 ) -> Case:
     given = {
@@ -141,7 +142,7 @@ def low_latency_dispatch(
         "group_name": "",
         **changes,
     }
-    op = ops.low_latency_dispatch_send if "in_flight_rows" in changes else ops.low_latency_dispatch
+    op = ops.low_latency_dispatch_send if send else ops.low_latency_dispatch
     message = f"ep::low_latency_dispatch: {message}"
     return Case(op.default, given, error, message, fake, message if told_later else None)
 
@@ -159,13 +160,12 @@ def low_latency_combine(
         "group_name": "",
         **changes,
     }
-    op = ops.low_latency_combine_send if "in_flight_rows" in changes else ops.low_latency_combine
-    return Case(op.default, given, error, f"ep::low_latency_combine: {message}", fake)
+    return Case(ops.low_latency_combine.default, given, error, f"ep::low_latency_combine: {message}", fake)
 
 
 def dispatch_recv(message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any) -> Case:
     given = {
-        "ticket": torch.tensor([[3], [0]]),
+        "status": torch.tensor([[3], [0]]),
         "in_flight": torch.zeros(3, 48, dtype=torch.uint8),
         "hidden": 4,
         "dtype": torch.float32,
@@ -182,7 +182,7 @@ def dispatch_recv(message: str, *, error: type[Exception] = ValueError, fake: bo
 
 def combine_recv(message: str, *, error: type[Exception] = ValueError, fake: bool = True, **changes: Any) -> Case:
     given = {
-        "ticket": torch.tensor([[3], [0]]),
+        "status": torch.tensor([[3], [0]]),
         "in_flight": torch.zeros(3, 16, dtype=torch.uint8),
         "topk_idx": topk(),
         "hidden": 4,
@@ -450,7 +450,7 @@ CASES = {
         "expected a positive max_tokens_per_rank, got 0", max_tokens_per_rank=0
     ),
     "low_latency-too-much-room": low_latency_dispatch(
-        "expected max_tokens_per_rank of at most 536870911 with world_size 1 and 4 slots a token or local experts, "
+        "expected max_tokens_per_rank of at most 536870911 with world_size 1 and 4 slots per token or local experts, "
         "got 536870912",
         max_tokens_per_rank=2**29,
     ),
@@ -479,12 +479,7 @@ CASES = {
         told_later=True,
     ),
     "low_latency-send": low_latency_dispatch(
-        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=2
-    ),
-    "low_latency-in_flight_rows": low_latency_dispatch(
-        "expected in_flight_rows = 3 on backend c10d, got 0",
-        in_flight_rows=0,
-        fake=False,
+        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, send=True
     ),
     "low_latency-recv-quantize": dispatch_recv(
         "expected quantize '', 'fp8', 'fp8_pow2' or 'fp8_ue8m0', got 'fp4'", quantize="fp4"
@@ -503,27 +498,27 @@ CASES = {
     "low_latency-recv-world_size-large": dispatch_recv(
         f"expected num_experts of at most {2**24}, got {2**40}", num_experts=2**40, world_size=2**40
     ),
-    "low_latency-recv-ticket": dispatch_recv(
-        "expected ticket of shape [2, 1], got [2, 2]: pass what the send returned, whole",
-        ticket=torch.zeros(2, 2, dtype=torch.int64),
+    "low_latency-recv-status": dispatch_recv(
+        "expected status of shape [2, 1], got [2, 2]: pass what the send returned, whole",
+        status=torch.zeros(2, 2, dtype=torch.int64),
     ),
-    "low_latency-recv-ticket-dtype": dispatch_recv(
-        "expected ticket of dtype Long, got Int", error=TypeError, ticket=torch.zeros(2, 1, dtype=torch.int32)
+    "low_latency-recv-status-dtype": dispatch_recv(
+        "expected status of dtype Long, got Int", error=TypeError, status=torch.zeros(2, 1, dtype=torch.int32)
     ),
     "low_latency-recv-in_flight": dispatch_recv(
-        "expected in_flight of shape [rows, 64], got [3, 48]: pass what the send returned, whole", hidden=8
+        "expected in_flight of shape [3, 64], got [3, 48]: pass what the send returned, whole", hidden=8
     ),
     "low_latency-recv-in_flight-dtype": dispatch_recv(
         "expected in_flight of dtype Byte, got Char", error=TypeError, in_flight=torch.zeros(3, 48, dtype=torch.int8)
     ),
     "low_latency-recv-counts": dispatch_recv(
-        "expected ticket and in_flight of one send, got [4] rows by the ticket and 3 in flight",
-        ticket=torch.tensor([[4], [0]]),
+        "expected status and in_flight of one send, got [4] rows by the status and 3 in flight",
+        status=torch.tensor([[4], [0]]),
         fake=False,
     ),
     "low_latency-recv-counts-negative": dispatch_recv(
-        "expected ticket and in_flight of one send, got [-1] rows by the ticket and 3 in flight",
-        ticket=torch.tensor([[-1], [0]]),
+        "expected status and in_flight of one send, got [-1] rows by the status and 3 in flight",
+        status=torch.tensor([[-1], [0]]),
         fake=False,
     ),
     "low_latency-recv-same-token": dispatch_recv(
@@ -602,11 +597,6 @@ CASES = {
         recv_row=torch.tensor([[0, 6], [-1, -1], [3, 1]], dtype=torch.int32),
         fake=False,
     ),
-    "low_latency-combine-in_flight_rows": low_latency_combine(
-        "expected in_flight_rows = 3 on backend c10d, got 4",
-        in_flight_rows=4,
-        fake=False,
-    ),
     "low_latency-combine-recv-dtype": combine_recv(
         "expected rows of dtype Float, BFloat16 or Half, got Byte", error=TypeError, dtype=torch.uint8
     ),
@@ -651,19 +641,6 @@ CASES = {
     ),
 }
 
-# Cases that nvlink takes another way, by the same names.
-ON_NVLINK = {
-    # There what is in flight stays in the buffers.
-    "low_latency-send": low_latency_dispatch(
-        "expected at most max_tokens_per_rank = 2 tokens, got 3", max_tokens_per_rank=2, in_flight_rows=0
-    ),
-    "low_latency-in_flight_rows": low_latency_dispatch(
-        "expected in_flight_rows = 0 on backend nvlink, got 3", in_flight_rows=3
-    ),
-    "low_latency-combine-in_flight_rows": low_latency_combine(
-        "expected in_flight_rows = 0 on backend nvlink, got 4", in_flight_rows=4
-    ),
-}
 # Of what c10d has in flight, of values that nvlink does not look at (see "On one GPU" below), or of tensors that cannot
 # go to another device.
 C10D_ONLY = (
@@ -710,7 +687,7 @@ def what_comes_later(device: str) -> str:
 def test_kernel(device: str, name: str) -> None:
     if device == "cuda" and name in C10D_ONLY:
         pytest.skip("only c10d can say this")
-    case = ON_NVLINK.get(name, CASES[name]) if device == "cuda" else CASES[name]
+    case = CASES[name]
     arguments = {name: on(device, value) for name, value in case.arguments.items()}
     if device == "cuda" and case.later is not None:
         case.op(**arguments)
@@ -1056,8 +1033,8 @@ REASONS = {
 @pytest.mark.parametrize("name", REASONS)
 def test_init_says_why_not_nvlink(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built, available, limits, reason = REASONS[name]
-    monkeypatch.setattr(ops, "_has_nvlink", lambda: built)
-    monkeypatch.setattr(ops, "_nvlink_runs", lambda: False)
+    monkeypatch.setattr(ops, "_backends", lambda: ["nvlink"] if built else [])
+    monkeypatch.setattr(ops, "_nvlink_runs", lambda: False, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     with pytest.raises(RuntimeError) as raised:
         torch_ep.init(backend="nvlink", **limits)
@@ -1076,7 +1053,7 @@ class GroupOnCpu:
     ("world_size", "num_experts", "reason"),
     [
         (2, 5, "num_experts = 5 is no multiple of the 2 ranks"),
-        (9, 9, "it takes at most 8 ranks, and there are 9"),
+        (17, 17, "it takes at most 16 ranks, and there are 17"),
         (4, 4880, "it takes at most 4876 experts on 4 ranks, and num_experts is 4880"),
         (2, 4, "the process group has no backend for CUDA"),
     ],
@@ -1085,26 +1062,21 @@ class GroupOnCpu:
 def test_why_ranks_cannot_use_nvlink(
     world_size: int, num_experts: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_has_nvlink", lambda: True)
+    monkeypatch.setattr(ops, "_backends", lambda: ["nvlink"])
     limits = {**LIMITS, "num_experts": num_experts}
     assert torch_ep.comm._why_not_nvlink(GroupOnCpu(), world_size, limits) == reason  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(ops._has_nvlink(), reason="torch_ep was built with CUDA")
-def test_nvlink_of_a_build_without_it() -> None:
-    with pytest.raises(RuntimeError, match=r"torch_ep.init: this build has no nvlink backend"):
-        ops._init_nvlink("", 0, 1, [0], [*LIMITS.values()], 8, 1000, True, False)
 
 
 @pytest.mark.parametrize("name", ["max_tokens_per_rank", "hidden"])
 def test_limits_whose_buffers_would_overflow(name: str) -> None:
     limits = {**LIMITS, name: 2**62}
     with pytest.raises(ValueError) as raised:
-        ops._nvlink_bytes(2, [*limits.values()], 8)
+        ops._nvlink_bytes(2, **limits, num_sms=8)
     message = f"torch_ep.init: expected {name} of at most {2**24} on backend nvlink, got {2**62}"
     assert str(raised.value).splitlines()[0] == message
 
 
+@pytest.mark.skipif("nvlink" not in ops._backends(), reason="torch_ep was built without CUDA")
 def test_only_nvlink_is_settled() -> None:
     with pytest.raises(RuntimeError, match=r"torch_ep.reset: group 'nowhere' does not use the nvlink backend"):
         ops._settle_nvlink("nowhere")
@@ -1126,10 +1098,10 @@ def test_who_can_be_masked(monkeypatch: pytest.MonkeyPatch) -> None:
             torch_ep.mask_ranks(ranks, "g")
         assert str(raised.value) == f"torch_ep.mask_ranks: expected some of the other ranks [0, 2], got {ranks}"
     asked = []
-    monkeypatch.setattr(ops, "_mask_nvlink", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(ops, "_mask_nvlink", lambda *arguments: asked.append(arguments), raising=False)
     torch_ep.mask_ranks([2, 0, 2], "g")
     assert asked == [("g", 0b101)]
-    monkeypatch.setattr(ops, "_masked_nvlink", lambda name: 0b101)
+    monkeypatch.setattr(ops, "_masked_nvlink", lambda name: 0b101, raising=False)
     assert torch_ep.active_ranks("g") == [False, True, False]
 
 
@@ -1365,9 +1337,9 @@ def caught(rank: int, world_size: int, device: str, which: str) -> tuple[str, st
             "weights on one rank",
             ("DistError", "DistError"),
             (
-                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, "
+                "ep::dispatch: expected the same bytes of topk_weights per token on every rank, "
                 "got 4 on rank 0 and 0 on rank 1",
-                "ep::dispatch: expected the same bytes of topk_weights a token on every rank, "
+                "ep::dispatch: expected the same bytes of topk_weights per token on every rank, "
                 "got 0 on rank 1 and 4 on rank 0",
             ),
         ),
@@ -1873,7 +1845,7 @@ def test_a_ticket_of_nothing_in_flight() -> None:
             case.op(**{key: on("cuda", value) for key, value in case.arguments.items()})
             assert re.match(
                 r"ep::low_latency_(dispatch|combine): expected exchange 1 of group '' to be received next, "
-                rf"got the ticket of exchange {case.arguments['ticket'][0].item()}: ",
+                rf"got the ticket of exchange {case.arguments['status'][0].item()}: ",
                 what_comes_later("cuda"),
             )
             torch_ep.reset()

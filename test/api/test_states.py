@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from support.harness import world
 from support.moe_cases import SHAPE, make_layer, make_x
 from torch import Tensor, nn
@@ -28,7 +29,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import torch_ep
-from torch_ep.nn import MoE, clip_grad_norm_, distribute_experts, expert_parameter_names, full_state_dict
+from torch_ep.nn import (
+    MoE,
+    clip_grad_norm_,
+    distribute_experts,
+    expert_parameter_names,
+    full_state_dict,
+    grouped_mm,
+)
 
 E = SHAPE["num_experts"]
 NAMES = [f"moe.{name}" for name in MoE.EXPERT_PARAMETERS]
@@ -476,6 +484,41 @@ def _decoded(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
 def test_distributed_experts_decode() -> None:
     for got, want in world(2).run(_decoded):
         assert torch.equal(got, want)
+
+
+class OwnExperts(nn.Module):
+    """What MoE's own experts compute, from the parameters of the same names."""
+
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        for name in MoE.EXPERT_PARAMETERS:
+            setattr(self, name, nn.Parameter(getattr(layer, name).detach().clone()))
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        inner = F.silu(grouped_mm(rows, self.gate_proj, offsets)) * grouped_mm(rows, self.up_proj, offsets)
+        return grouped_mm(inner, self.down_proj, offsets)
+
+
+def _experts_fn_steps(rank: int, world_size: int) -> list[str]:
+    """Names of the gradients that differ from those of MoE's own experts."""
+    layer = make_layer()
+    other = MoE(**{**SHAPE, "intermediate": None}, dtype=torch.float64, experts_fn=OwnExperts(layer))
+    other.router = layer.router
+    distribute_experts(other)
+    grads = []
+    for module, experts in ((layer, layer), (other, other.experts_fn)):
+        layer.zero_grad()
+        y, _ = module(make_x("cpu", rank, 5, 8))
+        y.square().sum().backward()
+        grads.append(
+            {"router": layer.router.grad, **{name: getattr(experts, name).grad for name in MoE.EXPERT_PARAMETERS}}
+        )
+    assert isinstance(other.experts_fn.gate_proj, DTensor)
+    return [name for name, want in grads[0].items() if not torch.equal(_local(grads[1][name]), want)]
+
+
+def test_distributed_parameters_of_an_experts_fn() -> None:
+    assert world(2).run(_experts_fn_steps) == [[], []]
 
 
 def _by_hand(rank: int, world_size: int) -> tuple[list[str], list[str]]:

@@ -156,10 +156,10 @@ def test_parameters_on_the_cpu_and_a_group_for_cuda() -> None:
 
 
 class Block(nn.Module):
-    def __init__(self, result: Callable[[Tensor, RouterStats], Any]) -> None:
+    def __init__(self, result: Callable[[Tensor, RouterStats], Any], **options: Any) -> None:
         super().__init__()
         self.before = nn.Linear(8, 8, dtype=torch.float64)
-        self.moe = make_layer()
+        self.moe = make_layer(**options)
         self.result = result
 
     def forward(self, x: Tensor) -> Any:
@@ -176,12 +176,15 @@ RESULTS: dict[str, tuple[Callable[[Tensor, RouterStats], Any], Callable[[Any], T
 }
 
 
-def _gradients(name: str, reentrant: bool | None) -> dict[str, Tensor]:
+def _gradients(
+    name: str, reentrant: bool | None, compile: Callable[[nn.Module], Any] = lambda block: block, **options: Any
+) -> dict[str, Tensor]:
     torch.manual_seed(0)
     result, loss = RESULTS[name]
-    block = Block(result)
+    block = Block(result, **options)
+    run = compile(block)
     x = make_x("cpu", 0, 9, 8).requires_grad_()
-    out = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
+    out = run(x) if reentrant is None else checkpoint(run, x, use_reentrant=reentrant)
     (out[0].square().mean() + 10 * loss(out)).backward()
     return {"x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
 
@@ -192,6 +195,33 @@ def test_the_auxiliary_loss_has_its_gradient_under_checkpointing(name: str, reen
     want = _gradients(name, None)
     for key, grad in _gradients(name, reentrant).items():
         assert torch.equal(grad, want[key]), key
+
+
+@pytest.mark.parametrize("capacity", [None, 27], ids=["graph break", "fullgraph"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["stats", "loss of a loss"])
+def test_the_auxiliary_loss_of_a_compiled_block_has_its_gradient(
+    name: str, reentrant: bool, capacity: int | None
+) -> None:
+    torch._dynamo.reset()
+    want = _gradients(name, None, capacity=capacity)
+    got = _gradients(
+        name,
+        reentrant,
+        lambda block: torch.compile(block, backend="aot_eager", fullgraph=capacity is not None),
+        capacity=capacity,
+    )
+    for key, grad in got.items():
+        torch.testing.assert_close(grad, want[key], msg=lambda m, key=key: f"{key}: {m}")
+    torch._dynamo.reset()
+
+
+def test_a_loss_that_a_compiled_block_cuts_off_raises() -> None:
+    block = torch.compile(Block(lambda y, stats: (y, [stats])), backend="eager")
+    _, (stats,) = checkpoint(block, make_x("cpu", 0, 9, 8).requires_grad_(), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="reentrant checkpoint"):
+        _ = stats.aux_loss
+    torch._dynamo.reset()
 
 
 def test_stats_of_a_reentrant_checkpoint_have_their_fields() -> None:
@@ -230,9 +260,11 @@ def test_stats_are_a_tuple_elsewhere() -> None:
     layer = make_layer()
     x = make_x("cpu", 0, 9, 8).requires_grad_()
     kinds = [layer(x)[1], checkpoint(layer, x, use_reentrant=False)[1]]
+    compiled = torch.compile(layer, backend="eager")
+    kinds.append(compiled(x)[1])
     with torch.no_grad():
-        kinds.append(layer(x)[1])
-    assert [type(stats) for stats in kinds] == [RouterStats] * 3
+        kinds += [layer(x)[1], compiled(x)[1]]
+    assert [type(stats) for stats in kinds] == [RouterStats] * 5
 
 
 # --- FLOPs ------------------------------------------------------------------------------------------------------------

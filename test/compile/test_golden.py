@@ -478,13 +478,13 @@ class GraphModule(torch.nn.Module):
 
         counters_1: "i64[1]" = torch.zeros(1, dtype = torch.int64, device = None)
 
-        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 1, '', 6, None)
-        ticket: "i64[2, 1]" = low_latency_dispatch_send[0]
+        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 1, '', None)
+        status: "i64[2, 1]" = low_latency_dispatch_send[0]
         data: "u8[6, 64]" = low_latency_dispatch_send[1]
 
         shared: "f32[5, 8]" = l_x_.relu()
 
-        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(ticket, data, 8, torch.float32, 2, 'fp8', 4, 6, 1, '')
+        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 1, '')
         rows: "f8e4m3fn[4, 6, 8]" = low_latency_dispatch_recv[0]
         scales: "f32[4, 6, 1]" = low_latency_dispatch_recv[1]
         tokens_per_expert: "i32[4]" = low_latency_dispatch_recv[2]
@@ -499,14 +499,14 @@ class GraphModule(torch.nn.Module):
         to: "f32[4, 6, 8]" = rows.to(torch.float32)
         y: "f32[4, 6, 8]" = to * scales
 
-        low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 1, '', 6, shared)
-        ticket_1: "i64[2, 1]" = low_latency_combine_send[0]
+        low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 1, '', shared)
+        status_1: "i64[2, 1]" = low_latency_combine_send[0]
         data_1: "u8[6, 32]" = low_latency_combine_send[1]
 
         sum_1: "i64[]" = counters.sum()
         shared_1: "f32[5, 8]" = shared * sum_1
 
-        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(ticket_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '')
+        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '')
         out: "f32[5, 8]" = low_latency_combine_recv[0]
 
         add: "f32[5, 8]" = out + shared_1
@@ -522,7 +522,7 @@ class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "f32[5, 8]", arg1_1: "i64[5, 2]", arg2_1: "f32[5, 2]"):
         zeros: "i64[4]" = torch.ops.aten.zeros.default([4], dtype = torch.int64, device = device(type='cpu'), pin_memory = False)
 
-        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 1, '', 6)
+        low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 1, '')
         getitem: "i64[2, 1]" = low_latency_dispatch_send[0]
         getitem_1: "u8[6, 64]" = low_latency_dispatch_send[1]
 
@@ -540,7 +540,7 @@ class <lambda>(torch.nn.Module):
         _to_copy: "f32[4, 6, 8]" = torch.ops.aten._to_copy.default(getitem_2, dtype = torch.float32)
         mul: "f32[4, 6, 8]" = torch.ops.aten.mul.Tensor(_to_copy, getitem_3)
 
-        low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 1, '', 6, relu)
+        low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 1, '', relu)
         getitem_10: "i64[2, 1]" = low_latency_combine_send[0]
         getitem_11: "u8[6, 32]" = low_latency_combine_send[1]
 
@@ -583,19 +583,19 @@ low_latency_combine = torch.ops.ep.low_latency_combine.default(relu, arg1_1, get
         self.assertExpectedInline(
             self.ranks[0][2],
             """\
-low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 2, '0', 12, None)
-low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(ticket, data, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
-low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 2, '0', 12, shared)
-low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(ticket_1, data_1, l_topk_idx_, 8, torch.float32, 4, 2, '0')""",
+low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 2, '0', None)
+low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
+low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 2, '0', shared)
+low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 2, '0')""",
         )
 
     def test_aot_of_halves(self) -> None:
         self.assertExpectedInline(
             self.ranks[0][3],
             """\
-low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 2, '0', 12)
+low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send.default(arg0_1, arg1_1, arg2_1, 'fp8', 4, 6, 2, '0')
 low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv.default(getitem, getitem_1, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
-low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 2, '0', 12, relu)
+low_latency_combine_send = torch.ops.ep.low_latency_combine_send.default(mul, arg1_1, getitem_8, getitem_7, 4, 2, '0', relu)
 low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv.default(getitem_10, getitem_11, arg1_1, 8, torch.float32, 4, 2, '0')""",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import re
@@ -27,6 +28,7 @@ from torch_ep.nn import (
     expert_parameter_names,
     full_state_dict,
     gather_experts,
+    grouped_mm,
     mark_expert_parameters,
 )
 
@@ -97,6 +99,34 @@ def adapter_beside_the_layer(rank: int) -> nn.Module:
     return model
 
 
+class OwnExperts(nn.Module):
+    """Experts that a layer calls, and a scale that is the same on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(E // W, 8, 8, dtype=torch.float64))
+        self.scale = nn.LayerNorm(8, dtype=torch.float64)
+        mark_expert_parameters(self.scale, "")
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        return grouped_mm(self.scale(rows), self.weight, offsets)
+
+
+def experts_fn(rank: int) -> nn.Module:
+    """A layer of the ranks from 0 to W - 1, whose group was another one when it was made."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(
+        nn.Linear(8, 8, dtype=torch.float64), MoE(8, None, E, 3, group=_twin(), experts_fn=OwnExperts())
+    )
+    model[1].set_group(None)
+    return model
+
+
+@functools.cache
+def _twin() -> str:
+    return dist.new_group(list(range(W))).group_name
+
+
 OTHERS = [f"1.{name}" for name in MoE.EXPERT_PARAMETERS[1:]]
 MODELS: dict[str, tuple[Callable[[int], nn.Module], list[str]]] = {
     "the layer": (lambda rank: make_model(), [f"1.{FIRST}", *OTHERS]),
@@ -110,6 +140,7 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], list[str]]] = {
         own_experts_with_adapters,
         ["1.0.base.weight", "1.0.base.bias", "1.0.adapter.weight", "1.1.weight", "1.1.bias"],
     ),
+    "experts_fn": (experts_fn, ["1.experts_fn.weight"]),
     "adapter beside": (
         adapter_beside_the_layer,
         [*(f"base.{name}" for name in MoE.EXPERT_PARAMETERS), "a.weight", "a.bias", "b.weight"],

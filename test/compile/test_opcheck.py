@@ -83,14 +83,13 @@ def make_low_latency_call(
     quantize = next((word for word in words if word.startswith("fp8")), "")
     weights = torch.rand(topk_idx.shape).to(x.device) if "weights" in words else None
     ranks = (world_size, group_name)
-    in_flight_rows = world_size * MAX_TOKENS if x.device.type == "cpu" else 0
     dispatch = (x, topk_idx, weights, quantize, NUM_EXPERTS, MAX_TOKENS, *ranks)
     if op == "low_latency_dispatch":
         return Call(ep.low_latency_dispatch.default, (*dispatch, after))
     if op == "low_latency_dispatch_send":
-        return Call(ep.low_latency_dispatch_send.default, (*dispatch, in_flight_rows, after))
+        return Call(ep.low_latency_dispatch_send.default, (*dispatch, after))
     if op == "low_latency_dispatch_recv":
-        sent = ep.low_latency_dispatch_send(*dispatch, in_flight_rows)
+        sent = ep.low_latency_dispatch_send(*dispatch)
         sizes = (x.shape[1], x.dtype, topk_idx.shape[1], quantize, NUM_EXPERTS, MAX_TOKENS, *ranks)
         return Call(ep.low_latency_dispatch_recv.default, (*sent, *sizes))
     rows, _, _, _, _, recv_row, row_weights, _ = ep.low_latency_dispatch(*dispatch)
@@ -98,8 +97,8 @@ def make_low_latency_call(
     if op == "low_latency_combine":
         return Call(ep.low_latency_combine.default, (*combine, after))
     if op == "low_latency_combine_send":
-        return Call(ep.low_latency_combine_send.default, (*combine, in_flight_rows, after))
-    sent = ep.low_latency_combine_send(*combine, in_flight_rows)
+        return Call(ep.low_latency_combine_send.default, (*combine, after))
+    sent = ep.low_latency_combine_send(*combine)
     return Call(ep.low_latency_combine_recv.default, (*sent, topk_idx, x.shape[1], x.dtype, NUM_EXPERTS, *ranks))
 
 

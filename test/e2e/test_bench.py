@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -82,11 +81,42 @@ def test_table_shows_the_rows_of_the_results(run: dict[str, Any]) -> None:
         assert f"| {row['ratio']:6.2f} |" in line
 
 
-def test_ratio_is_that_of_the_medians_of_the_raw_times(run: dict[str, Any]) -> None:
+STATISTICS = {"median_us", "p5_us", "p95_us", "min_us", "max_us"}
+
+
+def test_results_keep_summaries(run: dict[str, Any]) -> None:
     for row in run["results"]["rows"]:
-        medians = [torch.tensor(row[side]["times_us"], dtype=torch.float64).median() for side in ("ours", "theirs")]
-        assert len(row["ours"]["times_us"]) == len(row["theirs"]["times_us"]) == row["iterations"] == 3
-        assert row["ratio"] == pytest.approx(float(medians[0] / medians[1]), rel=0.01)
+        assert row["iterations"] == 3
+        assert row["ratio"] == pytest.approx(row["ours"]["median_us"] / row["baseline"]["median_us"], rel=0.01)
+        for side in ("ours", "baseline"):
+            assert row[side].keys() == STATISTICS | {"logical_bytes", "wire_bytes", "peak_bytes"}
+            ordered = [row[side][f"{name}_us"] for name in ("min", "p5", "median", "p95", "max")]
+            assert ordered == sorted(ordered)
+
+
+@pytest.mark.parametrize("count", [1, 2, 101])
+def test_statistics_of_times(count: int) -> None:
+    times = module("ranks").statistics_of([float(us) for us in range(count)])
+    last = count - 1
+    want = {"median_us": last / 2, "p5_us": last / 20, "p95_us": 0.95 * last, "min_us": 0, "max_us": last}
+    assert times == pytest.approx(want, abs=0.051)  # rounded to a tenth
+
+
+def test_every_row_of_the_results_has_a_line(tmp_path: Path) -> None:
+    results = {"commit": None, "rows": [{"tokens": 1}, {"tokens": 2}], "overlap": []}
+    path = module("ranks").write_results(tmp_path / "new" / "some", results)
+    assert path == tmp_path / "new" / "some.json"
+    assert json.loads(path.read_text()) == results
+    assert {'  {"tokens": 1},', '  {"tokens": 2}'} <= set(path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.name)
+def test_kept_results_are_summaries(path: Path) -> None:
+    results = json.loads(path.read_text())
+    assert {"command", "commit", "date", "torch", "hardware", "settings"} <= results.keys()
+    for row in results["rows"] + results.get("overlap", []):
+        sides = [value for value in row.values() if isinstance(value, dict)]
+        assert sides and all(side.keys() >= STATISTICS and "times_us" not in side for side in sides)
 
 
 def test_results_say_how_they_came_about(run: dict[str, Any]) -> None:
@@ -101,9 +131,9 @@ def test_bytes_count_a_row_a_rank_for_us_and_a_row_a_pair_for_them(run: dict[str
     for row in run["results"]["rows"]:
         if row["op"] == "combine":
             pairs = row["tokens"] * TOPK
-            assert row["theirs"]["logical_bytes"] == pairs * HIDDEN * 4
+            assert row["baseline"]["logical_bytes"] == pairs * HIDDEN * 4
             assert row["tokens"] * HIDDEN * 4 <= row["ours"]["logical_bytes"] <= pairs * HIDDEN * 4
-        for side in ("ours", "theirs"):
+        for side in ("ours", "baseline"):
             assert 0 < row[side]["wire_bytes"] < row[side]["logical_bytes"]
 
 
@@ -161,7 +191,7 @@ def test_defaults_are_those_of_the_host(
     [
         (["--device", "cpu", "--ops", "plan"], "--ops: not an option of --device cpu"),
         (["--device", "cuda", "--layout", "rank_major"], "--layout: not an option of --device cuda"),
-        (["--device", "cuda", "--ranks", "8"], "expected at most one for each of the 4 GPUs, got 8"),
+        (["--device", "cuda", "--ranks", "8"], "expected at most one per GPU, of which there are 4, got 8"),
         (["--device", "cuda", "--hidden", "100"], "expected a multiple of 128"),
         (["--link-gbs", "0"], "expected a positive number, got 0"),
     ],
@@ -217,7 +247,7 @@ def test_peak_counts_what_lives_at_one_time() -> None:
 def _sides(rank: int, layout: str, dtype: torch.dtype) -> tuple[Any, Any]:
     cases = module("cases")
     inputs = cases.random_inputs(rank, 12, 16, 3, 8, dtype, torch.device("cpu"))
-    return cases.TorchEP(inputs, layout), cases.by_hand(inputs, layout)
+    return cases.TorchEP(inputs, layout), cases.make_baseline(inputs, layout)
 
 
 def _check(rank: int, world_size: int, layout: str, dtype: torch.dtype) -> None:
@@ -231,17 +261,17 @@ def test_both_sides_give_the_same(layout: str, dtype: torch.dtype) -> None:
 
 
 def _check_with_a_wrong_side(rank: int, world_size: int, layout: str, step: str) -> str:
-    ours, theirs = _sides(rank, layout, torch.float32)
-    right = getattr(theirs, step)
+    ours, baseline = _sides(rank, layout, torch.float32)
+    right = getattr(baseline, step)
 
     def wrong(*args: Any) -> Any:
         result = right(*args)
         (result.rows if step == "dispatch" else result)[-1, -1] += 1
         return result
 
-    setattr(theirs, step, wrong)
+    setattr(baseline, step, wrong)
     try:
-        module("cases").check_equal(ours, theirs)
+        module("cases").check_equal(ours, baseline)
     except (RuntimeError, AssertionError) as error:
         return str(error)
     return "no error"
@@ -343,7 +373,7 @@ def _gpu_results() -> dict[str, Any]:
             op = gpu.OPS[name]
             logical, wire = (int(tokens * visits * op.exchanges * op.row_bytes(7168)) for visits in (3.61, 2.71))
             base = 20 + wire / 300e3
-            sides = {"ours": base + n, "theirs": 3 * base, **({"nccl": 1.2 * base} if wire else {})}
+            sides = {"ours": base + n, "baseline": 3 * base, **({"nccl": 1.2 * base} if wire else {})}
             times = {side: module("ranks").statistics_of([us - 1, us, us + 2]) for side, us in sides.items()}
             rows.append(gpu.row(name, 4, tokens, logical, wire, 345.0, times))
     hardware = {"gpus": ["GPU"] * 4, "driver": "1.2", "cuda": "13.0", "nccl": "2.28.9", "cores": 8}
@@ -353,8 +383,8 @@ def _gpu_results() -> dict[str, Any]:
 
 def test_rates_and_ratios_of_a_gpu_row_follow_from_its_times() -> None:
     for row in _gpu_results()["rows"]:
-        us = statistics.median(row["ours"]["times_us"])
-        assert row["ratio"] == pytest.approx(us / statistics.median(row["theirs"]["times_us"]), rel=0.01)
+        us = row["ours"]["median_us"]
+        assert row["ratio"] == pytest.approx(us / row["baseline"]["median_us"], rel=0.01)
         if row["op"].startswith("plan"):
             assert {row["floor_us"], row["floor_ratio"], row["wire_gbs"], row["nccl_ratio"]} == {None}
         else:
@@ -388,11 +418,11 @@ def _check_layers(rank: int, world_size: int, factor: float) -> str:
 
     layer = module("layer")
     layers: dict[str, Any] = {}
-    for side, kind in (("ours", torch_ep.nn.MoE), ("theirs", layer.ByHandMoE)):
+    for side, kind in (("ours", torch_ep.nn.MoE), ("baseline", layer.BaselineMoE)):
         torch.manual_seed(0)
         layers[side] = kind(32, 48, 8, 3)
     with torch.no_grad():
-        layers["theirs"].down_proj.mul_(factor)
+        layers["baseline"].down_proj.mul_(factor)
     x = torch.randn(20, 32, generator=seeded(rank), requires_grad=True)
     try:
         layer.check_same(layers, x, torch.randn(20, 32, generator=seeded(rank, 1)))
@@ -492,7 +522,6 @@ def test_low_latency_measures_every_case_the_same_on_all_ranks(options: str) -> 
     cases += [("overlap", 5, op) for op in low_latency.OVERLAPPED_OPS]
     assert [(table, row["tokens"], row["op"]) for table, row in first] == cases
     for table, row in first:
-        assert row["iterations"] == 2
         if table == "rows":
             assert ("send" in row) == ("recv" in row) == ("split" in row) == (not row["op"].startswith("pair"))
             assert 0 < row["wire_bytes"] < row["logical_bytes"]
@@ -706,19 +735,18 @@ def test_torch_gives_the_same_on_one_rank() -> None:
     g = seeded(1)
     x, weights = torch.randn(20, 8, generator=g), torch.rand(20, 3, generator=g)
     idx = random_topk(20, 3, 6, g, holes=0.0)
-    theirs = one_rank.ByTorch(x, idx, weights, 6)
-    routing = theirs.plan()
+    gather = one_rank.TorchGather(x, idx, weights, 6)
+    routing = gather.plan()
     plan = torch_ep.plan(idx, 6, "")
     rows, row_weights = torch_ep.dispatch(x, plan, topk_weights=weights)
-    assert torch.equal(theirs.dispatch(routing), rows)
+    assert torch.equal(gather.dispatch(routing), rows)
     assert torch.equal(routing.offsets.int(), plan.offsets)
-    torch.testing.assert_close(theirs.combine(rows, routing), torch_ep.combine(rows, plan, row_weights=row_weights))
+    torch.testing.assert_close(gather.combine(rows, routing), torch_ep.combine(rows, plan, row_weights=row_weights))
 
 
 def test_one_rank_table_has_the_columns_of_its_head() -> None:
     one_rank = module("one_rank")
-    times = one_rank.summary([float(us) for us in range(101)])
-    assert times == {"median_us": 50, "p5_us": 5, "p95_us": 95, "min_us": 0, "max_us": 100}
+    times = module("ranks").statistics_of([float(us) for us in range(101)])
     row = {"shape": (4096, 7168, 8, 256), "op": "plan, capacity", "floor_us": None, "ours": times}
     assert _bars(one_rank.line(row)) == _bars(one_rank.HEAD)
 

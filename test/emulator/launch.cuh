@@ -1,7 +1,7 @@
 // Takes the place of core/device/launch.cuh: here kernels run one after the other.
 #pragma once
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 enum class Launch { plain, overlapped, in_clusters };
 
@@ -20,4 +20,4 @@ cudaError_t launch_kernel(
   return cudaSuccess;
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

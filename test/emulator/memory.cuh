@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <ctime>
 
-namespace ep::cuda {
+namespace ep::nvlink {
 
 template <class T>
 T load_word(const void* p) {
@@ -152,10 +152,13 @@ inline void fence_async_global() {
   __threadfence_system();
 }
 
+// Processor time of the calling block's thread, not wall-clock time. A waiting block polls, so on a busy machine its clock
+// runs as slowly as the peer that it waits for, and load is no timeout. Scaled up, since blocks share cores.
 inline uint64_t global_timer_ns() {
+  constexpr uint64_t kBlocksPerCore = 8;
   timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec);
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return kBlocksPerCore * (static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec));
 }
 
-}  // namespace ep::cuda
+}  // namespace ep::nvlink

@@ -57,7 +57,7 @@ from torch_ep import LowLatencyPlan, LowLatencyStatistics, reference
 from torch_ep.low_latency import Quantize
 
 VIRTUAL = ["virtual-1", "virtual-2", "virtual-3", "virtual-4"]
-GPUS = ["gpus-2", "gpus-3", "gpus-4"]
+GPUS = ["gpus-2", "gpus-4", "gpus-8"]
 # Graphs of torch.compile belong to the main thread of a process, and virtual ranks beside each other have none.
 COMPILE_WORLDS = ["virtual-1", *GPUS]
 
@@ -894,7 +894,7 @@ def disagree(rank: int, world_size: int, group: str | None, what: str) -> tuple[
     most, quantize = unless_odd("max_tokens_per_rank", 4, 5), unless_odd("quantize", None, "fp8")
 
     def call() -> object:
-        if what == "bytes of a row":
+        if what == "hidden of combine":
             return torch_ep.low_latency_combine(rows.new_zeros(*rows.shape[:2], 80 if odd else 64), plan)
         return torch_ep.low_latency_dispatch(
             x, topk_idx, num_experts=experts, max_tokens_per_rank=most, group=group, quantize=quantize
@@ -908,12 +908,12 @@ def disagree(rank: int, world_size: int, group: str | None, what: str) -> tuple[
     ("what", "named"),
     [
         ("hidden", "hidden"),
-        ("num_experts", "num_topk of num_experts"),
-        ("num_topk", "num_topk of num_experts"),
+        ("num_experts", "num_experts"),
+        ("num_topk", "num_topk"),
         ("max_tokens_per_rank", "max_tokens_per_rank"),
         ("dtype", "dtype"),
-        ("quantize", "dtype"),
-        ("bytes of a row", "bytes of a row"),
+        ("quantize", "quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)"),
+        ("hidden of combine", "hidden"),
     ],
 )
 @several_ranks

@@ -45,7 +45,7 @@ REASONS = {
     "no device": ([facts(0), facts(1, gpu=None)], "there is no CUDA device on ranks [1]"),
     "other GPU": ([facts(0), facts(1, runs=False)], "torch_ep was not built for the GPU of rank 1"),
     "hosts": ([facts(0), facts(1), facts(0, host="b")], "several hosts: [0, 1] on a, [2] on b"),
-    "shared": ([facts(0), facts(1), facts(1)], "ranks 1 and 2 share one GPU"),
+    "shared": ([facts(0), facts(1), facts(1)], "ranks 1 and 2 share one GPU, which provider 'nvshmem' takes"),
     "hidden": ([facts(0), facts(1, reach={"gpu 1": True})], "rank 1 does not see the GPU of rank 0"),
     "no access": (
         [facts(0), facts(1, reach={"gpu 0": False, "gpu 1": True})],
@@ -63,8 +63,12 @@ def test_reason(name: str) -> None:
     assert reason is None if want is None else want in str(reason)
 
 
+def test_ranks_may_share_a_gpu_on_the_heap_of_nvshmem() -> None:
+    assert symmetric._why_not([facts(0), facts(1), facts(1)], "nvshmem") is None
+
+
 def access(rank: int, world_size: int, device: torch.device) -> str | None:
-    return symmetric.peer_access(dist.group.WORLD, device, timeout=TIMEOUT)
+    return symmetric.peer_access(dist.group.WORLD, device, timeout=TIMEOUT).why_not
 
 
 def test_no_cuda_device() -> None:
@@ -89,12 +93,12 @@ def test_hosts_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_too_many_ranks() -> None:
-    class Nine:
+    class Group:
         def size(self) -> int:
-            return 9
+            return 17
 
-    reason = symmetric.peer_access(Nine(), CUDA)  # type: ignore[arg-type]
-    assert reason == "it takes at most 8 ranks, and there are 9"
+    reason = symmetric.peer_access(Group(), CUDA).why_not  # type: ignore[arg-type]
+    assert reason == "it takes at most 16 ranks, and there are 17"
 
 
 def one_does_not_come(rank: int, world_size: int, timeout: timedelta) -> str:
@@ -447,7 +451,10 @@ def test_gpus_that_cuda_says_reach_each_other(gpus: World) -> None:
 @pytest.mark.gpu
 @needs_one_gpu
 def test_ranks_on_one_gpu() -> None:
-    assert world(2).run(access, CUDA) == ["ranks 0 and 1 share one GPU"] * 2
+    assert (
+        world(2).run(access, CUDA)
+        == ["ranks 0 and 1 share one GPU, which provider 'nvshmem' takes and provider 'torch' does not"] * 2
+    )
 
 
 # --- exit ---

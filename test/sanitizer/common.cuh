@@ -45,6 +45,16 @@ inline void check(cudaError_t error) {
   }
 }
 
+// Only once the device is idle.
+inline std::string failure_of(const Comm& comm) {
+  const FailureReport& f = comm.host_report->failure;
+  const auto number = [](auto value) { return std::to_string(static_cast<int64_t>(value)); };
+  return "rank " + number(comm.rank) + " reported failure " + number(f.kind) + " in op " + number(f.op) + ", phase " +
+         number(f.phase) + ", exchange " + number(f.epoch) + ", peer " + number(f.peer) + ", missing rank " +
+         number(f.missing_rank) + ", field " + number(f.field) + ", token " + number(f.token) + ", slot " +
+         number(f.slot) + ", ours " + number(f.ours) + ", theirs " + number(f.theirs);
+}
+
 template <class T>
 void expect(const std::string& name, int rank, const vector<T>& got, const vector<T>& want) {
   if (got.size() != want.size()) {

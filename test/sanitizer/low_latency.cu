@@ -16,28 +16,28 @@ using namespace ::ep::nvlink;
 
 namespace ep::nvlink {
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 __global__ void __launch_bounds__(kThreads, 1)
     virtual_dispatch(const LowLatencyDispatchArgs* ranks, const __grid_constant__ LowLatencyShape shape) {
   __shared__ LowLatencyShared shared;
-  LowLatencyDispatch<is_packed>(ranks[blockIdx.y], shape, shared).template run<T>();
+  LowLatencyDispatch<uses_packets>(ranks[blockIdx.y], shape, shared).template run<T>();
 }
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 cudaError_t launch_virtual_as(
     const std::vector<LowLatencyDispatchArgs>& ranks,
     const LowLatencyDispatchArgs* on_device,
     int multiprocessors) {
-  const LowLatencyShape shape = shape_of<is_packed>(ranks[0]);
-  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, ranks[0]));
-  const auto kernel = virtual_dispatch<T, is_packed>;
+  const LowLatencyShape shape = shape_of<uses_packets>(ranks[0]);
+  const auto shared = static_cast<int>(LowLatencyDispatch<uses_packets>::shared_bytes(shape, ranks[0]));
+  const auto kernel = virtual_dispatch<T, uses_packets>;
   const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) {
     return error;
   }
   int blocks = 0;
   for (const auto& args : ranks) {
-    blocks = std::max(blocks, blocks_of<is_packed>(args, shape, multiprocessors));
+    blocks = std::max(blocks, blocks_of<uses_packets>(args, shape, multiprocessors));
   }
   const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
   kernel<<<grid, kThreads, shared>>>(on_device, shape);
@@ -49,8 +49,8 @@ cudaError_t launch_virtual(
     const std::vector<LowLatencyDispatchArgs>& ranks,
     const LowLatencyDispatchArgs* on_device,
     int multiprocessors) {
-  return is_packed(ranks[0]) ? launch_virtual_as<T, true>(ranks, on_device, multiprocessors)
-                             : launch_virtual_as<T, false>(ranks, on_device, multiprocessors);
+  return uses_packets(ranks[0]) ? launch_virtual_as<T, true>(ranks, on_device, multiprocessors)
+                                : launch_virtual_as<T, false>(ranks, on_device, multiprocessors);
 }
 
 }  // namespace ep::nvlink
@@ -62,11 +62,11 @@ using namespace ::ep::nvlink;
 
 namespace ep::nvlink {
 
-template <class T, Way way>
+template <class T, Transfer transfer>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     virtual_combine(const LowLatencyCombineArgs* ranks, const __grid_constant__ CombineShape shape) {
-  __shared__ FlightMemory memory;
-  LowLatencyCombine<T, way>(ranks[blockIdx.y], shape, memory).run();
+  __shared__ LowLatencyExchangeState memory;
+  LowLatencyCombine<T, transfer>(ranks[blockIdx.y], shape, memory).run();
 }
 
 template <class T>
@@ -74,10 +74,10 @@ cudaError_t launch_virtual(
     const std::vector<LowLatencyCombineArgs>& ranks,
     const LowLatencyCombineArgs* on_device,
     int multiprocessors) {
-  const Way way = way_of(ranks[0]);
-  const auto kernel = way == Way::packed ? virtual_combine<T, Way::packed>
-                      : way == Way::bulk ? virtual_combine<T, Way::bulk>
-                                         : virtual_combine<T, Way::either>;
+  const Transfer transfer = transfer_of(ranks[0]);
+  const auto kernel = transfer == Transfer::packets ? virtual_combine<T, Transfer::packets>
+                      : transfer == Transfer::bulk  ? virtual_combine<T, Transfer::bulk>
+                                                    : virtual_combine<T, Transfer::either>;
   const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) {
     return error;
@@ -87,8 +87,8 @@ cudaError_t launch_virtual(
     blocks = std::max(blocks, blocks_of(args, multiprocessors));
   }
   const dim3 grid(blocks, static_cast<unsigned>(ranks.size()));
-  const CombineShape shape = shape_of(ranks[0], way, blocks);
-  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(way, shape)>>>(on_device, shape);
+  const CombineShape shape = shape_of(ranks[0], transfer, blocks);
+  kernel<<<grid, kMaxWarps * kWarp, shared_bytes(transfer, shape)>>>(on_device, shape);
   return cudaGetLastError();
 }
 
@@ -100,9 +100,9 @@ namespace {
 // --- ranks ---
 
 constexpr int kMostTokens = 24;
-constexpr int kPackedTokens = 4;  // of the longest rows; of the shortest not as many as kMostTokens either
+constexpr int kPacketTokens = 4;  // of the longest rows; of the shortest not as many as kMostTokens either
 constexpr int kMostLocal = 9;
-constexpr int64_t kSlotBytes = 10240;
+constexpr int64_t kWireRowBytes = 10240;
 // Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each
 // other.
 constexpr int64_t kShortNs = 4'000'000'000;
@@ -112,7 +112,7 @@ class World {
  public:
   // `number`: of the last exchange of each kind, as if there had been so many.
   explicit World(int world_size, bool masks = false, int64_t timeout_ns = default_timeout_ns(), uint64_t number = 0) {
-    const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kSlotBytes, kPackedTokens);
+    const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kWireRowBytes, kPacketTokens);
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
       State state{};
@@ -125,10 +125,10 @@ class World {
       comm.rank = r;
       comm.timeout_ns = timeout_ns;
       comm.masks = masks;
-      void* mailbox = nullptr;
-      check(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-      std::memset(mailbox, 0, sizeof(Mailbox));
-      comm.mailbox = static_cast<Mailbox*>(mailbox);
+      void* host_report = nullptr;
+      check(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+      std::memset(host_report, 0, sizeof(HostReport));
+      comm.host_report = static_cast<HostReport*>(host_report);
       comms_.push_back(comm);
     }
     for (int r = 0; r < world_size; ++r) {
@@ -142,7 +142,7 @@ class World {
   World& operator=(const World&) = delete;
   ~World() {
     for (const Comm& comm : comms_) {
-      check(cudaFreeHost(comm.mailbox));
+      check(cudaFreeHost(comm.host_report));
     }
   }
 
@@ -153,15 +153,11 @@ class World {
   void settle(Failure failure = Failure::none) const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      Mailbox& m = *comm.mailbox;
-      if (m.kind != static_cast<int64_t>(comm.rank == 0 ? failure : Failure::none)) {
-        fail(
-            "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
-            std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
-            ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
-            std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs));
+      Failure& kind = comm.host_report->failure.kind;
+      if (kind != (comm.rank == 0 ? failure : Failure::none)) {
+        fail(failure_of(comm));
       }
-      m.kind = 0;
+      kind = Failure::none;
     }
   }
 
@@ -316,10 +312,10 @@ class Run {
     topk_[0][0] = topk_[0][1] = topk_[0][c_.num_topk] = 0;
     topk_[0][c_.num_topk + 1] = 1;
     dispatch(Part::both);
-    world_.settle(Failure::bad_topk);
-    const auto& m = *world_.comm(0).mailbox;
-    if (m.detail != 1 || m.ours != 0 || m.theirs != 0) {
-      fail("a doubled expert is at entry " + std::to_string(m.detail));
+    world_.settle(Failure::duplicate_expert);
+    const FailureReport& failure = world_.comm(0).host_report->failure;
+    if (failure.token != 0 || failure.slot != 1 || failure.earlier_slot != 0 || failure.theirs != 0) {
+      fail("a duplicate expert is " + failure_of(world_.comm(0)));
     }
     topk_[0][1] = -1;
     route();
@@ -369,7 +365,8 @@ class Run {
       }
       LowLatencyDispatchArgs a{};
       a.comm = world_.comm(r);
-      a.ticket = memory_.make<int64_t>(2);
+      a.handshake = handshake();
+      a.in_flight = memory_.make<int64_t>(2);
       a.x = reinterpret_cast<const char*>(memory_.copy(x_[r]));
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;
@@ -415,7 +412,8 @@ class Run {
       const LowLatencyDispatchArgs& dispatched = dispatches_[ranks.size()];
       LowLatencyCombineArgs a{};
       a.comm = world_.comm(r);
-      a.ticket = memory_.make<int64_t>(2);
+      a.handshake = handshake();
+      a.in_flight = memory_.make<int64_t>(2);
       a.y = reinterpret_cast<const char*>(memory_.copy(y));
       a.row_weights = dispatched.row_weights;
       a.recv_row = dispatched.recv_row;
@@ -432,6 +430,16 @@ class Run {
       ranks.push_back(a);
     }
     return ranks;
+  }
+
+  Handshake handshake() const {
+    Handshake handshake{};
+    handshake.num_experts = c_.num_experts();
+    handshake.num_topk = c_.num_topk;
+    handshake.hidden = c_.hidden;
+    handshake.max_tokens = c_.max_tokens;
+    handshake.quantize = static_cast<int>(c_.quantize);
+    return handshake;
   }
 
   float weight_of(int slot) const {
@@ -581,7 +589,7 @@ void lose_a_rank(int world_size) {
     world.settle();
     run.check_results();
     for (int r = 0; r < world_size; ++r) {
-      const uint32_t masked = fetch(&world.comm(r).state->masked_by_timeout, 1)[0];
+      const uint32_t masked = fetch(world.comm(r).state->masked_by_timeout, 1)[0];
       if (r != c.lost && masked != 1U << c.lost) {
         fail("rank " + std::to_string(r) + " has masked the ranks of bits " + std::to_string(masked));
       }
@@ -598,18 +606,18 @@ void misuse(int world_size, Failure failure) {
   c.max_tokens = 2;
   now_running = "misuse, " + describe(c);
   vector<std::unique_ptr<Run<__nv_bfloat16>>> runs;
-  for (int i = 0; i < (failure == Failure::bad_order ? 2 : 3); ++i) {
+  for (int i = 0; i < (failure == Failure::out_of_order ? 2 : 3); ++i) {
     runs.push_back(std::make_unique<Run<__nv_bfloat16>>(world, c, random));
     runs[i]->dispatch(Part::send);
   }
-  if (failure == Failure::bad_order) {
+  if (failure == Failure::out_of_order) {
     runs[1]->dispatch(Part::receive);
   }
   check(cudaDeviceSynchronize());
   for (int r = 0; r < world_size; ++r) {
-    const Mailbox& m = *world.comm(r).mailbox;
-    if (m.kind != static_cast<int64_t>(failure) || m.peer != r || m.stopped == 0) {
-      fail("rank " + std::to_string(r) + " recorded failure " + std::to_string(m.kind));
+    const HostReport& report = *world.comm(r).host_report;
+    if (report.failure.kind != failure || report.failure.peer != r || report.stopped == 0) {
+      fail(failure_of(world.comm(r)));
     }
   }
 }
@@ -660,17 +668,17 @@ void run_many(World& world, const Case& c, Random& random) {
 
 template <class T>
 void run_as(World& world, const Case& c, Random& random) {
-  const int way = random.below(3);
-  if (way == 0) {
+  const int form = random.below(3);
+  if (form == 0) {
     run_many<T>(world, c, random);
-  } else if (way == 1) {
+  } else if (form == 1) {
     Run<T> run(world, c, random);
     run.dispatch(Part::both);
     run.combine(Part::both);
     world.settle();
     run.check_results();
   } else {
-    // Two batches of one shape on their way at once.
+    // Two batches of one shape on their form at once.
     Run<T> first(world, c, random), second(world, c, random);
     first.dispatch(Part::send);
     second.dispatch(Part::send);
@@ -706,9 +714,10 @@ void run_case(World& world, const Case& c, Random& random) {
 
 int main(int argc, char** argv) {
   const Options options(argc, argv);
-  for (int w = 0; w < kMaxRanks; ++w) {
+  constexpr int kWorldSizes = 8;
+  for (int w = 0; w < kWorldSizes; ++w) {
     World world(1 + w);
-    for (int i = w; i < options.cases; i += kMaxRanks) {
+    for (int i = w; i < options.cases; i += kWorldSizes) {
       Random random(static_cast<uint64_t>(options.seed) << 32 | static_cast<uint64_t>(i));
       run_case(world, draw(random, 1 + w), random);
     }
@@ -732,9 +741,15 @@ int main(int argc, char** argv) {
     Random random(static_cast<uint64_t>(i));
     run_case(old, draw(random, 2), random);
   }
+  Random random(0);
+  World many(kMaxRanks);
+  Case two_tokens = draw(random, kMaxRanks);
+  two_tokens.max_tokens = 2;
+  two_tokens.tokens.assign(kMaxRanks, 2);
+  run_case(many, two_tokens, random);
   divide();
-  misuse(2, Failure::bad_order);
-  misuse(2, Failure::timeout);
+  misuse(2, Failure::out_of_order);
+  misuse(2, Failure::too_many_in_flight);
   std::printf("ok\n");
   return 0;
 }

@@ -101,22 +101,13 @@ namespace {
 
 constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
 constexpr int kMostLocalExperts = 9;
-constexpr int64_t kSlotBytes = 10240;
+constexpr int64_t kWireRowBytes = 10240;
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
-
-// Only once the device is idle.
-std::string failure_of(const Comm& comm) {
-  const Mailbox& m = *comm.mailbox;
-  return "rank " + std::to_string(comm.rank) + " recorded failure " + std::to_string(m.kind) + " in op " +
-         std::to_string(m.op) + ", phase " + std::to_string(m.phase) + ", exchange " + std::to_string(m.epoch) +
-         ", peer " + std::to_string(m.peer) + ", detail " + std::to_string(m.detail) + ", ours " +
-         std::to_string(m.ours) + ", theirs " + std::to_string(m.theirs);
-}
 
 class World {
  public:
   World(int world_size, int num_blocks)
-      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, kSlotBytes} {
+      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, kWireRowBytes} {
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
       comm.state = memory_.zeros<State>(1);
@@ -124,10 +115,10 @@ class World {
       comm.layout = layout_;
       comm.rank = r;
       comm.timeout_ns = default_timeout_ns();
-      void* mailbox = nullptr;
-      check(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-      std::memset(mailbox, 0, sizeof(Mailbox));
-      comm.mailbox = static_cast<Mailbox*>(mailbox);
+      void* host_report = nullptr;
+      check(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+      std::memset(host_report, 0, sizeof(HostReport));
+      comm.host_report = static_cast<HostReport*>(host_report);
       comms_.push_back(comm);
     }
     for (int r = 0; r < world_size; ++r) {
@@ -141,7 +132,7 @@ class World {
   World& operator=(const World&) = delete;
   ~World() {
     for (const Comm& comm : comms_) {
-      check(cudaFreeHost(comm.mailbox));
+      check(cudaFreeHost(comm.host_report));
     }
   }
 
@@ -153,7 +144,7 @@ class World {
   void settle() const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
-      if (comm.mailbox->kind != 0) {
+      if (comm.host_report->failure.kind != Failure::none) {
         fail(failure_of(comm));
       }
       const uint64_t epoch = fetch(&comm.state->epoch, 1)[0];
@@ -392,8 +383,13 @@ void each_copy(const Case& c, const Wanted& w, F f) {
 
 // The i-th received wire row of `y`, as it goes home. `weights`: of y's rows, or empty.
 template <class T>
-vector<T>
-fold(const Case& c, const Wanted& w, const vector<T>& y, const vector<WideOf<T>>& weights, int64_t i, int hidden) {
+vector<T> reduce_row(
+    const Case& c,
+    const Wanted& w,
+    const vector<T>& y,
+    const vector<WideOf<T>>& weights,
+    int64_t i,
+    int hidden) {
   vector<int64_t> rows;
   if (!c.expert_major) {
     if (i < w.rows) {
@@ -486,14 +482,15 @@ class Run {
       launch(ranks, dispatch_file::ep::nvlink::launch_virtual);
       check(cudaDeviceSynchronize());
       for (const DispatchArgs& a : ranks) {
-        const Mailbox& m = *a.comm.mailbox;
-        const auto kind = static_cast<Failure>(m.kind);
-        const int64_t missing = kind == Failure::left ? m.detail : kind == Failure::timeout ? m.peer : -1;
-        if (missing != world_size() - 1 || m.stopped == 0) {
+        const FailureReport& failure = a.comm.host_report->failure;
+        const int missing = failure.kind == Failure::peer_aborted ? failure.missing_rank
+                            : failure.kind == Failure::timeout    ? failure.peer
+                                                                  : -1;
+        if (missing != world_size() - 1 || a.comm.host_report->stopped == 0) {
           fail(
               failure_of(a.comm) + ", so rank " + std::to_string(missing) + " is missing; stopped in exchange " +
-              std::to_string(m.stopped) + ", ended exchange " + std::to_string(fetch(&a.comm.state->epoch, 1)[0]) +
-              ", launch " + std::to_string(i));
+              std::to_string(a.comm.host_report->stopped) + ", ended exchange " +
+              std::to_string(fetch(&a.comm.state->epoch, 1)[0]) + ", launch " + std::to_string(i));
         }
       }
     }
@@ -521,7 +518,7 @@ class Run {
       DispatchArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, 0, 0};
+      a.format = {c_.row_bytes, c_.row_bytes, 0, 0};
       a.x = memory_.copy(random_.bytes(size_t{1} * c_.tokens[r] * c_.row_bytes));
       a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
       ranks.push_back(a);
@@ -533,13 +530,13 @@ class Run {
     check(cudaDeviceSynchronize());
     for (int r = 0; r < world_size(); ++r) {
       const Comm& comm = world_.comm(r);
-      const auto failure = static_cast<Failure>(comm.mailbox->kind);
-      if (r < 2 ? failure != Failure::mismatch : failure != Failure::none && failure != Failure::elsewhere) {
+      const auto failure = comm.host_report->failure.kind;
+      if (r < 2 ? failure != Failure::mismatch : failure != Failure::none && failure != Failure::mismatch_of_peer) {
         fail(
-            "a mismatch of two ranks is failure " + std::to_string(comm.mailbox->kind) + " on rank " +
+            "a mismatch of two ranks is failure " + std::to_string(static_cast<int64_t>(failure)) + " on rank " +
             std::to_string(r));
       }
-      comm.mailbox->kind = 0;
+      comm.host_report->failure.kind = Failure::none;
     }
     world_.settle();
   }
@@ -562,7 +559,9 @@ class Run {
     for (int r = 0; r < world_size(); ++r) {
       PlanArgs a{};
       a.comm = world_.comm(r);
-      a.comm.mailbox->plan = 0;
+      a.handshake.num_experts = c_.num_experts();
+      a.handshake.num_topk = c_.num_topk;
+      a.comm.host_report->plan = 0;
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;
       a.num_tokens = c_.tokens[r];
@@ -595,11 +594,11 @@ class Run {
       const PlanArgs& a = ranks[r];
       const Wanted& w = wanted_[r];
       if (capacity_ < 0) {
-        const uint64_t told = a.comm.mailbox->plan;
-        if (told != (kPlanTold | static_cast<uint64_t>(w.rows))) {
+        const uint64_t told = a.comm.host_report->plan;
+        if (told != (kPlanReady | static_cast<uint64_t>(w.rows))) {
           fail(
               "exact plan of rank " + std::to_string(r) + ": expected " + std::to_string(w.rows) + " rows, got " +
-              ((told & kPlanTold) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
+              ((told & kPlanReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
               ((told & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
@@ -647,11 +646,11 @@ class Run {
         continue;
       }
       for (Args& a : ranks) {
-        a.record.row_bytes = bytes;
+        a.format.row_bytes = bytes;
       }
       launch(ranks, launch_ranks);
       for (Args& a : ranks) {
-        a.record.weight_bytes = a.record.scale_bytes = 0;
+        a.format.weight_bytes = a.format.scale_bytes = 0;
         shift(a, bytes);
       }
     }
@@ -668,8 +667,8 @@ class Run {
       DispatchArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, c_.weight_bytes, c_.scale_bytes};
-      a.agreed[0] = c_.row_bytes;
+      a.format = {c_.row_bytes, c_.row_bytes, c_.weight_bytes, c_.scale_bytes};
+      a.handshake.hidden = c_.row_bytes;
       a.x = memory_.copy(x[r]);
       a.out = memory_.make_for_bulk(wanted_[r].rows * c_.row_bytes);
       if (c_.weight_bytes != 0) {
@@ -751,15 +750,15 @@ class Run {
       CombineArgs a{};
       a.comm = world_.comm(r);
       a.plan = plans_[r];
-      a.record = {c_.row_bytes, c_.row_bytes, with_weights ? c_.weight_bytes : 0, 0};
-      a.agreed[0] = c_.row_bytes;
+      a.format = {c_.row_bytes, c_.row_bytes, with_weights ? c_.weight_bytes : 0, 0};
+      a.handshake.hidden = c_.row_bytes;
       a.element = c_.element;
       a.y = reinterpret_cast<const char*>(memory_.copy(y[r]));
       a.out = memory_.make<char>(size_t{1} * c_.tokens[r] * c_.row_bytes);
       if (!row_weights.empty()) {
         a.row_weights = memory_.copy(row_weights[r]);
       }
-      if (a.record.weight_bytes != 0) {
+      if (a.format.weight_bytes != 0) {
         back_.push_back(random_.bytes(weights_of(wanted_[r]) * c_.weight_bytes));
         a.weights = memory_.copy(back_[r]);
         a.out_weights = memory_.make<char>(size_t{1} * c_.tokens[r] * c_.num_topk * c_.weight_bytes);
@@ -809,7 +808,8 @@ class Run {
           continue;
         }
         seen[to] = true;
-        const auto term = fold(c_, w, y[to], row_weights.empty() ? vector<Wide>() : row_weights[to], wire_row, hidden_);
+        const auto term =
+            reduce_row(c_, w, y[to], row_weights.empty() ? vector<Wide>() : row_weights[to], wire_row, hidden_);
         for (int j = 0; j < hidden_; ++j) {
           total[j] = is_first ? to_wide(term[j]) : total[j] + to_wide(term[j]);
         }
@@ -831,7 +831,7 @@ class Run {
       const vector<vector<Wide>>& row_weights,
       const vector<CombineArgs>& ranks) {
     for (int r = 0; r < world_size(); ++r) {
-      const auto [sums, home] = wanted_of_combine(r, y, row_weights, ranks[r].record.weight_bytes != 0);
+      const auto [sums, home] = wanted_of_combine(r, y, row_weights, ranks[r].format.weight_bytes != 0);
       const auto got = fetch(reinterpret_cast<const T*>(ranks[r].out), sums.size());
       expect(name + ": sums", r, as_numbers(got), as_numbers(sums));
       expect(name + ": weights", r, fetch(ranks[r].out_weights, home.size()), home);
@@ -948,6 +948,13 @@ int main(int argc, char** argv) {
   Random fixed(kWorlds);
   for (const bool expert_major : {false, true}) {
     run_case(world, many_tokens(kMostRanks, expert_major), fixed);
+  }
+  World largest(kMaxRanks, kLeastBlocks);
+  for (const bool expert_major : {false, true}) {
+    Case c = many_tokens(kMaxRanks, expert_major);
+    c.tokens.assign(kMaxRanks, 40);
+    c.num_topk = 9;
+    run_case(largest, c, fixed);
   }
   std::printf("ok\n");
   return 0;

@@ -75,7 +75,7 @@ def _serve(
 
     torch.set_num_threads(1)
     if "cuda" in c10d_backend:
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         c10d_backend,
         init_method=f"tcp://127.0.0.1:{port}",

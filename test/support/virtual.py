@@ -1,4 +1,4 @@
-"""Ranks of the nvlink backend for tests: virtual ones, several on one GPU, and real ones, a process and a GPU each.
+"""Ranks of the nvlink backend for tests: virtual ones, several in a process on one GPU, and real ones, a process each.
 
 open_world("virtual-3").run(fn, *args)    # fn(rank, world_size, group, *args) on every rank
 open_world("gpus-2").run(fn, *args)       # the same
@@ -9,8 +9,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import importlib.util
 import os
 import queue
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -43,7 +46,7 @@ START_S = 600.0
 _GRACE_S = 10.0
 _LOOK_S = 2.0  # between two looks at where virtual ranks are
 VIRTUAL = [f"virtual-{n}" for n in (1, 2, 3, 4, 5, 8)]
-GPUS = [f"gpus-{n}" for n in (2, 3, 4)]
+GPUS = [f"gpus-{n}" for n in (2, 4, 8)]
 
 # Note [Kernels that wait for other kernels]
 # A virtual rank's kernel waits on the GPU for another rank's, which its thread may not have launched yet. So nothing
@@ -396,15 +399,41 @@ def gpu_world(world_size: int, timeout: timedelta = TIMEOUT) -> Watched:
     return Watched(world_size, _serve, world_size, free_port(), timeout, NCCL, init)
 
 
+MPS = shutil.which("nvidia-cuda-mps-control")
+_SMS_PER_RANK = 16  # of eight ranks on one GPU, with all thread blocks running at once
+_mps_environment: dict[str, str] = {}
+
+
+def shared_gpu_world(world_size: int, timeout: timedelta = TIMEOUT) -> Watched:
+    """Processes that share the GPUs there are, under NVIDIA MPS, over nvlink on the heap of NVSHMEM."""
+    init = {"backend": "nvlink", "provider": "nvshmem", "num_sms": _SMS_PER_RANK, **limits(world_size)}
+    with mock.patch.dict(os.environ, _start_mps()):
+        return Watched(world_size, _serve, world_size, free_port(), timeout, "cpu:gloo,cuda:gloo", init)
+
+
+def _start_mps() -> dict[str, str]:
+    """The environment of processes under an MPS daemon of these tests, which ends with them."""
+    if not _mps_environment:
+        folder = tempfile.mkdtemp(prefix="mps")
+        _mps_environment.update(CUDA_MPS_PIPE_DIRECTORY=f"{folder}/pipe", CUDA_MPS_LOG_DIRECTORY=f"{folder}/log")
+        for path in _mps_environment.values():
+            os.makedirs(path)
+        environment = {**os.environ, **_mps_environment}
+        subprocess.run([str(MPS), "-d"], env=environment, check=True)
+        atexit.register(subprocess.run, [str(MPS)], env=environment, input=b"quit\n", stdout=subprocess.DEVNULL)
+    return _mps_environment
+
+
 def _without_gpu(world_size: int) -> World:
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):  # the processes inherit it
         return World(world_size, **limits(world_size))
 
 
 def open_world(name: str) -> Ranks:
-    """ "virtual-N": N virtual ranks. "gpus-N": N GPUs over nvlink. "gloo-N": N processes without a GPU.
+    """ "virtual-N": N virtual ranks. "gpus-N": N processes over nvlink. "gloo-N": N processes without a GPU.
 
-    Skips the test that asks where there are not as many GPUs.
+    Processes over nvlink have a GPU each where there are as many, and share the GPUs under MPS where there are fewer.
+    Skips the test that asks where that is not possible either.
     """
     kind, _, count = name.partition("-")
     world_size = int(count)
@@ -412,6 +441,8 @@ def open_world(name: str) -> Ranks:
         return HostedRanks(world_size)
     if kind == "gloo":
         return ProcessRanks(world_size, name, lambda: _without_gpu(world_size))
-    if torch.cuda.device_count() < world_size:
-        pytest.skip(f"expected {world_size} GPUs, got {torch.cuda.device_count()}")
-    return ProcessRanks(world_size, name, lambda: gpu_world(world_size))
+    if torch.cuda.device_count() >= world_size:
+        return ProcessRanks(world_size, name, lambda: gpu_world(world_size))
+    if torch.cuda.device_count() == 0 or MPS is None or importlib.util.find_spec("nvshmem") is None:
+        pytest.skip(f"expected {world_size} GPUs, or NVIDIA MPS and nvshmem4py, got {torch.cuda.device_count()} GPUs")
+    return ProcessRanks(world_size, name, lambda: shared_gpu_world(world_size))

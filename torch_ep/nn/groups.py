@@ -48,6 +48,10 @@ class RankGroup:
         """Rank and size, also of a group that this process does not have."""
         return self._rank, self.size
 
+    def is_same(self, other: RankGroup) -> bool:
+        """Whether both were made from one group, also if this process does not have it."""
+        return (self._name, self.ranks) == (other._name, other.ranks)
+
     def others(self, ranks: Iterable[int]) -> list[int]:
         """Those of `ranks`, global ones, that are in the group, except this rank."""
         return [rank for rank in ranks if rank in self.ranks and rank != self.ranks[self.rank]]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from .groups import RankGroup
 
-__all__ = ["Mark", "has_marks", "mark", "marked_modules", "marked_tensors", "marks_of", "spans_group"]
+__all__ = ["Mark", "has_marks", "mark", "marked_modules", "marked_tensors", "marks_of", "regroup", "spans_group"]
 
 _ATTRIBUTE = "_expert_marks"
 _ALL = ""  # the name under which a module has the mark of all tensors inside
@@ -77,9 +77,15 @@ def _size(t: Tensor | None, group: RankGroup, dim: int) -> int | None:
     return t.shape[dim] // group.size if spans else t.shape[dim]
 
 
-def mark(module: nn.Module, group: RankGroup, names: Iterable[str] | None, dim: int) -> None:
-    """Marks tensors of `module` by name, also those that do not exist yet, or all tensors inside. Replaces marks."""
-    if _ATTRIBUTE not in module.__dict__:
+def mark(module: nn.Module, group: RankGroup, names: Iterable[str] | None, dim: int, *, replace: bool = True) -> None:
+    """Marks tensors of `module` by name, also those that do not exist yet, or all tensors inside.
+
+    `replace=False`: modules that have marks keep them, and so do the modules inside those.
+    """
+    if has_marks(module):
+        if not replace:
+            return
+    else:
         module.__dict__[_ATTRIBUTE] = _Marks(module, {})
     by_name = marks_of(module)
     own = dict(chain(module._parameters.items(), module._buffers.items()))
@@ -87,10 +93,17 @@ def mark(module: nn.Module, group: RankGroup, names: Iterable[str] | None, dim: 
         by_name.clear()
         by_name[_ALL] = Mark(group, dim, None)
         for child in module.children():
-            mark(child, group, None, dim)
+            mark(child, group, None, dim, replace=replace)
         names = own
     for name in names:
         by_name[name] = Mark(group, dim, _size(own.get(name), group, dim))
+
+
+def regroup(module: nn.Module, old: RankGroup, new: RankGroup) -> None:
+    """Replaces `old` by `new` in all marks inside of `module`."""
+    for owner in module.modules():
+        by_name = marks_of(owner)
+        by_name.update({name: m._replace(group=new) for name, m in by_name.items() if m.group.is_same(old)})
 
 
 def _mark_of(name: str, marks: dict[str, Mark], inherited: Mark | None) -> Mark | None:

@@ -22,6 +22,7 @@ from .feed_forward import Activation, check_activation, feed_forward
 from .grouped_mm import grouped_mm
 from .groups import RankGroup, data_parallel_groups, groups_of
 from .initialization import new_values
+from .marks import regroup
 from .router_stats import RouterStats, checkpointable
 from .routing import check_expert_groups, group_limited_topk
 from .sharding import mark_experts
@@ -140,7 +141,9 @@ class MoE(nn.Module):
             [L, rows, intermediate] in `decode`; rows of padding hold anything.
         experts_fn: a function or module to call in place of these experts, with the arguments and the result of
             `experts`. The layer then has no parameters of experts itself. `decode` calls it too: see `decode_experts`.
-            `full_state_dict` and the other helpers take the parameters of such a module for replicated ones.
+            The parameters and buffers of such a module are marked as experts, spread over `group` along dimension 0:
+            see `mark_expert_parameters`. Before passing the module, mark those that are spread otherwise, or
+            replicated (group ""): marks that are there stay.
         scale_before_experts: whether weights multiply the rows that go into the experts, as in Llama 4, and not those
             that come out of them.
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
@@ -236,6 +239,8 @@ class MoE(nn.Module):
         zeros = torch.zeros(num_experts, device=device, dtype=torch.float32) if selection_bias else None
         self.register_buffer("selection_bias", zeros)
         mark_experts(self, self._group, self.EXPERT_PARAMETERS)
+        if isinstance(experts_fn, nn.Module):
+            mark_experts(experts_fn, self._group, None, replace=False)
         self.reset_parameters()  # before those of modules inside, as loops over `modules()` do
         self.shared_expert = None
         if shared_intermediate:
@@ -264,6 +269,7 @@ class MoE(nn.Module):
                 f"layer has, got one where it is rank {new_rank} of {new_size}: make a new layer, and load the state "
                 "of torch_ep.nn.full_state_dict(layer) into it"
             )
+        regroup(self, self._group, new)
         self._group, self._replicas = new, data_parallel_groups(group) or self._replicas
         mark_experts(self, self._group, self.EXPERT_PARAMETERS)
 
@@ -394,7 +400,7 @@ class MoE(nn.Module):
             [R, hidden], contiguous: the result of every row, by its own expert.
         """
         if self.experts_fn is not None:
-            return self.experts_fn(rows, offsets)
+            return self._call_experts_fn(self.experts_fn, rows, offsets)
 
         def project(t: Tensor, name: str) -> Tensor:
             bias = getattr(self, f"{name}_bias")
@@ -402,6 +408,19 @@ class MoE(nn.Module):
             return grouped_mm(t, _autocast(_local(getattr(self, name))), offsets, bias=bias)
 
         return feed_forward(rows, project, self.activation)
+
+    def _call_experts_fn(self, experts_fn: Callable[[Tensor, Tensor], Tensor], rows: Tensor, offsets: Tensor) -> Tensor:
+        if isinstance(experts_fn, nn.Module):
+            # A DTensor of all ranks' experts, as `distribute_experts` makes them, does not multiply with plain rows.
+            ranks = self._group.ranks
+            own = {
+                name: p.to_local()
+                for name, p in experts_fn.named_parameters()
+                if isinstance(p, DTensor) and tuple(p.device_mesh.mesh.flatten().tolist()) == ranks
+            }
+            if own:
+                return torch.func.functional_call(experts_fn, own, (rows, offsets))
+        return experts_fn(rows, offsets)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """x as [num_tokens, hidden], contiguous."""

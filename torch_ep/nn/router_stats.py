@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,9 @@ class CheckpointedStats(Tensor):
     `torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=True)` runs the layer in the forward of an autograd
     Function, without gradients, and again in its backward. Tensors that the layer returns get a gradient, but not
     tensors in a tuple that the layer returns. So what the layer returns beside y is a tensor then: the auxiliary loss.
+
+    Compiled code cannot ask for the frames around it while it is traced: the same graph also runs outside of a
+    checkpoint. But it makes its results when it runs, and calls `RouterStats._make` for this one.
     """
 
     # Operators return plain tensors.
@@ -78,8 +81,17 @@ def _in_autograd_function() -> bool:
 
 def checkpointable(stats: RouterStats, expects_grad: bool) -> RouterStats:
     """`stats`, or under reentrant checkpointing a tensor with its fields; `expects_grad`: of the auxiliary loss."""
-    if torch.compiler.is_compiling() or not _in_autograd_function():
+    if torch.compiler.is_compiling() or not _in_autograd_function():  # compiled: see `_make`
         return stats
     tensor: Any = stats.aux_loss.as_subclass(CheckpointedStats)  # type: ignore[arg-type]
     tensor._stats, tensor._expects_grad = stats, expects_grad
     return tensor
+
+
+@torch.compiler.disable
+def _make(cls: type[RouterStats], fields: Iterable[Tensor]) -> RouterStats:
+    """How compiled code makes the stats that it returns. See Note [Reentrant checkpointing]."""
+    return checkpointable(cls(*fields), expects_grad=True)
+
+
+RouterStats._make = classmethod(_make)  # type: ignore[assignment]

@@ -93,8 +93,11 @@ def mark_expert_parameters(
     mark_experts(module, RankGroup(group), names, dim)
 
 
-def mark_experts(module: nn.Module, group: RankGroup, names: Iterable[str] | None, dim: int = 0) -> None:
-    mark(module, group, names, dim)
+def mark_experts(
+    module: nn.Module, group: RankGroup, names: Iterable[str] | None, dim: int = 0, *, replace: bool = True
+) -> None:
+    """`mark`, and the hooks that marked experts need in states, optimizers and wrappers."""
+    mark(module, group, names, dim, replace=replace)
     if group.size > 1:
         _watch()
         for owner in module.modules():

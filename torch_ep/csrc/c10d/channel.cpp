@@ -123,16 +123,6 @@ bool has_arrived(Header& header) {
 
 }  // namespace
 
-std::string message_of(const std::exception& error) {
-  if (const auto* torch_error = dynamic_cast<const c10::Error*>(&error)) {
-    return torch_error->what_without_backtrace();
-  }
-  if (dynamic_cast<const python_error*>(&error) != nullptr) {
-    return "interrupted by a signal, such as Ctrl-C";
-  }
-  return error.what();
-}
-
 void run_signal_handlers() {
   if (!Py_IsInitialized()) {
     return;
@@ -322,6 +312,19 @@ void Channel::recv_rows(const at::Tensor& rows, const std::vector<int64_t>& coun
       transfers.pending_.push_back({peer, work, work ? Transfers::State::pending : Transfers::State::lost});
     }
   }
+}
+
+at::Tensor Channel::wire_buffer(size_t which, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const auto bytes = c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
+  if (bytes > kKeptBytes) {
+    return at::empty(sizes, options);
+  }
+  auto& kept = kept_[which];
+  if (!kept.defined() || kept.size(0) < bytes) {
+    kept = at::Tensor();  // before the larger one is there
+    kept = at::empty({bytes}, options.dtype(at::kByte));
+  }
+  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view(sizes);
 }
 
 std::optional<Failure> Channel::wait(Transfers& transfers, Deadline deadline) {

@@ -1,10 +1,11 @@
 #include "c10d/communicator.h"
 
 #include "c10d/exchange.h"
-#include "core/backend.h"
 
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
+#include <algorithm>
+#include <initializer_list>
 #include <map>
 #include <mutex>
 
@@ -43,6 +44,15 @@ c10::intrusive_ptr<c10d::ProcessGroup> resolve(const std::string& group_name) {
   }
 }
 
+constexpr int64_t kNoLimit = -1;
+
+// Choices travel in headers as numbers.
+int64_t index_in(std::initializer_list<std::string_view> choices, const std::string& choice) {
+  const auto found = std::find(choices.begin(), choices.end(), choice);
+  TORCH_INTERNAL_ASSERT(found != choices.end());
+  return found - choices.begin();
+}
+
 bool is_current(const Communicator& comm) {
   const auto group = comm.group.lock();
   return group && resolve(comm.group_name) == group;
@@ -50,53 +60,7 @@ bool is_current(const Communicator& comm) {
 
 }  // namespace
 
-const char* name_of(OpKind op) {
-  switch (op) {
-    case OpKind::init:
-      return "torch_ep.init";
-    case OpKind::plan:
-      return "ep::plan";
-    case OpKind::dispatch:
-      return "ep::dispatch";
-    case OpKind::combine:
-      return "ep::combine";
-    case OpKind::low_latency_dispatch:
-      return "ep::low_latency_dispatch";
-    case OpKind::low_latency_combine:
-      return "ep::low_latency_combine";
-  }
-  return "an unknown op";
-}
-
-OpKind kind_of(const std::string& name) {
-  for (const auto op : {OpKind::plan, OpKind::dispatch, OpKind::combine, OpKind::low_latency_dispatch}) {
-    if (name == name_of(op)) {
-      return op;
-    }
-  }
-  TORCH_CHECK(name == name_of(OpKind::low_latency_combine), "torch_ep: expected the name of an operator, got ", name);
-  return OpKind::low_latency_combine;
-}
-
-void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) {
-  TORCH_CHECK_VALUE(
-      limit < 0 || got <= limit,
-      name_of(op),
-      ": expected at most ",
-      name,
-      " = ",
-      limit,
-      ", the limit given to torch_ep.init, got ",
-      got);
-}
-
-bool init_communicator(
-    const std::string& group_name,
-    const std::string& connections,
-    int64_t timeout_ms,
-    at::IntArrayRef limits,
-    at::IntArrayRef choice) {
-  TORCH_INTERNAL_ASSERT(limits.size() == 4 && choice.size() == 5);
+bool init_communicator(const std::string& group_name, const std::string& connections, const InitOptions& options) {
   auto group = c10d::resolve_process_group(group_name);
   const int rank = group->getRank(), world_size = group->getSize();
   std::shared_ptr<Channel> channel;
@@ -114,21 +78,21 @@ bool init_communicator(
       .channel = channel,
       .rank = rank,
       .world_size = world_size,
-      .timeout = milliseconds(timeout_ms),
-      .max_hidden = limits[1],
-      .max_topk = limits[2],
-      .max_experts = limits[3]});
+      .timeout = milliseconds(options.timeout_ms),
+      .max_hidden = options.hidden.value_or(kNoLimit),
+      .max_topk = options.num_topk.value_or(kNoLimit),
+      .max_experts = options.num_experts.value_or(kNoLimit)});
   const std::vector<Agreed> agreed{
-      {"max_tokens_per_rank", limits[0]},
-      {"hidden", limits[1]},
-      {"num_topk", limits[2]},
-      {"num_experts", limits[3]},
-      {"timeout in ms", timeout_ms},
-      {"backend (0: auto, 1: c10d, 2: nvlink)", choice[0]},
-      {"provider (0: torch, 1: nvshmem)", choice[1]},
-      {"num_sms", choice[2]},
-      {"low_latency_tokens (0: None)", choice[3]},
-      {"on_timeout (0: raise, 1: mask)", choice[4]}};
+      {"max_tokens_per_rank", options.max_tokens_per_rank.value_or(kNoLimit)},
+      {"hidden", options.hidden.value_or(kNoLimit)},
+      {"num_topk", options.num_topk.value_or(kNoLimit)},
+      {"num_experts", options.num_experts.value_or(kNoLimit)},
+      {"timeout in ms", options.timeout_ms},
+      {"backend (0: auto, 1: c10d, 2: nvlink)", index_in({"auto", "c10d", "nvlink"}, options.backend)},
+      {"provider (0: torch, 1: nvshmem)", index_in({"torch", "nvshmem"}, options.provider)},
+      {"num_sms", options.num_sms},
+      {"low_latency_tokens (0: None)", options.low_latency_tokens.value_or(0)},
+      {"on_timeout (0: raise, 1: mask)", index_in({"raise", "mask"}, options.on_timeout)}};
   const auto begun = std::chrono::steady_clock::now();
   try {
     Exchange exchange(comm, OpKind::init, std::vector<int64_t>(world_size, 0), {}, agreed);
@@ -189,61 +153,53 @@ void hint_at_init(const std::string& hint) {
   init_hint = hint;
 }
 
-std::shared_ptr<Communicator> find_communicator(const std::string& group_name, int64_t world_size, OpKind op) {
-  if (world_size == 1) {
-    return nullptr;
-  }
-  return or_tell(op, c10::string_view(group_name), [&] {
-    auto comm = registered(group_name);
-    TORCH_CHECK(
-        comm,
-        name_of(op),
-        ": expected an initialized group, got group '",
-        group_name,
-        "': call torch_ep.init(group) on every rank first",
-        resolve(group_name) ? init_hint : "");
-    TORCH_CHECK(
-        !comm->channel->is_forked(),
-        name_of(op),
-        ": group '",
-        group_name,
-        "' was initialized in the process that this one was forked from: its connections stay there. Create a process "
-        "group in this process, then call torch_ep.init(group)");
-    TORCH_CHECK(
-        is_current(*comm),
-        name_of(op),
-        ": group '",
-        group_name,
-        "' was destroyed or re-created since torch_ep.init: call torch_ep.init(group) on every rank again");
-    TORCH_CHECK_VALUE(
-        comm->world_size == world_size,
-        name_of(op),
-        ": expected world_size ",
-        comm->world_size,
-        " (the size of group '",
-        group_name,
-        "'), got ",
-        world_size);
-    return comm;
-  });
+std::shared_ptr<Communicator> find_communicator(OpKind op, const std::string& group_name, int64_t world_size) {
+  auto comm = registered(group_name);
+  TORCH_CHECK(
+      comm,
+      name_of(op),
+      ": expected an initialized group, got group '",
+      group_name,
+      "': call torch_ep.init(group) on every rank first",
+      resolve(group_name) ? init_hint : "");
+  TORCH_CHECK(
+      !comm->channel->is_forked(),
+      name_of(op),
+      ": group '",
+      group_name,
+      "' was initialized in the process that this one was forked from: its connections stay there. Create a process "
+      "group in this process, then call torch_ep.init(group)");
+  TORCH_CHECK(
+      is_current(*comm),
+      name_of(op),
+      ": group '",
+      group_name,
+      "' was destroyed or re-created since torch_ep.init: call torch_ep.init(group) on every rank again");
+  TORCH_CHECK_VALUE(
+      comm->world_size == world_size,
+      name_of(op),
+      ": expected world_size ",
+      comm->world_size,
+      " (the size of group '",
+      group_name,
+      "'), got ",
+      world_size);
+  return comm;
 }
 
-void tell_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure) {
+std::shared_ptr<Communicator> guess_communicator(const std::string& group_name) {
+  auto comm = registered(group_name);
+  return comm || group_name.empty() ? comm : only_one();
+}
+
+void send_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure) {
   if (!comm || comm->channel->is_forked() || !is_current(*comm) || !comm->channel->closed().empty()) {
     return;
   }
   try {
     Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
   } catch (const c10::Error&) {
-    // A rank that does not come. What is to be told says more.
-  }
-}
-
-void tell_failure(OpKind op, c10::string_view group_name, const std::string& failure) {
-  const std::string name(group_name);
-  if (!has_backend(name)) {
-    const auto comm = registered(name);
-    tell_failure(op, comm || name.empty() ? comm : only_one(), failure);
+    // A rank did not come. The failure to be sent says more.
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "c10d/channel.h"
+#include "core/types.h"
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
@@ -14,20 +15,6 @@
 
 namespace ep {
 
-// What an exchange is for. Every rank must issue the same sequence of these on one group.
-// The halves of a low-latency operator are one exchange: that of `_send`.
-enum class OpKind : int64_t {
-  init = 0,
-  plan = 1,
-  dispatch = 2,
-  combine = 3,
-  low_latency_dispatch = 4,
-  low_latency_combine = 5
-};
-
-const char* name_of(OpKind op);
-OpKind kind_of(const std::string& name);  // of an operator
-
 // One rank's end of a group.
 struct Communicator {
   std::string group_name;
@@ -37,23 +24,23 @@ struct Communicator {
   int rank;
   int world_size;
   std::chrono::milliseconds timeout;
-  // Of `init`; -1: no limit. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
+  // Limits of `init`; -1: none. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
   int64_t max_hidden, max_topk, max_experts;
 };
 
-// Throws if `got` is above a limit of `init`.
-void check_limit(OpKind op, const char* name, int64_t limit, int64_t got);
+// What the ranks agree on in torch_ep.init.
+struct InitOptions {
+  int64_t timeout_ms;
+  std::optional<int64_t> max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens;
+  std::string backend;
+  int64_t num_sms;
+  std::string provider, on_timeout;
+};
 
-// Collective. Throws unless every rank of the group passes the same numbers. `connections`: the name of a process group
+// Collective. Throws unless every rank of the group passes the same options. `connections`: the name of a process group
 // whose CPU backend becomes the communicator's channel; empty: use the channel of the group's earlier communicator, and
 // return false if there is none that all ranks are still on.
-// `choice`: backend, provider, num_sms, low_latency_tokens and on_timeout, as numbers.
-bool init_communicator(
-    const std::string& group_name,
-    const std::string& connections,
-    int64_t timeout_ms,
-    at::IntArrayRef limits,
-    at::IntArrayRef choice);
+bool init_communicator(const std::string& group_name, const std::string& connections, const InitOptions& options);
 // Whether the group has a communicator that all ranks are still on, as far as this rank has heard. Local.
 bool is_connected(const std::string& group_name);
 // Local; a name without a communicator is not an error.
@@ -63,27 +50,14 @@ std::vector<std::string> orphaned_communicators();
 // A sentence for the error about a missing communicator, when the program has called torch_ep.init too early.
 void hint_at_init(const std::string& hint);
 
-// nullptr for one rank. Throws if the group was not initialized or its size is not `world_size`; the other ranks are
-// told.
-std::shared_ptr<Communicator> find_communicator(const std::string& group_name, int64_t world_size, OpKind op);
+// Throws if the group was not initialized, was re-created since, or its size is not `world_size`.
+std::shared_ptr<Communicator> find_communicator(OpKind op, const std::string& group_name, int64_t world_size);
+// The communicator that `group_name` means in an error. A group that does not exist can only be a mistake for another
+// one: if there is just one, it is that. nullptr: none.
+std::shared_ptr<Communicator> guess_communicator(const std::string& group_name);
 
-// Tells the other ranks, which are in `op` or will come to it, that this rank failed before it. Collective with their
-// exchange. Throws nothing but what a signal handler raises. nullptr: there are no other ranks.
-void tell_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure);
-// By the group's name, before it is known how its rows travel: no one is told if it has a backend of its own. A group
-// that does not exist can only be a mistake for another one: if there is just one, its ranks are told.
-void tell_failure(OpKind op, c10::string_view group_name, const std::string& failure);
-
-// Returns what `check` does. An error on this rank alone is told to the other ranks of a communicator or a group, which
-// would wait for this rank until they time out.
-template <class Peers, class Check>
-auto or_tell(OpKind op, const Peers& peers, const Check& check) {
-  try {
-    return check();
-  } catch (const std::exception& error) {
-    tell_failure(op, peers, message_of(error));
-    throw;
-  }
-}
+// Sends this rank's own error to the other ranks, which are in `op` or will come to it. Collective with their exchange.
+// Throws nothing except what a signal handler raises.
+void send_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const std::string& failure);
 
 }  // namespace ep

@@ -1,5 +1,7 @@
 #include "c10d/exchange.h"
 
+#include "core/backend.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
@@ -52,13 +54,7 @@ at::Tensor as_bytes(const at::Tensor& rows) {
              : at::empty({rows.size(0), rows.size(1) * rows.element_size()}, rows.options().dtype(at::kByte));
 }
 
-thread_local int64_t exchanges_begun = 0;
-
 }  // namespace
-
-int64_t Exchange::begun() {
-  return exchanges_begun;
-}
 
 Exchange::Exchange(
     std::shared_ptr<Communicator> comm,
@@ -77,7 +73,7 @@ Exchange::Exchange(
       failed_(failure.has_value()),
       deadline_(steady_clock::now() + comm_->timeout) {
   TORCH_INTERNAL_ASSERT(agreed.size() <= Header::kMaxAgreed);
-  ++exchanges_begun;
+  ++exchanges_begun();
   check_closed();
   auto& channel = *comm_->channel;
   sequence_ = channel.sequence();

@@ -2,17 +2,9 @@
 #pragma once
 
 #include "c10d/communicator.h"
-
-#include <ATen/core/Tensor.h>
+#include "local/row_exchange.h"
 
 namespace ep {
-
-// A number on which all ranks of an exchange must agree, with the name that an error calls it by.
-struct Agreed {
-  const char* name;
-  int64_t value;
-  bool is_dtype = false;  // the value is an at::ScalarType
-};
 
 // Note [One exchange]
 // Every rank sends a header to every other: op kind, sequence number, the numbers on which they must agree, the rows
@@ -22,11 +14,8 @@ struct Agreed {
 //
 // Allocate before the exchange begins whatever can be allocated then. An error between its start and its end closes the
 // channel: the other ranks get a failure note instead of rows, and later calls on this rank raise.
-class Exchange {
+class Exchange final : public RowExchange {
  public:
-  // Exchanges that this thread has begun: whether an operator that failed had come to its own.
-  static int64_t begun();
-
   // Starts the headers and returns at once. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
   // that it expects from r, empty if only the headers will tell. `failure`: this rank's own error, for its peers.
   Exchange(
@@ -36,33 +25,20 @@ class Exchange {
       const std::vector<int64_t>& recv_rows,
       const std::vector<Agreed>& agreed,
       const std::optional<std::string>& failure = std::nullopt);
-  ~Exchange();
+  ~Exchange() override;
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
   // Waits for the headers and checks them. Returns the rows that each rank will send here; nothing on a rank that
   // failed itself: its own error says more.
-  std::vector<int64_t> confirm();
+  std::vector<int64_t> confirm() override;
 
-  // After `confirm`: how much later than this rank each rank came to this exchange, in ns, 0 for the earlier ones.
-  // Between hosts it is as exact as their clocks.
-  const std::vector<int64_t>& wait_ns() const { return wait_ns_; }
+  const std::vector<int64_t>& wait_ns() const override { return wait_ns_; }
 
-  // Starts moving rows [n, width]: `input` holds those for rank 0 first. Both contiguous, of one width and dtype.
-  void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows);
-  // Waits for everything started. The exchange ends here.
-  void finish();
+  void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) override;
+  void finish() override;
 
-  // Returns what `f`, a part of the exchange, does; the peers are told what it throws.
-  template <class F>
-  auto run(const F& f) {
-    try {
-      return f();
-    } catch (const std::exception& error) {
-      close(message_of(error));
-      throw;
-    }
-  }
+  void abandon(const std::string& why) override { close(why); }
 
  private:
   enum class Phase { headers, rows };

@@ -1,36 +1,21 @@
-// Backends that are more than a process group: they run whole operators on tensors of their device, under the same
-// schemas and plans. So far one, nvlink (csrc/nvlink); every other group moves its rows by c10d/exchange.h.
+// A backend runs whole operators for one group and for tensors of some devices. Each kind of backend registers itself;
+// nothing outside a backend's folder asks which one runs.
 #pragma once
 
-#include "c10d/communicator.h"
-#include "c10d/exchange.h"
-#include "core/checks.h"
-#include "ops/ops.h"
+#include "core/types.h"
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
 
 namespace ep {
 
-struct PlanOptions {
-  int64_t num_experts;
-  bool expert_major;
-  int64_t alignment;
-  std::optional<int64_t> capacity;
-  std::optional<int64_t> max_tokens_per_rank;
-};
-
-enum class Quantize : int64_t { none, fp8, fp8_pow2, fp8_ue8m0 };
-
-// Of a low-latency dispatch, the same on every rank.
-struct LowLatencyOptions {
-  Quantize quantize;
-  int64_t num_experts, num_topk, max_tokens_per_rank, hidden;
-  at::ScalarType dtype;
-};
-
+// Arguments have been checked, except for the limits given to torch_ep.init.
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  // Arguments are checked, but for the limits of `init`.
   virtual PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) = 0;
   virtual Payloads dispatch(
       const PlanTensors& plan,
@@ -44,85 +29,83 @@ class Backend {
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) = 0;
 
-  // The low-latency pair, whole and in halves; a half that sends returns its ticket.
+  // The low-latency pair, whole and in halves.
   virtual LowLatencyRows low_latency_dispatch(
       const at::Tensor& x,
       const at::Tensor& topk_idx,
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) = 0;
-  virtual at::Tensor low_latency_dispatch_send(
+  virtual InFlight low_latency_dispatch_send(
       const at::Tensor& x,
       const at::Tensor& topk_idx,
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) = 0;
-  virtual LowLatencyRows low_latency_dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options) = 0;
-  // (sums, wait_ns)
-  virtual std::tuple<at::Tensor, at::Tensor> low_latency_combine(
+  virtual LowLatencyRows low_latency_dispatch_recv(const InFlight& sent, const LowLatencyOptions& options) = 0;
+  virtual LowLatencySums low_latency_combine(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
       const at::Tensor& recv_row,
       int64_t num_experts) = 0;
-  virtual at::Tensor low_latency_combine_send(
+  virtual InFlight low_latency_combine_send(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
       const at::Tensor& recv_row,
       int64_t num_experts) = 0;
-  virtual std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
-      const at::Tensor& ticket,
+  virtual LowLatencySums low_latency_combine_recv(
+      const InFlight& sent,
       const at::Tensor& topk_idx,
       int64_t hidden,
       at::ScalarType dtype,
       int64_t num_experts) = 0;
-
-  virtual bool takes(const at::Tensor& t) const = 0;
-  virtual int64_t world_size() const = 0;
-
-  // Bits of ranks that the low-latency pair of this rank leaves out; `mask` adds some.
-  virtual int64_t masked() const = 0;
-  virtual void mask(int64_t ranks) = 0;
-
-  // Local halves of torch_ep.reset: waits for the device and tells the last exchange; then goes on from a later one.
-  virtual int64_t settle() = 0;
-  virtual void restart(int64_t epoch) = 0;
-  // Whether nothing of it runs any more, so that its memory may go.
-  virtual bool is_idle() const = 0;
 };
 
-bool has_backend(const std::string& group_name);
-// The backend for `t` on that group, or nullptr. Throws as find_communicator does.
-std::shared_ptr<Backend>
-find_backend(const std::string& group_name, int64_t world_size, const at::Tensor& t, OpKind op);
-
-struct NvlinkOptions {
-  std::string group_name;
-  int64_t rank, world_size;
-  at::IntArrayRef buffers;  // address of every rank's symmetric buffer; zeroed before
-  at::IntArrayRef limits;   // max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens (0: none)
-  int64_t num_sms;
-  int64_t timeout_ms;
-  // Ranks without a process group: one alone, or several in one process.
-  bool groupless;
-  // In the low-latency pair a timeout masks the peer, instead of failing.
-  bool masks;
+// A kind of backend, as its folder registers it.
+struct BackendKind {
+  const char* name;
+  // Kinds are asked in ascending order.
+  int order;
+  // The backend that runs `op` on tensors like `t` of that group; nullptr: a later kind may. Throws if the group is
+  // this kind's and cannot be used.
+  std::shared_ptr<Backend> (*find)(OpKind op, const std::string& group_name, int64_t world_size, const at::Tensor& t);
+  // Sends an error of this rank alone to the other ranks, which are in `op` or will come to it. Collective with their
+  // exchange. False: the group is not this kind's. Throws nothing except what a signal handler raises.
+  bool (*report_failure)(OpKind op, const std::string& group_name, const std::string& failure);
+  // Throws unless the group is still the process group that torch_ep.init was called with. nullptr: the kind has no
+  // say.
+  void (*check_group)(OpKind op, const std::string& group_name, int64_t world_size) = nullptr;
 };
 
-bool has_nvlink();
-// Whether its kernels were built for the current CUDA device.
-bool nvlink_runs();
-// Experts that it takes at most.
-int64_t nvlink_most_experts(int64_t world_size);
-// Bytes of symmetric memory of each rank.
-int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms);
-// Local; the group's communicator has to be there before unless groupless. Returns what destroy_backend would, of the
-// one that it replaces.
-bool init_nvlink(const NvlinkOptions& options);
-int64_t settle_nvlink(const std::string& group_name);
-void restart_nvlink(const std::string& group_name, int64_t epoch);
-int64_t masked_nvlink(const std::string& group_name);
-void mask_nvlink(const std::string& group_name, int64_t ranks);
-// False: some of it still runs on the device, so its buffers have to stay. A name without a backend is no error.
-bool destroy_backend(const std::string& group_name);
+struct BackendRegistration {
+  explicit BackendRegistration(const BackendKind& kind);
+};
+
+// Names of the registered kinds, in their order.
+std::vector<std::string> backend_names();
+
+// Throws if no backend can run the operator.
+std::shared_ptr<Backend> find_backend(OpKind op, std::string_view group_name, int64_t world_size, const at::Tensor& t);
+
+// As BackendKind::check_group, of all kinds.
+void check_group(OpKind op, const std::string& group_name, int64_t world_size);
+
+void report_failure(OpKind op, std::string_view group_name, const std::string& failure);
+
+// Exchanges that this thread has begun: tells whether an operator that failed had come to its exchange, where its peers
+// learn of the failure.
+int64_t& exchanges_begun();
+
+// Returns what `check` does. An error on this rank alone reaches the other ranks of the group, which would wait for
+// this rank until they time out.
+template <class Check>
+auto checked(OpKind op, std::string_view group_name, const Check& check) {
+  try {
+    return check();
+  } catch (const std::exception& error) {
+    report_failure(op, group_name, message_of(error));
+    throw;
+  }
+}
 
 }  // namespace ep

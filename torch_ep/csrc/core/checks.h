@@ -2,6 +2,8 @@
 // raises the same ones while tracing.
 #pragma once
 
+#include "core/types.h"
+
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
@@ -42,13 +44,28 @@ inline void check_experts(const char* op, int64_t num_experts, int64_t world_siz
   check_at_most(op, "num_experts", num_experts, kMaxExperts);
 }
 
-struct PlanTensors {
-  const at::Tensor& send_row;
-  const at::Tensor& send_counts;
-  const at::Tensor& recv_counts;
-  const at::Tensor& recv_map;
-  bool expert_major;
-};
+// Throws if `got` is above a limit of torch_ep.init; -1: no limit.
+inline void check_limit(const char* op, const char* name, int64_t limit, int64_t got) {
+  TORCH_CHECK_VALUE(
+      limit < 0 || got <= limit,
+      op,
+      ": expected at most ",
+      name,
+      " = ",
+      limit,
+      ", the limit given to torch_ep.init, got ",
+      got);
+}
+
+inline void check_num_tokens(const char* op, int64_t num_tokens, std::optional<int64_t> max_tokens_per_rank) {
+  TORCH_CHECK_VALUE(
+      !max_tokens_per_rank || num_tokens <= *max_tokens_per_rank,
+      op,
+      ": expected at most max_tokens_per_rank = ",
+      max_tokens_per_rank.value_or(0),
+      " tokens, got ",
+      num_tokens);
+}
 
 inline bool is_expert_major(const char* op, std::string_view layout) {
   TORCH_CHECK_VALUE(

@@ -1,37 +1,38 @@
-// The part of each operator that one rank does alone: counting, packing, unpacking, folding. One table of
-// functions per kind of device; the operators are these plus an exchange.
+// The part of each operator that one rank does alone: count, permute, pad, expand, reduce. One table of functions per
+// kind of device; a composed backend is these plus an exchange.
 //
 // Vocabulary. A *wire row* is what crosses a link: one per (token, destination rank), ordered by destination, then
 // token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
 #pragma once
 
 #include "core/checks.h"
-#include "ops/ops.h"
+#include "core/types.h"
 
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <functional>
 #include <optional>
 #include <vector>
 
 namespace ep {
 
 // Where a rank's tokens go.
-struct Route {
+struct SendPlan {
   at::Tensor send_row;     // int32 [num_tokens, num_topk]: the wire row that carries the token for this slot, or -1
   at::Tensor send_counts;  // int32 [world_size]: wire rows to each rank
   at::Tensor wire_topk;    // int32 [wire rows, num_topk]: expert, counted on the destination rank, or -1
 };
 
 // Where the rows that a rank receives go.
-struct Placement {
+struct RecvPlan {
   at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_pair int32 [rows]
   at::Tensor offsets;            // int32: where the group of each local expert (rank_major: source rank) ends
   at::Tensor tokens_per_expert;  // int32 [num_local_experts]: rows of each local expert, without padding
   at::Tensor num_dropped;        // int32 []
 };
 
-struct PlacementOptions {
+struct RecvPlanOptions {
   bool expert_major;
   int64_t num_local_experts;
   int64_t alignment;
@@ -41,10 +42,14 @@ struct PlacementOptions {
 
 // recv_pair[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one
 // number per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
+//
+// Allocate: makes the tensor of wire rows. Kernels of some devices make their own.
+using Allocate = std::function<at::Tensor(at::IntArrayRef sizes, const at::TensorOptions& options)>;
+
 struct LocalKernels {
   // Throws ValueError naming `op`, the token, the slot and the value on a bad index.
-  Route (*route)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
-  Placement (*place)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions&);
+  SendPlan (*plan_send)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
+  RecvPlan (*plan_recv)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions&);
 
   // What the functions below assume of a plan, which may come from a file. They throw ValueError, in the name of `op`,
   // unless send_row is -1 or one of the wire rows, of which each has exactly one token;
@@ -53,25 +58,26 @@ struct LocalKernels {
   void (*check_recv_pair)(const char* op, const at::Tensor& recv_pair, int64_t pairs);
 
   // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].
-  at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows);
+  at::Tensor (*pack_rows)(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& allocate);
   at::Tensor (*pack_slots)(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows);
   // Receiver, after dispatch, expert_major: [wire rows, ...] to [rows, ...], zero where recv_pair is -1.
   at::Tensor (*expand_rows)(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk);
   at::Tensor (*expand_slots)(const at::Tensor& wire, const at::Tensor& recv_pair);
   // Receiver, before combine, expert_major: the transposes of the two above.
-  at::Tensor (*fold_rows)(
+  at::Tensor (*reduce_rows)(
       const at::Tensor& y,
       const std::optional<at::Tensor>& row_weights,
       const at::Tensor& recv_pair,
       int64_t wire_rows,
-      int64_t num_topk);
-  at::Tensor (*fold_slots)(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk);
+      int64_t num_topk,
+      const Allocate& allocate);
+  at::Tensor (*return_slots)(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk);
   // Sender, after combine: the transposes of pack_rows and pack_slots.
   at::Tensor (*sum_rows)(const at::Tensor& wire, const at::Tensor& send_row);
   at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_row);
 };
 
-// Of `place`, whose results are int32. `indexed`: how many things recv_map tells apart.
+// Of `plan_recv`, whose results are int32. `indexed`: how many things recv_map tells apart.
 inline void check_num_rows(int64_t rows, int64_t indexed) {
   check_at_most("ep::plan", "rows on one rank, padding included,", rows, kMaxSize);
   check_at_most("ep::plan", "received (row, slot) pairs on one rank", indexed, kMaxSize);
@@ -80,8 +86,8 @@ inline void check_num_rows(int64_t rows, int64_t indexed) {
 // Whole operators of one rank, each in one pass over its rows. They do not wait for the device, except that an exact
 // plan waits for its number of rows. What only the device can see is raised by the next call.
 struct OneRankKernels {
-  // Throws as LocalKernels::route does.
-  PlanResult (*plan)(const at::Tensor& topk_idx, const PlacementOptions&);
+  // Throws as LocalKernels::plan_send does.
+  PlanResult (*plan)(const at::Tensor& topk_idx, const RecvPlanOptions&);
   Payloads (*dispatch)(
       const PlanTensors&,
       const at::Tensor& x,
@@ -121,8 +127,8 @@ inline const LocalKernels& local_kernels(const at::Tensor& t) {
 }
 
 // nullptr: an operator is composed of local_kernels.
-inline const OneRankKernels* one_rank_kernels(const at::Tensor& t, int64_t world_size) {
-  const auto* cuda = world_size == 1 && !force_parts ? cuda_kernels_for(t) : nullptr;
+inline const OneRankKernels* one_rank_kernels(const at::Tensor& t) {
+  const auto* cuda = force_parts ? nullptr : cuda_kernels_for(t);
   return cuda != nullptr ? &cuda->one_rank : nullptr;
 }
 

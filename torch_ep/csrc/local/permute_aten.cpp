@@ -23,52 +23,52 @@ void check_indices(const char* op, const at::Tensor& idx, int64_t num_experts) {
     return;
   }
   // The CPU's check finds the first offender and words the error.
-  cpu_kernels.route(op, idx.cpu(), num_experts, 1);
+  cpu_kernels.plan_send(op, idx.cpu(), num_experts, 1);
 }
 
-Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
   const int64_t num_local_experts = num_experts / world_size;
   check_indices(op, topk_idx, num_experts);
   const auto idx = topk_idx.to(at::kLong);
   const auto valid = idx.ge(0);
   const auto rank = idx.div(num_local_experts, "floor").clamp_min(0);
-  // visits[token, rank]: whether a row goes there; its place in the wire is the running count, rank by rank.
+  // visits[token, rank]: whether a row goes there; its position in the wire is the running count, rank by rank.
   auto visits = at::zeros({num_tokens, world_size + 1}, idx.options());
   visits.scatter_(1, at::where(valid, rank, world_size), 1);
   visits = visits.narrow(1, 0, world_size);
-  const auto place = visits.t().contiguous().view(-1).cumsum(0).view({world_size, num_tokens}).t() - 1;
+  const auto position = visits.t().contiguous().view(-1).cumsum(0).view({world_size, num_tokens}).t() - 1;
 
-  Route route;
-  const auto slot = at::where(valid, place.gather(1, rank), -1);
-  route.send_row = slot.to(at::kInt).contiguous();
+  SendPlan plan;
+  const auto slot = at::where(valid, position.gather(1, rank), -1);
+  plan.send_row = slot.to(at::kInt).contiguous();
   const auto counts = visits.sum(0);
-  route.send_counts = counts.to(at::kInt);
+  plan.send_counts = counts.to(at::kInt);
   const int64_t wire_rows = counts.sum().item<int64_t>();
   auto wire_topk = at::full({wire_rows * num_topk + 1}, -1, topk_idx.options().dtype(at::kInt));
   const auto column = at::arange(num_topk, idx.options());
   const auto target = at::where(valid, slot * num_topk + column, wire_rows * num_topk);  // the last is for nothing
   const auto expert = at::where(valid, idx.remainder(num_local_experts), -1).to(at::kInt);
   wire_topk.scatter_(0, target.view(-1), expert.view(-1));
-  route.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
-  return route;
+  plan.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
+  return plan;
 }
 
-Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
+RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t num_experts = options.num_local_experts;
   const auto ints = wire_topk.options();
-  Placement placement;
+  RecvPlan plan;
   if (!options.expert_major) {
     const int64_t rows = options.capacity.value_or(wire_rows), kept = std::min(rows, wire_rows);
     check_num_rows(rows, wire_rows);
-    placement.recv_map = at::full({rows, num_topk}, -1, ints.dtype(options.index_dtype));
-    placement.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
-    placement.offsets = to_device(recv_rows, wire_topk).cumsum(0).clamp_max(rows).to(at::kInt);
-    const auto experts = placement.recv_map.to(at::kLong).view(-1) + 1;
-    placement.tokens_per_expert = experts.bincount({}, num_experts + 1).narrow(0, 1, num_experts).to(at::kInt);
-    placement.num_dropped = at::full({}, wire_rows - kept, ints);
-    return placement;
+    plan.recv_map = at::full({rows, num_topk}, -1, ints.dtype(options.index_dtype));
+    plan.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
+    plan.offsets = to_device(recv_rows, wire_topk).cumsum(0).clamp_max(rows).to(at::kInt);
+    const auto experts = plan.recv_map.to(at::kLong).view(-1) + 1;
+    plan.tokens_per_expert = experts.bincount({}, num_experts + 1).narrow(0, 1, num_experts).to(at::kInt);
+    plan.num_dropped = at::full({}, wire_rows - kept, ints);
+    return plan;
   }
   const auto flat = wire_topk.view(-1).to(at::kLong);
   // A stable sort by expert keeps wire order inside a group; -1 goes behind all experts.
@@ -85,12 +85,12 @@ Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_ro
   row = at::where(experts.lt(num_experts).logical_and(row.lt(rows)), row, rows);
   auto recv_pair = at::full({rows + 1}, -1, ints);  // the last is for what has no place
   recv_pair.scatter_(0, row, order.to(at::kInt));
-  placement.recv_map = recv_pair.narrow(0, 0, rows);
-  placement.offsets = ends.clamp_max(rows).to(at::kInt);
+  plan.recv_map = recv_pair.narrow(0, 0, rows);
+  plan.offsets = ends.clamp_max(rows).to(at::kInt);
   const auto kept = (rows - begin).clamp_min(0).minimum(counts);
-  placement.tokens_per_expert = kept.to(at::kInt);
-  placement.num_dropped = (counts - kept).sum().to(at::kInt);
-  return placement;
+  plan.tokens_per_expert = kept.to(at::kInt);
+  plan.num_dropped = (counts - kept).sum().to(at::kInt);
+  return plan;
 }
 
 void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
@@ -116,7 +116,7 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
   }
 }
 
-// For each place of `size` the index i with index[i] == place, or -1.
+// For each position of `size` the index i with index[i] == position, or -1.
 at::Tensor inverse(const at::Tensor& index, int64_t size) {
   auto out = at::full({size + 1}, -1, index.options().dtype(at::kLong));
   const auto target = at::where(index.ge(0), index.to(at::kLong), size);
@@ -139,7 +139,7 @@ at::Tensor select_or_zero(const at::Tensor& rows, const at::Tensor& index) {
   return out.view(rows.scalar_type());
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& /*allocate*/) {
   const int64_t num_tokens = send_row.size(0), num_topk = send_row.size(1);
   auto token = at::zeros({wire_rows + 1}, send_row.options().dtype(at::kLong));
   const auto target = at::where(send_row.ge(0), send_row.to(at::kLong), wire_rows).view(-1);
@@ -186,16 +186,17 @@ at::Tensor sum_selected(const at::Tensor& rows, const std::optional<at::Tensor>&
   return acc.to(rows.scalar_type());
 }
 
-at::Tensor fold_rows(
+at::Tensor reduce_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     const at::Tensor& recv_pair,
     int64_t wire_rows,
-    int64_t num_topk) {
+    int64_t num_topk,
+    const Allocate& /*allocate*/) {
   return sum_selected(y, row_weights, inverse(recv_pair, wire_rows * num_topk).view({wire_rows, num_topk}));
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
+at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   return select_or_zero(w, inverse(recv_pair, wire_rows * num_topk)).view({wire_rows, num_topk});
 }
 
@@ -215,16 +216,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 }  // namespace
 
 const LocalKernels aten_kernels{
-    .route = route,
-    .place = place,
+    .plan_send = plan_send,
+    .plan_recv = plan_recv,
     .check_send_row = check_send_row,
     .check_recv_pair = check_recv_pair,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,
     .expand_slots = expand_slots,
-    .fold_rows = fold_rows,
-    .fold_slots = fold_slots,
+    .reduce_rows = reduce_rows,
+    .return_slots = return_slots,
     .sum_rows = sum_rows,
     .gather_slots = gather_slots,
 };

@@ -27,10 +27,14 @@ int64_t grain_for(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes_per_item));
 }
 
-at::Tensor empty_rows(const at::Tensor& like, int64_t rows) {
+std::vector<int64_t> sizes_with(const at::Tensor& like, int64_t rows) {
   auto sizes = like.sizes().vec();
   sizes[0] = rows;
-  return at::empty(sizes, like.options());
+  return sizes;
+}
+
+at::Tensor empty_rows(const at::Tensor& like, int64_t rows) {
+  return at::empty(sizes_with(like, rows), like.options());
 }
 
 // [begin, end) of one chunk of n items.
@@ -86,18 +90,18 @@ void check_indices(const char* op, const T* idx, int64_t num_tokens, int64_t num
 }
 
 template <typename T>
-Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+SendPlan plan_send_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
   const int64_t num_local_experts = num_experts / world_size;
   const T* idx = topk_idx.const_data_ptr<T>();
   check_indices(op, idx, num_tokens, num_topk, num_experts);
 
-  Route route;
+  SendPlan plan;
   const auto options = topk_idx.options().dtype(at::kInt);
-  route.send_row = at::empty({num_tokens, num_topk}, options);
-  route.send_counts = at::empty({world_size}, options);
-  auto* send_row = route.send_row.mutable_data_ptr<int32_t>();
-  auto* send_counts = route.send_counts.mutable_data_ptr<int32_t>();
+  plan.send_row = at::empty({num_tokens, num_topk}, options);
+  plan.send_counts = at::empty({world_size}, options);
+  auto* send_row = plan.send_row.mutable_data_ptr<int32_t>();
+  auto* send_counts = plan.send_counts.mutable_data_ptr<int32_t>();
 
   const int64_t chunks = num_chunks(num_tokens);
   std::vector<int64_t> next(chunks * world_size, 0);  // [chunk][rank]: first rows counted, then the next row to use
@@ -126,8 +130,8 @@ Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts
     }
     send_counts[rank] = static_cast<int32_t>(wire_rows - first);
   }
-  route.wire_topk = at::full({wire_rows, num_topk}, -1, options);
-  auto* wire_topk = route.wire_topk.mutable_data_ptr<int32_t>();
+  plan.wire_topk = at::full({wire_rows, num_topk}, -1, options);
+  auto* wire_topk = plan.wire_topk.mutable_data_ptr<int32_t>();
   for_each_chunk(chunks, [&](int64_t chunk) {
     for_each_visit(chunk, [&](int64_t token, int64_t rank) {
       const int64_t row = next[chunk * world_size + rank]++;
@@ -146,39 +150,41 @@ Route route_impl(const char* op, const at::Tensor& topk_idx, int64_t num_experts
       }
     }
   });
-  return route;
+  return plan;
 }
 
-Placement
-place_rank_major(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
+RecvPlan plan_recv_rank_major(
+    const at::Tensor& wire_topk,
+    const std::vector<int64_t>& recv_rows,
+    const RecvPlanOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t rows = options.capacity.value_or(wire_rows);
   check_num_rows(rows, wire_rows);
   const int64_t kept = std::min(rows, wire_rows);
   const auto int_options = wire_topk.options();
-  Placement placement;
-  placement.recv_map = at::full({rows, num_topk}, -1, int_options.dtype(options.index_dtype));
-  placement.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
-  placement.offsets = at::empty({static_cast<int64_t>(recv_rows.size())}, int_options);
-  auto* offsets = placement.offsets.mutable_data_ptr<int32_t>();
+  RecvPlan plan;
+  plan.recv_map = at::full({rows, num_topk}, -1, int_options.dtype(options.index_dtype));
+  plan.recv_map.narrow(0, 0, kept).copy_(wire_topk.narrow(0, 0, kept));
+  plan.offsets = at::empty({static_cast<int64_t>(recv_rows.size())}, int_options);
+  auto* offsets = plan.offsets.mutable_data_ptr<int32_t>();
   int64_t end = 0;
   for (size_t rank = 0; rank < recv_rows.size(); ++rank) {
     end += recv_rows[rank];
     offsets[rank] = static_cast<int32_t>(std::min(end, rows));
   }
-  placement.tokens_per_expert = at::zeros({options.num_local_experts}, int_options);
-  auto* counts = placement.tokens_per_expert.mutable_data_ptr<int32_t>();
+  plan.tokens_per_expert = at::zeros({options.num_local_experts}, int_options);
+  auto* counts = plan.tokens_per_expert.mutable_data_ptr<int32_t>();
   const auto* topk = wire_topk.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < kept * num_topk; ++i) {
     if (topk[i] >= 0) {
       ++counts[topk[i]];
     }
   }
-  placement.num_dropped = at::full({}, wire_rows - kept, int_options);
-  return placement;
+  plan.num_dropped = at::full({}, wire_rows - kept, int_options);
+  return plan;
 }
 
-Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions& options) {
+RecvPlan plan_recv_expert_major(const at::Tensor& wire_topk, const RecvPlanOptions& options) {
   const int64_t wire_rows = wire_topk.size(0), num_topk = wire_topk.size(1);
   const int64_t num_experts = options.num_local_experts, alignment = options.alignment;
   const auto* topk = wire_topk.const_data_ptr<int32_t>();
@@ -206,9 +212,9 @@ Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions
   const int64_t rows = options.capacity.value_or(needed);
   check_num_rows(rows, wire_rows * num_topk);
 
-  Placement placement;
-  placement.recv_map = at::full({rows}, -1, int_options);
-  auto* recv_pair = placement.recv_map.mutable_data_ptr<int32_t>();
+  RecvPlan plan;
+  plan.recv_map = at::full({rows}, -1, int_options);
+  auto* recv_pair = plan.recv_map.mutable_data_ptr<int32_t>();
   for_each_chunk(chunks, [&](int64_t chunk) {
     const auto [begin, end] = chunk_bounds(wire_rows, chunks, chunk);
     for (int64_t i = begin * num_topk; i < end * num_topk; ++i) {
@@ -220,18 +226,18 @@ Placement place_expert_major(const at::Tensor& wire_topk, const PlacementOptions
       }
     }
   });
-  placement.offsets = at::empty({num_experts}, int_options);
-  placement.tokens_per_expert = at::empty({num_experts}, int_options);
+  plan.offsets = at::empty({num_experts}, int_options);
+  plan.tokens_per_expert = at::empty({num_experts}, int_options);
   int64_t dropped = 0, begin = 0;
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     const int64_t kept = std::clamp<int64_t>(rows - begin, 0, counts[expert]);
     dropped += counts[expert] - kept;
     begin = ends[expert];
-    placement.offsets.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(std::min(ends[expert], rows));
-    placement.tokens_per_expert.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(kept);
+    plan.offsets.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(std::min(ends[expert], rows));
+    plan.tokens_per_expert.mutable_data_ptr<int32_t>()[expert] = static_cast<int32_t>(kept);
   }
-  placement.num_dropped = at::full({}, dropped, int_options);
-  return placement;
+  plan.num_dropped = at::full({}, dropped, int_options);
+  return plan;
 }
 
 void check_slot(const char* op, const char* name, int64_t slot, int64_t most) {
@@ -318,14 +324,14 @@ T* write(at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
-  return topk_idx.scalar_type() == at::kInt ? route_impl<int32_t>(op, topk_idx, num_experts, world_size)
-                                            : route_impl<int64_t>(op, topk_idx, num_experts, world_size);
+SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+  return topk_idx.scalar_type() == at::kInt ? plan_send_impl<int32_t>(op, topk_idx, num_experts, world_size)
+                                            : plan_send_impl<int64_t>(op, topk_idx, num_experts, world_size);
 }
 
-Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
-  return options.expert_major ? place_expert_major(wire_topk, options)
-                              : place_rank_major(wire_topk, recv_rows, options);
+RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions& options) {
+  return options.expert_major ? plan_recv_expert_major(wire_topk, options)
+                              : plan_recv_rank_major(wire_topk, recv_rows, options);
 }
 
 void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
@@ -383,8 +389,8 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
   check_slot(op, "recv_pair", most, pairs);
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
-  auto wire = empty_rows(x, wire_rows);
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& allocate) {
+  auto wire = allocate(sizes_with(x, wire_rows), x.options());
   const int64_t bytes = row_bytes(x), num_topk = send_row.size(1);
   const auto* slots = read<int32_t>(send_row);
   const auto* in = read<char>(x);
@@ -452,13 +458,14 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
   return rows;
 }
 
-at::Tensor fold_rows(
+at::Tensor reduce_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     const at::Tensor& recv_pair,
     int64_t wire_rows,
-    int64_t num_topk) {
-  auto wire = empty_rows(y, wire_rows);
+    int64_t num_topk,
+    const Allocate& allocate) {
+  auto wire = allocate({wire_rows, y.size(1)}, y.options());
   const int64_t hidden = y.size(1);
   const auto* slots = read<int32_t>(recv_pair);
   std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_pair
@@ -491,7 +498,7 @@ at::Tensor fold_rows(
   return wire;
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
+at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   auto wire = at::zeros({wire_rows, num_topk}, w.options());
   const auto* slots = read<int32_t>(recv_pair);
   with_width(w, [&](auto unit) {
@@ -549,16 +556,16 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 }  // namespace
 
 const LocalKernels cpu_kernels{
-    .route = route,
-    .place = place,
+    .plan_send = plan_send,
+    .plan_recv = plan_recv,
     .check_send_row = check_send_row,
     .check_recv_pair = check_recv_pair,
     .pack_rows = pack_rows,
     .pack_slots = pack_slots,
     .expand_rows = expand_rows,
     .expand_slots = expand_slots,
-    .fold_rows = fold_rows,
-    .fold_slots = fold_slots,
+    .reduce_rows = reduce_rows,
+    .return_slots = return_slots,
     .sum_rows = sum_rows,
     .gather_slots = gather_slots,
 };

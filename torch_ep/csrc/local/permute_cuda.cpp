@@ -181,7 +181,7 @@ void set_rows(const at::Tensor& t, int64_t rows) {
 // --- plans ---
 
 PermutePlanArgs
-plan_args(const Device& device, const at::Tensor& topk_idx, int64_t num_experts, const PlacementOptions& options) {
+plan_args(const Device& device, const at::Tensor& topk_idx, int64_t num_experts, const RecvPlanOptions& options) {
   PermutePlanArgs args{};
   args.topk_idx = topk_idx.const_data_ptr();
   args.wide_idx = topk_idx.scalar_type() == at::kLong;
@@ -230,25 +230,25 @@ std::optional<int64_t> run_plan(
   const auto rows = reply.await(op, stream);
   if (!rows) {
     // The CPU's check finds the first offender and words the error.
-    cpu_kernels.route(op, topk_idx.cpu(), num_experts, 1);
+    cpu_kernels.plan_send(op, topk_idx.cpu(), num_experts, 1);
   }
   TORCH_CHECK(rows, op, ": the kernel found a bad index where the host finds none");
   return rows;
 }
 
-Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
+SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   const c10::cuda::CUDAGuard guard(topk_idx.device());
   auto& device = Device::of(topk_idx);
-  PlacementOptions options{};
+  RecvPlanOptions options{};
   options.num_local_experts = num_experts / world_size;
   options.alignment = 1;
   auto args = plan_args(device, topk_idx, num_experts, options);
   args.route = true;
   if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMostPairs / topk_idx.size(1)) {
-    return aten_kernels.route(op, topk_idx, num_experts, world_size);
+    return aten_kernels.plan_send(op, topk_idx, num_experts, world_size);
   }
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
-  const Route result{
+  const SendPlan result{
       empty({num_tokens, num_topk}, topk_idx, at::kInt),
       empty({world_size}, topk_idx, at::kInt),
       empty({num_tokens * std::min(num_topk, world_size), num_topk}, topk_idx, at::kInt)};
@@ -260,49 +260,49 @@ Route route(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int
 }
 
 // Results of either form of a plan; an exact one has room for as many rows as could come.
-Placement make_placement(PermutePlanArgs& args, const at::Tensor& topk_idx) {
+RecvPlan make_recv_plan(PermutePlanArgs& args, const at::Tensor& topk_idx) {
   const int64_t rows = args.capacity < 0 ? most_rows(args) : args.capacity;
-  Placement placement;
-  placement.recv_map = args.expert_major ? empty({rows}, topk_idx, at::kInt) : empty({rows, args.num_topk}, topk_idx);
-  placement.offsets = empty({args.expert_major ? args.num_experts : 1}, topk_idx, at::kInt);
-  placement.tokens_per_expert = empty({args.num_experts}, topk_idx, at::kInt);
-  placement.num_dropped = empty({}, topk_idx, at::kInt);
-  args.recv_map = placement.recv_map.mutable_data_ptr();
-  args.offsets = mutable_data<int32_t>(placement.offsets);
-  args.tokens_per_expert = mutable_data<int32_t>(placement.tokens_per_expert);
-  args.num_dropped = mutable_data<int32_t>(placement.num_dropped);
-  return placement;
+  RecvPlan plan;
+  plan.recv_map = args.expert_major ? empty({rows}, topk_idx, at::kInt) : empty({rows, args.num_topk}, topk_idx);
+  plan.offsets = empty({args.expert_major ? args.num_experts : 1}, topk_idx, at::kInt);
+  plan.tokens_per_expert = empty({args.num_experts}, topk_idx, at::kInt);
+  plan.num_dropped = empty({}, topk_idx, at::kInt);
+  args.recv_map = plan.recv_map.mutable_data_ptr();
+  args.offsets = mutable_data<int32_t>(plan.offsets);
+  args.tokens_per_expert = mutable_data<int32_t>(plan.tokens_per_expert);
+  args.num_dropped = mutable_data<int32_t>(plan.num_dropped);
+  return plan;
 }
 
-Placement place(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const PlacementOptions& options) {
+RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions& options) {
   constexpr const char* kOp = "ep::plan";
   const c10::cuda::CUDAGuard guard(wire_topk.device());
   auto& device = Device::of(wire_topk);
   auto args = plan_args(device, wire_topk, options.num_local_experts, options);
   if (!fits(args)) {
-    return aten_kernels.place(wire_topk, recv_rows, options);
+    return aten_kernels.plan_recv(wire_topk, recv_rows, options);
   }
   if (!options.expert_major && !options.capacity) {
     args.capacity = wire_topk.size(0);
   }
-  auto placement = make_placement(args, wire_topk);
+  auto plan = make_recv_plan(args, wire_topk);
   const bool waits = args.capacity < 0;
   const auto rows = run_plan(kOp, device, args, wire_topk, options.num_local_experts, waits);
   if (waits) {
-    set_rows(placement.recv_map, *rows);
+    set_rows(plan.recv_map, *rows);
   }
   if (!options.expert_major) {
-    placement.recv_map = placement.recv_map.to(options.index_dtype);
+    plan.recv_map = plan.recv_map.to(options.index_dtype);
     auto ends = recv_rows;
     for (size_t rank = 0; rank < ends.size(); ++rank) {
       ends[rank] += rank == 0 ? 0 : ends[rank - 1];
     }
-    placement.offsets = to_device(ends, wire_topk).clamp_max(args.capacity).to(at::kInt);
+    plan.offsets = to_device(ends, wire_topk).clamp_max(args.capacity).to(at::kInt);
   }
-  return placement;
+  return plan;
 }
 
-PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
+PlanResult plan(const at::Tensor& topk_idx, const RecvPlanOptions& options) {
   constexpr const char* kOp = "ep::plan";
   const c10::cuda::CUDAGuard guard(topk_idx.device());
   auto& device = Device::of(topk_idx);
@@ -314,8 +314,8 @@ PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
   const int64_t num_experts = options.num_local_experts;
   auto args = plan_args(device, topk_idx, num_experts, options);
   if (!fits(args)) {
-    const auto routed = aten_kernels.route(kOp, topk_idx, num_experts, 1);
-    const auto placed = aten_kernels.place(routed.wire_topk, {routed.wire_topk.size(0)}, options);
+    const auto routed = aten_kernels.plan_send(kOp, topk_idx, num_experts, 1);
+    const auto placed = aten_kernels.plan_recv(routed.wire_topk, {routed.wire_topk.size(0)}, options);
     return {
         routed.send_row,
         routed.send_counts,
@@ -330,18 +330,11 @@ PlanResult plan(const at::Tensor& topk_idx, const PlacementOptions& options) {
   args.send_row = mutable_data<int32_t>(send_row);
   args.send_counts = mutable_data<int32_t>(send_counts);
   args.recv_counts = mutable_data<int32_t>(recv_counts);
-  const auto placement = make_placement(args, topk_idx);
+  const auto plan = make_recv_plan(args, topk_idx);
   if (const auto rows = run_plan(kOp, device, args, topk_idx, num_experts, !options.capacity)) {
-    set_rows(placement.recv_map, *rows);
+    set_rows(plan.recv_map, *rows);
   }
-  return {
-      send_row,
-      send_counts,
-      recv_counts,
-      placement.recv_map,
-      placement.offsets,
-      placement.tokens_per_expert,
-      placement.num_dropped};
+  return {send_row, send_counts, recv_counts, plan.recv_map, plan.offsets, plan.tokens_per_expert, plan.num_dropped};
 }
 
 // --- rows ---
@@ -505,7 +498,7 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
   aten_kernels.check_recv_pair(op, recv_pair, pairs);
 }
 
-at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows) {
+at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& /*allocate*/) {
   const c10::cuda::CUDAGuard guard(x.device());
   const auto wire = empty({wire_rows, x.size(1)}, x);
   permute(make_map(false, &send_row, nullptr, wire_rows, wire_rows, send_row.size(1)).map, &x, &wire);
@@ -535,12 +528,13 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
   return rows;
 }
 
-at::Tensor fold_rows(
+at::Tensor reduce_rows(
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     const at::Tensor& recv_pair,
     int64_t wire_rows,
-    int64_t num_topk) {
+    int64_t num_topk,
+    const Allocate& /*allocate*/) {
   const c10::cuda::CUDAGuard guard(y.device());
   const auto wire = empty({wire_rows, y.size(1)}, y);
   const auto map = make_map(true, nullptr, &recv_pair, wire_rows, recv_pair.size(0), num_topk);
@@ -548,7 +542,7 @@ at::Tensor fold_rows(
   return wire;
 }
 
-at::Tensor fold_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
+at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   const c10::cuda::CUDAGuard guard(w.device());
   const auto wire = empty({wire_rows, num_topk}, w);
   const auto map = make_map(true, nullptr, &recv_pair, wire_rows, recv_pair.size(0), num_topk);
@@ -579,16 +573,16 @@ bool run_on(const at::Tensor& t) {
 constexpr CudaKernels kKernels{
     .parts =
         {
-            .route = route,
-            .place = place,
+            .plan_send = plan_send,
+            .plan_recv = plan_recv,
             .check_send_row = check_send_row,
             .check_recv_pair = check_recv_pair,
             .pack_rows = pack_rows,
             .pack_slots = pack_slots,
             .expand_rows = expand_rows,
             .expand_slots = expand_slots,
-            .fold_rows = fold_rows,
-            .fold_slots = fold_slots,
+            .reduce_rows = reduce_rows,
+            .return_slots = return_slots,
             .sum_rows = sum_rows,
             .gather_slots = gather_slots,
         },

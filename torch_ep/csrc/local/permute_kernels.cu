@@ -82,6 +82,7 @@ class ItemRows {
 
   // One thread: the candidate of slot k if recv_pair confirms it, or -1.
   __device__ int confirmed(int row, int k) const {
+    // fault: permute: unconfirmed pair
     return row >= 0 && (map_.recv_pair == nullptr || map_.recv_pair[row] == pair_of(k)) ? row : -1;
   }
 
@@ -95,6 +96,7 @@ class ItemRows {
     }
     const auto same = static_cast<int>(__match_any_sync(kFullWarp, row));
     bool is_first = row >= 0 && __ffs(same) - 1 == lane_id();
+    // fault: permute: row with slots in two groups
     for (int k = 0; k < group && is_first; ++k) {
       is_first = checked_wire_row(k) != row;
     }
@@ -184,6 +186,7 @@ __device__ void zero_padding(const PermuteArgs& a, int vectors, int64_t warp, in
     bool is_padding = false;
     if (own < map.rows) {
       const int64_t from = map.recv_pair != nullptr ? map.recv_pair[own] : own;
+      // fault: permute: padding row
       is_padding = from < 0 || from >= (map.recv_pair != nullptr ? pairs : wire_rows);
     }
     for (uint32_t lanes = __ballot_sync(kFullWarp, is_padding); lanes != 0; lanes &= lanes - 1) {
@@ -349,6 +352,7 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   for (int b = 0; b < kBatch; ++b) {
     if (first + b * kWarp < vectors) {
       // A single row is passed on as it is, also where it is NaN.
+      // fault: unpermute: zero of an empty sum
       out[b * kWarp] = terms == 0 ? Raw{} : !kWeighted && terms == 1 ? lone[b * kWarp] : sum[b].rounded();
     }
   }

@@ -187,6 +187,7 @@ class PlanBlock {
       for (int b = shape_.blocks * share / shares; b < shape_.blocks * (share + 1) / shares; ++b) {
         const int count = a_.scratch[b * shape_.keys + key];
         total += count;
+        // fault: permute plan: rows of earlier blocks
         before += b < block_ ? count : 0;
       }
       atomicAdd(&s_.total[key], total);
@@ -336,6 +337,7 @@ class PlanBlock {
   __device__ int position(int n, int key) const {
     const int word = n / kWarp;
     int result = s_.next[key];
+    // fault: permute plan: tokens of earlier words
     for (int w = 0; w < word; ++w) {
       result += __popc(s_.bits[w * shape_.keys + key]);
     }
@@ -388,6 +390,7 @@ class PlanBlock {
   __device__ void fill_padding() const {
     if (a_.expert_major) {
       auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
+      // fault: permute plan: expert without padding
       const int most = a_.alignment - 1;  // rows of padding per expert
       const int64_t step = int64_t{shape_.blocks} * kPlaceThreads;
       for (int64_t i = block_ * kPlaceThreads + thread(); i < int64_t{a_.num_experts} * most; i += step) {

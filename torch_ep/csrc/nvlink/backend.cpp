@@ -1,10 +1,12 @@
 // The nvlink backend on the host: tensors to kernel arguments.
-#include "nvlink/backend.h"
+#include "core/backend.h"
 
+#include "core/checks.h"
 #include "core/cuda_stream.h"
 #include "core/cuda_tensors.h"
-#include "local/permute.h"
+#include "core/low_latency_wire_row.h"
 #include "nvlink/errors.h"
+#include "nvlink/limits.h"
 #include "nvlink/low_latency.h"
 
 #include <ATen/ops/zeros.h>
@@ -12,10 +14,13 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
+#include <mutex>
 #include <sstream>
 #include <thread>
 
@@ -87,9 +92,20 @@ int multiprocessors_of(c10::DeviceIndex device) {
   return count;
 }
 
-bool shares_device(const NvlinkOptions& options) {
-  return options.groupless && options.world_size > 1;
-}
+struct Options {
+  std::string group_name;
+  int64_t rank, world_size;
+  at::IntArrayRef buffers;  // address of every rank's symmetric buffer; zeroed before
+  Limits limits;
+  int64_t num_sms;
+  int64_t timeout_ms;
+  // Ranks without a process group: one alone, or several in one process.
+  bool groupless;
+  // Other ranks use this device as well: all thread blocks of all ranks have to fit on it at once.
+  bool shares_device;
+  // A timeout in the low-latency pair masks the peer instead of failing.
+  bool masks;
+};
 
 cudaError_t prepare_kernels() {
   for (const auto prepare :
@@ -103,16 +119,17 @@ cudaError_t prepare_kernels() {
 
 class Nvlink final : public Backend {
  public:
-  explicit Nvlink(const NvlinkOptions& options)
+  explicit Nvlink(const Options& options)
       : group_name_(options.group_name),
+        is_groupless_(options.groupless),
         layout_(layout_of(options.world_size, options.limits, options.num_sms)),
-        max_tokens_(options.limits[0]),
-        max_hidden_(options.limits[1]),
-        max_topk_(options.limits[2]),
-        max_experts_(options.limits[3]),
+        max_tokens_(options.limits.max_tokens_per_rank),
+        max_hidden_(options.limits.hidden),
+        max_topk_(options.limits.num_topk),
+        max_experts_(options.limits.num_experts),
         device_(c10::cuda::current_device()),
         // Ranks that share a device share it evenly: all their blocks have to fit on it at once.
-        multiprocessors_(shares_device(options) ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
+        multiprocessors_(options.shares_device ? static_cast<int>(options.num_sms) : multiprocessors_of(device_)) {
     TORCH_CHECK_VALUE(
         max_experts_ <= most_experts(options.world_size),
         "torch_ep.init: expected num_experts of at most ",
@@ -129,42 +146,35 @@ class Nvlink final : public Backend {
     const auto bytes = at::TensorOptions().device(at::kCUDA, device_).dtype(at::kByte);
     state_ = at::zeros({static_cast<int64_t>(sizeof(State))}, bytes);
     rows_of_ = at::zeros({layout_.world_size * layout_.max_tokens * layout_.num_topk * int64_t{8}}, bytes);
-    void* mailbox = nullptr;
-    C10_CUDA_CHECK(cudaHostAlloc(&mailbox, sizeof(Mailbox), cudaHostAllocPortable | cudaHostAllocMapped));
-    mailbox_ = static_cast<Mailbox*>(mailbox);
-    *mailbox_ = {};
+    void* host_report = nullptr;
+    C10_CUDA_CHECK(cudaHostAlloc(&host_report, sizeof(HostReport), cudaHostAllocPortable | cudaHostAllocMapped));
+    host_report_ = static_cast<HostReport*>(host_report);
+    *host_report_ = {};
     comm_ = {};
     for (int r = 0; r < layout_.world_size; ++r) {
       comm_.buffers[r] = reinterpret_cast<char*>(options.buffers[r]);
     }
     comm_.state = reinterpret_cast<State*>(mutable_data<char>(state_));
-    comm_.mailbox = mailbox_;
+    comm_.host_report = host_report_;
     comm_.rows_of = reinterpret_cast<uint64_t*>(mutable_data<char>(rows_of_));
     comm_.layout = layout_;
     comm_.low_latency = low_latency_layout_of(layout_, options.limits);
     comm_.rank = static_cast<int>(options.rank);
-    comm_.shares_device = shares_device(options);
+    comm_.shares_device = options.shares_device;
     comm_.timeout_ns = options.timeout_ms * 1'000'000;
     comm_.masks = options.masks;
     low_latency_.emplace(comm_, LowLatencyLimits{max_hidden_, max_topk_, max_experts_}, multiprocessors_);
     C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
   }
 
-  ~Nvlink() override { static_cast<void>(cudaFreeHost(mailbox_)); }
+  ~Nvlink() override { static_cast<void>(cudaFreeHost(host_report_)); }
 
   PlanResult plan(const at::Tensor& topk_idx, const PlanOptions& options) override {
     constexpr auto kOp = OpKind::plan;
     const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
-    check_limit(kOp, "num_topk", max_topk_, num_topk);
-    check_limit(kOp, "num_experts", max_experts_, options.num_experts);
+    check_limit(name_of(kOp), "num_topk", max_topk_, num_topk);
+    check_limit(name_of(kOp), "num_experts", max_experts_, options.num_experts);
     const int64_t most_tokens = std::min(options.max_tokens_per_rank.value_or(max_tokens_), max_tokens_);
-    if (const auto* alone = one_rank_kernels(topk_idx, layout_.world_size)) {
-      throw_failure();
-      TORCH_CHECK_VALUE(num_tokens <= most_tokens, refusal(num_tokens, most_tokens));
-      return alone->plan(
-          topk_idx,
-          {options.expert_major, options.num_experts, options.alignment, options.capacity, topk_idx.scalar_type()});
-    }
     const bool exact = !options.capacity;
     const c10::cuda::CUDAGuard guard(device_);
     TORCH_CHECK(
@@ -189,6 +199,8 @@ class Nvlink final : public Backend {
 
     PlanArgs args{};
     args.comm = comm_;
+    args.handshake.num_experts = static_cast<int32_t>(options.num_experts);
+    args.handshake.num_topk = static_cast<int32_t>(num_topk);
     args.topk_idx = topk_idx.const_data_ptr();
     args.wide_idx = topk_idx.scalar_type() == at::kLong;
     args.num_tokens = static_cast<int>(num_tokens);
@@ -209,7 +221,7 @@ class Nvlink final : public Backend {
     last_tokens_ = num_tokens;
     last_most_tokens_ = most_tokens;
     if (exact) {
-      mailbox_->plan = 0;
+      host_report_->plan = 0;
     }
     C10_CUDA_CHECK(launch_plan(args, stream));
     if (args.refused && !exact) {
@@ -230,11 +242,7 @@ class Nvlink final : public Backend {
       const at::Tensor& x,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
-    check_limit(OpKind::dispatch, "hidden", max_hidden_, x.size(1));
-    if (const auto* alone = one_rank_kernels(x, layout_.world_size)) {
-      throw_failure();
-      return alone->dispatch(plan, x, topk_weights, scales);
-    }
+    check_limit(name_of(OpKind::dispatch), "hidden", max_hidden_, x.size(1));
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_row.size(1), rows = plan.recv_map.size(0);
@@ -242,8 +250,8 @@ class Nvlink final : public Backend {
     DispatchArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, x, topk_weights, scales, num_topk);
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.handshake = handshake_of(x, topk_weights, scales, num_topk);
     if (topk_weights) {
       std::get<1>(result) = empty(plan.recv_map.sizes(), *topk_weights);
       args.weights = data<char>(*topk_weights);
@@ -251,16 +259,16 @@ class Nvlink final : public Backend {
     }
     // Scales travel in the row's record if there is room beside at least as much of the row.
     const int64_t scale_bytes = bytes_per_row(scales);
-    const bool beside = 2 * (round_up(scale_bytes, kVector) + record_tail(args.record, num_topk)) <= record_limit();
+    const bool beside = 2 * (round_up(scale_bytes, kVector) + wire_row_tail(args.format, num_topk)) <= wire_row_limit();
     if (scales && beside) {
       std::get<2>(result) = empty({rows, scales->size(1)}, *scales);
-      args.record.scale_bytes = static_cast<int>(scale_bytes);
+      args.format.scale_bytes = static_cast<int>(scale_bytes);
       args.scales = data<char>(*scales);
       args.out_scales = mutable_data<char>(*std::get<2>(result));
     }
     std::get<0>(result) = dispatch_rows(args, x, rows, stream);
     if (scales && !beside) {
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
       std::get<2>(result) = dispatch_rows(args, *scales, rows, stream);
     }
     return result;
@@ -272,11 +280,7 @@ class Nvlink final : public Backend {
       const std::optional<at::Tensor>& row_weights,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override {
-    check_limit(OpKind::combine, "hidden", max_hidden_, y.size(1));
-    if (const auto* alone = one_rank_kernels(y, layout_.world_size)) {
-      throw_failure();
-      return alone->combine(plan, y, row_weights, topk_weights, scales);
-    }
+    check_limit(name_of(OpKind::combine), "hidden", max_hidden_, y.size(1));
     const c10::cuda::CUDAGuard guard(device_);
     const auto stream = enter();
     const int64_t num_topk = plan.send_row.size(1), num_tokens = plan.send_row.size(0);
@@ -284,8 +288,8 @@ class Nvlink final : public Backend {
     CombineArgs args{};
     args.comm = comm_;
     args.plan = view_of(plan);
-    args.record.weight_bytes = static_cast<int>(element_bytes(topk_weights));
-    set_agreed(args.agreed, y, topk_weights, scales, num_topk);
+    args.format.weight_bytes = static_cast<int>(element_bytes(topk_weights));
+    args.handshake = handshake_of(y, topk_weights, scales, num_topk);
     at::Tensor wide_weights;
     if (row_weights) {
       wide_weights = row_weights->to(y.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
@@ -298,7 +302,7 @@ class Nvlink final : public Backend {
     }
     std::get<0>(result) = combine_rows(args, y, num_tokens, stream);
     if (scales) {
-      args.record.weight_bytes = 0;
+      args.format.weight_bytes = 0;
       std::get<2>(result) = combine_rows(args, *scales, num_tokens, stream);
     }
     return result;
@@ -313,21 +317,23 @@ class Nvlink final : public Backend {
     return low_latency_->dispatch(x, topk_idx, topk_weights, options, enter());
   }
 
-  at::Tensor low_latency_dispatch_send(
+  InFlight low_latency_dispatch_send(
       const at::Tensor& x,
       const at::Tensor& topk_idx,
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
+    const auto status = low_latency_->dispatch_send(x, topk_idx, topk_weights, options, enter());
+    const int64_t rows = layout_.world_size * options.max_tokens_per_rank;
+    return {status, empty({rows, LowLatencyWireRow(options).bytes}, status, at::kByte)};
   }
 
-  LowLatencyRows low_latency_dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options) override {
+  LowLatencyRows low_latency_dispatch_recv(const InFlight& sent, const LowLatencyOptions& options) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->dispatch_recv(ticket, options, enter());
+    return low_latency_->dispatch_recv(std::get<0>(sent), options, enter());
   }
 
-  std::tuple<at::Tensor, at::Tensor> low_latency_combine(
+  LowLatencySums low_latency_combine(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
@@ -337,30 +343,34 @@ class Nvlink final : public Backend {
     return low_latency_->combine(y, topk_idx, row_weights, recv_row, num_experts, enter());
   }
 
-  at::Tensor low_latency_combine_send(
+  InFlight low_latency_combine_send(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
       const at::Tensor& row_weights,
       const at::Tensor& recv_row,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
+    const auto status = low_latency_->combine_send(y, topk_idx, row_weights, recv_row, num_experts, enter());
+    const int64_t row_bytes = y.size(2) * static_cast<int64_t>(y.element_size());
+    return {status, empty({recv_row.size(0), row_bytes}, status, at::kByte)};
   }
 
-  std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(
-      const at::Tensor& ticket,
+  LowLatencySums low_latency_combine_recv(
+      const InFlight& sent,
       const at::Tensor& topk_idx,
       int64_t hidden,
       at::ScalarType dtype,
       int64_t num_experts) override {
     const c10::cuda::CUDAGuard guard(device_);
-    return low_latency_->combine_recv(ticket, topk_idx, hidden, dtype, num_experts, enter());
+    return low_latency_->combine_recv(std::get<0>(sent), topk_idx, hidden, dtype, num_experts, enter());
   }
 
-  bool takes(const at::Tensor& t) const override { return t.is_cuda() && t.get_device() == device_; }
-  int64_t world_size() const override { return layout_.world_size; }
+  bool takes(const at::Tensor& t) const { return t.is_cuda() && t.get_device() == device_; }
+  bool is_groupless() const { return is_groupless_; }
+  int64_t world_size() const { return layout_.world_size; }
 
-  int64_t settle() override {
+  // Local halves of torch_ep.reset: waits for the device and returns the last exchange; continues with a later one.
+  int64_t settle() {
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(cudaDeviceSynchronize());
     State state{};
@@ -372,7 +382,7 @@ class Nvlink final : public Backend {
     return static_cast<int64_t>(epoch);
   }
 
-  void restart(int64_t epoch) override {
+  void restart(int64_t epoch) {
     const c10::cuda::CUDAGuard guard(device_);
     State state{};
     state.epoch = static_cast<uint64_t>(epoch);
@@ -381,27 +391,33 @@ class Nvlink final : public Backend {
     }
     C10_CUDA_CHECK(cudaMemcpy(comm_.state, &state, sizeof(state), cudaMemcpyHostToDevice));
     C10_CUDA_CHECK(cudaDeviceSynchronize());
-    *mailbox_ = {};
+    *host_report_ = {};
     fatal_.clear();
-    masked_ = 0;
+    std::fill(std::begin(masked_), std::end(masked_), 0);
   }
 
-  int64_t masked() const override {
-    uint32_t words[2] = {};
+  // Bits of the ranks that the low-latency pair of this rank leaves out; `mask` adds some.
+  int64_t masked() const {
+    uint32_t by_host[kRankSteps] = {}, by_timeout[kRankSteps] = {};
     const Stream stream;
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t* from = i == 0 ? &comm_.state->masked_by_host : &comm_.state->masked_by_timeout;
-      stream.copy(&words[i], from, sizeof(uint32_t));
+    stream.copy(by_host, comm_.state->masked_by_host, sizeof(by_host));
+    stream.copy(by_timeout, comm_.state->masked_by_timeout, sizeof(by_timeout));
+    uint64_t ranks = 0;
+    for (int i = 0; i < kRankSteps; ++i) {
+      ranks |= static_cast<uint64_t>(by_host[i] | by_timeout[i]) << i * kWarpLanes;
     }
-    return words[0] | words[1];
+    return static_cast<int64_t>(ranks);
   }
 
-  void mask(int64_t ranks) override {
-    masked_ |= static_cast<uint32_t>(ranks);
-    Stream().copy(&comm_.state->masked_by_host, &masked_, sizeof(masked_));
+  void mask(int64_t ranks) {
+    for (int i = 0; i < kRankSteps; ++i) {
+      masked_[i] |= static_cast<uint32_t>(static_cast<uint64_t>(ranks) >> i * kWarpLanes);
+    }
+    Stream().copy(comm_.state->masked_by_host, masked_, sizeof(masked_));
   }
 
-  bool is_idle() const override {
+  // Whether no kernel of it runs any more, so that its memory may go.
+  bool is_idle() const {
     const c10::cuda::CUDAGuard guard(device_);
     const auto status = last_stream_ ? cudaStreamQuery(*last_stream_) : cudaSuccess;
     if (status != cudaSuccess) {
@@ -449,25 +465,25 @@ class Nvlink final : public Backend {
     return view;
   }
 
-  static int64_t with_dtype(const std::optional<at::Tensor>& t, int64_t bytes) {
-    return bytes > 0 ? bytes | static_cast<int64_t>(t->scalar_type()) << kDtypeShift : 0;
-  }
-
-  static void set_agreed(
-      int64_t (&agreed)[kNumAgreed],
+  // What travels, as all ranks have to pass it.
+  static Handshake handshake_of(
       const at::Tensor& rows,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales,
       int64_t num_topk) {
-    agreed[0] = rows.size(1);
-    agreed[1] = static_cast<int64_t>(rows.scalar_type());
-    agreed[2] = with_dtype(topk_weights, element_bytes(topk_weights) * num_topk);
-    agreed[3] = with_dtype(scales, bytes_per_row(scales));
+    Handshake handshake{};
+    handshake.hidden = static_cast<int32_t>(rows.size(1));
+    handshake.dtype = static_cast<int32_t>(rows.scalar_type());
+    handshake.weight_bytes = static_cast<int32_t>(element_bytes(topk_weights) * num_topk);
+    handshake.weight_dtype = handshake.weight_bytes > 0 ? static_cast<int32_t>(topk_weights->scalar_type()) : 0;
+    handshake.scale_bytes = static_cast<int32_t>(bytes_per_row(scales));
+    handshake.scale_dtype = handshake.scale_bytes > 0 ? static_cast<int32_t>(scales->scalar_type()) : 0;
+    return handshake;
   }
 
-  int64_t record_limit() const { return std::min<int64_t>(layout_.slot_bytes, max_record_bytes()); }
+  int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
 
-  static int64_t record_tail(Record record, int64_t num_topk) {
+  static int64_t wire_row_tail(WireFormat record, int64_t num_topk) {
     record.row_bytes = 0;
     return record.bytes(static_cast<int>(num_topk));
   }
@@ -475,12 +491,12 @@ class Nvlink final : public Backend {
   // One exchange for each slice of columns that a slot has room for; the first takes what travels along.
   template <class Args, class Launch>
   void by_columns(Args& args, int64_t row_bytes, int64_t num_topk, Launch launch) const {
-    args.record.row_stride = row_bytes;
-    const int64_t widest = (record_limit() - record_tail(args.record, num_topk)) / kVector * kVector;
+    args.format.row_stride = row_bytes;
+    const int64_t widest = (wire_row_limit() - wire_row_tail(args.format, num_topk)) / kVector * kVector;
     for (int64_t begin = 0; begin < row_bytes; begin += widest) {
-      args.record.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
+      args.format.row_bytes = static_cast<int>(std::min(widest, row_bytes - begin));
       launch(begin);
-      args.record.weight_bytes = args.record.scale_bytes = 0;
+      args.format.weight_bytes = args.format.scale_bytes = 0;
     }
   }
 
@@ -512,19 +528,19 @@ class Nvlink final : public Backend {
   // The one number that an exact plan waits for.
   int64_t await_rows(cudaStream_t stream) {
     // The kernel's own waits end by the timeout; this one is for a kernel that ended without a word, or never began.
-    const auto look_at = std::chrono::milliseconds(10);
-    auto look = steady_clock::now() + look_at;
-    std::atomic_ref<uint64_t> mail(mailbox_->plan);
+    const auto count_entry = std::chrono::milliseconds(10);
+    auto look = steady_clock::now() + count_entry;
+    std::atomic_ref<uint64_t> word(host_report_->plan);
     uint64_t told = 0;
-    while ((told = mail.load(std::memory_order_acquire)) == 0) {
+    while ((told = word.load(std::memory_order_acquire)) == 0) {
       if (steady_clock::now() < look) {
         continue;
       }
-      look += look_at;
+      look += count_entry;
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
-        TORCH_CHECK(mail.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
+        TORCH_CHECK(word.load(std::memory_order_acquire) != 0, "ep::plan: the kernel ended without a result");
       }
       std::this_thread::yield();
     }
@@ -549,8 +565,9 @@ class Nvlink final : public Backend {
     if (!fatal_.empty()) {
       C10_THROW_ERROR(DistError, fatal_);
     }
-    const int64_t stopped = std::atomic_ref<int64_t>(mailbox_->stopped).load(std::memory_order_acquire);
-    const auto kind = static_cast<Failure>(std::atomic_ref<int64_t>(mailbox_->kind).load(std::memory_order_acquire));
+    const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
+    std::atomic_ref<Failure> reported(host_report_->failure.kind);
+    const Failure kind = reported.load(std::memory_order_acquire);
     if (kind == Failure::none) {
       if (stopped != 0) {
         std::ostringstream message;
@@ -562,43 +579,142 @@ class Nvlink final : public Backend {
       }
       return;
     }
-    const Mailbox report = *mailbox_;
-    if (kind == Failure::timeout || kind == Failure::left || kind == Failure::bad_order) {
+    const FailureReport report = host_report_->failure;
+    if (is_fatal(kind)) {
       fatal_ = describe(group_name_, comm_, report);
       C10_THROW_ERROR(DistError, fatal_);
     }
-    std::atomic_ref<int64_t>(mailbox_->kind).store(0, std::memory_order_release);
+    reported.store(Failure::none, std::memory_order_release);
     // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
-    const bool all_refused =
-        kind == Failure::bad_topk && report.ours == kTooManyTokens && last_tokens_ > last_most_tokens_;
+    const bool too_many = kind == Failure::too_many_tokens;
+    const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
+    const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
     const bool own_argument =
-        kind == Failure::bad_plan || all_refused || (kind == Failure::bad_topk && report.peer == comm_.rank);
+        kind == Failure::bad_send_row || kind == Failure::bad_recv_pair || all_refused || own_topk;
     if (!own_argument) {
       C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
     }
-    TORCH_CHECK_VALUE(
-        kind != Failure::bad_topk || report.ours != kTooManyTokens, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(!too_many, refusal(last_tokens_, last_most_tokens_));
     TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
   }
 
   const std::string group_name_;
+  const bool is_groupless_;
   const Layout layout_;
   const int64_t max_tokens_, max_hidden_, max_topk_, max_experts_;
   const c10::DeviceIndex device_;
   const int multiprocessors_;
   at::Tensor state_, rows_of_;
-  Mailbox* mailbox_ = nullptr;
+  HostReport* host_report_ = nullptr;
   Comm comm_;
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
-  uint32_t masked_ = 0;  // State::masked_by_host
+  uint32_t masked_[kRankSteps] = {};  // State::masked_by_host
   // Of the last plan, whose exact form says at once if these were too many.
   int64_t last_tokens_ = 0, last_most_tokens_ = 0;
   std::string fatal_;
 };
 
-}  // namespace
+// --- the registry ---
 
+std::mutex registry_mutex;
+
+std::map<std::string, std::shared_ptr<Nvlink>>& registry() {
+  // Never destroyed: the process may exit while kernels run.
+  static auto* backends = new std::map<std::string, std::shared_ptr<Nvlink>>();
+  return *backends;
+}
+
+std::shared_ptr<Nvlink> registered(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  return found == registry().end() ? nullptr : found->second;
+}
+
+std::shared_ptr<Nvlink> existing(const char* caller, const std::string& group_name) {
+  auto backend = registered(group_name);
+  TORCH_CHECK(backend, caller, ": group '", group_name, "' does not use the nvlink backend");
+  return backend;
+}
+
+// False: a kernel still runs, so the buffers have to stay. A name without a backend is no error.
+bool destroy(std::string group_name) {
+  static auto* busy = new std::vector<std::shared_ptr<Nvlink>>();
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry().find(group_name);
+  if (found == registry().end()) {
+    return true;
+  }
+  const bool idle = found->second->is_idle();
+  if (!idle) {
+    busy->push_back(found->second);
+  }
+  registry().erase(found);
+  return idle;
+}
+
+std::shared_ptr<Backend>
+find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const at::Tensor& t) {
+  auto backend = registered(group_name);
+  if (!backend || !backend->takes(t)) {
+    return nullptr;
+  }
+  // The process alone exchanges nothing: plan, dispatch and combine are the local backend's. A single virtual rank runs
+  // the link kernels.
+  const bool is_low_latency = op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine;
+  if (group_name.empty() && !is_low_latency) {
+    return nullptr;
+  }
+  if (!backend->is_groupless()) {
+    check_group(op, group_name, world_size);
+  }
+  TORCH_CHECK_VALUE(
+      backend->world_size() == world_size,
+      name_of(op),
+      ": expected world_size ",
+      backend->world_size(),
+      " (the size of group '",
+      group_name,
+      "'), got ",
+      world_size);
+  return backend;
+}
+
+// The kernels of the other ranks wait on the device; their own timeout ends them.
+bool report_failure(OpKind /*op*/, const std::string& group_name, const std::string& /*failure*/) {
+  return registered(group_name) != nullptr;
+}
+
+const BackendRegistration registration(
+    {.name = "nvlink", .order = 0, .find = find_nvlink, .report_failure = report_failure});
+
+// Local; the group's communicator has to be there before unless groupless. Returns what `destroy` would of the backend
+// that it replaces.
+bool init(
+    std::string group_name,
+    int64_t rank,
+    int64_t world_size,
+    at::IntArrayRef buffers,
+    int64_t max_tokens_per_rank,
+    int64_t hidden,
+    int64_t num_topk,
+    int64_t num_experts,
+    int64_t low_latency_tokens,
+    int64_t num_sms,
+    int64_t timeout_ms,
+    bool groupless,
+    bool shares_device,
+    bool masks) {
+  const Limits limits{max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens};
+  auto backend = std::make_shared<Nvlink>(
+      Options{group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, shares_device, masks});
+  const bool was_idle = destroy(group_name);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry()[group_name] = std::move(backend);
+  return was_idle;
+}
+
+// Whether the kernels were built for the current device.
 bool kernels_run() {
   const bool run = prepare_kernels() == cudaSuccess;
   if (!run) {
@@ -607,8 +723,38 @@ bool kernels_run() {
   return run;
 }
 
-std::shared_ptr<Backend> make_nvlink(const NvlinkOptions& options) {
-  return std::make_shared<Nvlink>(options);
+int64_t settle(std::string group_name) {
+  return existing("torch_ep.reset", group_name)->settle();
+}
+
+void restart(std::string group_name, int64_t epoch) {
+  existing("torch_ep.reset", group_name)->restart(epoch);
+}
+
+int64_t masked(std::string group_name) {
+  return existing("torch_ep.active_ranks", group_name)->masked();
+}
+
+void mask(std::string group_name, int64_t ranks) {
+  existing("torch_ep.mask_ranks", group_name)->mask(ranks);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ep, m) {
+  m.def("_nvlink_runs() -> bool", &kernels_run);
+  m.def(
+      "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, *, int max_tokens_per_rank, int hidden, "
+      "int num_topk, int num_experts, int low_latency_tokens, int num_sms, int timeout_ms, bool groupless, bool "
+      "shares_device, "
+      "bool masks) "
+      "-> bool",
+      &init);
+  m.def("_destroy_nvlink(str group_name) -> bool", &destroy);
+  m.def("_settle_nvlink(str group_name) -> int", &settle);
+  m.def("_restart_nvlink(str group_name, int epoch) -> ()", &restart);
+  m.def("_masked_nvlink(str group_name) -> int", &masked);
+  m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask);
 }
 
 }  // namespace ep::nvlink

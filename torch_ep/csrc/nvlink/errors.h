@@ -7,7 +7,7 @@
 
 namespace ep::nvlink {
 
-// `report`: of a rank's mailbox; not of too many tokens of its own, which its host knows more of.
-std::string describe(const std::string& group_name, const Comm& comm, const Mailbox& report);
+// `report`: not of too many tokens of this rank, of which its host knows more.
+std::string describe(const std::string& group_name, const Comm& comm, const FailureReport& report);
 
 }  // namespace ep::nvlink

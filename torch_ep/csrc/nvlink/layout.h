@@ -1,6 +1,5 @@
-// Where everything is in a rank's symmetric buffer, on the host and on the device: sizes and addresses from one place.
-// Every rank has the same layout, so an offset is valid in every peer's buffer. docs/design.md has the table of
-// signals.
+// The layout of a rank's symmetric buffer, for host and device. Every rank has the same, so an offset is valid in every
+// peer's buffer. docs/design.md has the table of signals.
 #pragma once
 
 #include <cstdint>
@@ -13,57 +12,110 @@
 
 namespace ep::nvlink {
 
-constexpr int kMaxRanks = 8;  // one NVLink host
-constexpr int kMaxTopk = 32;  // one lane a slot
+// Note [How many ranks]
+// The world size is a run-time value. kMaxRanks bounds arrays that have an element per rank; nothing else depends on
+// it. What a larger bound costs, and would cost 72 ranks, one NVL72 domain:
+//   - kernel arguments: 8 bytes per rank, the peers' buffers. With 72 ranks about 1.2 KB of the 4 KB there are;
+//   - registers: one per 32 ranks for each value that a warp keeps per rank (Note [Ranks and lanes], device/ranks.cuh);
+//   - shared memory of ep::plan: plan_words_per_expert(72) words, so at most 119 local experts;
+//   - shared memory of ep::low_latency_dispatch: two announcements per rank, with 4 local experts and 128 tokens 11 KB;
+//   - symmetric memory: two buffers of (world_size - 1) * max_tokens wire rows. With 4096 tokens of 7168 elements, 72
+//     ranks take 7.8 GiB, so fewer tokens have to do;
+//   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks.
+constexpr int kMaxRanks = 16;
+constexpr int kWarpLanes = 32;
+constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // ranks that a lane stands for
+constexpr int kMaxTopk = 32;                                           // one lane per slot
 // Rows of one rank that can be numbered beside a count in the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
-// Of ep::combine: where a rank sends up to kMostSingleRows, they are cut into chunks by columns, so that all warps have
-// some: kLeastParts a row, or of very few rows more, about kFewChunks in all. Measured on two H100.
+// ep::combine cuts up to kMaxSplitRows rows to one rank into chunks by columns, so that every warp has one: kMinParts
+// per row, or with very few rows more, about kFewChunks in all. Measured on two H100.
 constexpr int kFewChunks = 192;
-constexpr int kLeastParts = 2;
-constexpr int kMostSingleRows = 512;
+constexpr int kMinParts = 2;
+constexpr int kMaxSplitRows = 512;
 
-// A block of ep::plan places so many words of tokens of each rank at once, 32 in a word.
+// Words of 32 tokens of each rank whose rows a block of ep::plan assigns at once.
 constexpr int kPlanWords = 8;
 EP_HOST_DEVICE constexpr int plan_words(int world_size) {
-  return 2 * world_size <= kMaxRanks ? kPlanWords : kPlanWords / 2;
+  return world_size <= 4 ? kPlanWords : kPlanWords / 2;
 }
 
-// Words of shared memory that ep::plan needs for each local expert: total, begin, rows before each rank's share, a bit
-// of each token that is placed at once; and counts of that expert of every rank.
-EP_HOST_DEVICE constexpr int64_t plan_words_an_expert(int world_size) {
+// Words of shared memory that ep::plan needs per local expert: total, begin, rows before each rank's share, a bit per
+// token whose row is assigned at once; and the counts of that expert of every rank.
+EP_HOST_DEVICE constexpr int64_t plan_words_per_expert(int world_size) {
   return 2 + 2 * world_size + world_size * plan_words(world_size);
 }
 
-// That find room in the shared memory of a block.
+// Experts that fit into the shared memory of a thread block.
 EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
   constexpr int64_t kSharedBytes = 200 * 1024;
-  return kSharedBytes / 4 / plan_words_an_expert(static_cast<int>(world_size)) * world_size;
+  return kSharedBytes / 4 / plan_words_per_expert(static_cast<int>(world_size)) * world_size;
 }
 
 EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;
 }
 
-// What a rank tells a peer when it enters an exchange. Two of them, used in turn: a peer may be one exchange ahead, and
-// never two, since none ends an exchange before every peer has entered it.
-struct alignas(128) Header {
-  uint64_t epoch;  // written last
-  int64_t op;
-  // Everything that has to be the same on both sides, compared word by word.
-  int64_t agreed[4];
-  int64_t rows_to_you;    // -1: not known when the exchange starts
-  int64_t rows_from_you;  // likewise
-  int64_t chunks;         // of ep::dispatch: flags that you will get
+// What all ranks of an exchange have to agree on. An operator sets the fields that it knows; the others are 0.
+struct Handshake {
+  static constexpr int kFields = 10;
+  static constexpr int kWords = kFields / 2;  // of 64 bits, as they travel in a header
+
+  int32_t num_experts, num_topk;
+  int32_t hidden, dtype;  // of a row; dtypes are of at::ScalarType
+  int32_t max_tokens, quantize;
+  int32_t weight_bytes, weight_dtype;  // of the topk_weights of a token
+  int32_t scale_bytes, scale_dtype;    // of the scales of a token
+
+  EP_HOST_DEVICE int32_t field(int i) const { return (&num_experts)[i]; }
+  EP_HOST_DEVICE uint64_t word(int i) const {
+    return static_cast<uint64_t>(static_cast<uint32_t>(field(2 * i + 1))) << 32 | static_cast<uint32_t>(field(2 * i));
+  }
 };
-constexpr int kNumAgreed = 4;
-// Of the bytes of what travels with the rows: where the at::ScalarType is.
-constexpr int kDtypeShift = 48;
+static_assert(sizeof(Handshake) == Handshake::kFields * sizeof(int32_t));
+
+// The fields of Handshake, in their order, and what else may differ between two ranks.
+enum class HandshakeField : int32_t {
+  num_experts,
+  num_topk,
+  hidden,
+  dtype,
+  max_tokens,
+  quantize,
+  weight_bytes,
+  weight_dtype,
+  scale_bytes,
+  scale_dtype,
+  op,
+  rows_to_peer,
+  rows_from_peer,
+};
+static_assert(static_cast<int>(HandshakeField::op) == Handshake::kFields);
+
+// A rank's handshake as it lies in a peer's memory, in words of 64 bits. There are two headers per source, used in
+// turn: a peer may be one exchange ahead, and never two, since no rank ends an exchange before every peer has entered
+// it.
+struct Header {
+  static constexpr int kEpoch = 0;  // written last
+  static constexpr int kOp = 1;
+  static constexpr int kHandshake = 2;
+  static constexpr int kRows = kHandshake + Handshake::kWords;
+  static constexpr int kChunks = kRows + 1;  // of ep::dispatch: flags that the reader will get
+  static constexpr int kBytes = 128;
+  static_assert((kChunks + 1) * 8 <= kBytes);
+
+  // Wire rows from the writer to the reader, and back; -1: not known when the exchange begins.
+  EP_HOST_DEVICE static constexpr uint64_t rows_word(int to_reader, int from_reader) {
+    return static_cast<uint64_t>(static_cast<uint32_t>(from_reader)) << 32 | static_cast<uint32_t>(to_reader);
+  }
+  EP_HOST_DEVICE static constexpr int rows_to_reader(uint64_t word) { return static_cast<int>(word & 0xffffffff); }
+  EP_HOST_DEVICE static constexpr int rows_from_reader(uint64_t word) { return static_cast<int>(word >> 32); }
+};
 
 struct Layout {
-  // What a block tells of its tokens in a plan, a word each: rows of each local expert; and rows of all of them, tokens
-  // of the whole rank, whether something is wrong.
+  // A block of ep::plan publishes a word for each local expert, its rows, and kPlanSums more: rows of all local
+  // experts, tokens of the whole rank, and whether an entry is bad.
   static constexpr int kPlanSums = 3;
 
   int world_size;
@@ -71,13 +123,13 @@ struct Layout {
   int num_topk;
   int num_experts;
   int64_t max_tokens;
-  int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
+  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
 
-  // What follows from these, worked out once.
+  // Derived from these.
   int64_t counts_bytes;  // of one block
   int64_t topk_bytes;    // of one rank
-  int64_t rows_bytes;    // a rank sends itself nothing, so its buffer has rows of the others only
-  int64_t done_at, left_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
+  int64_t rows_bytes;    // only of the others: a rank sends itself nothing
+  int64_t done_at, abort_signals_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
       dispatch_rows_at, combine_rows_at, end;
 
   Layout() = default;
@@ -87,13 +139,13 @@ struct Layout {
         num_topk(topk),
         num_experts(experts),
         max_tokens(tokens),
-        slot_bytes(slot),
+        wire_row_bytes(slot),
         counts_bytes(round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16)),
         topk_bytes(round_up(tokens * topk * 4, 16)),
         rows_bytes((ranks - 1) * tokens * slot),
         done_at(header(2, 0)),
-        left_at(done_at + ranks * int64_t{8}),
-        plan_flags_at(left_at + ranks * int64_t{8}),
+        abort_signals_at(done_at + ranks * int64_t{8}),
+        plan_flags_at(abort_signals_at + ranks * int64_t{8}),
         dispatch_flags_at(plan_flags_at + int64_t{ranks} * blocks * 8),
         combine_flags_at(dispatch_flags_at + ranks * tokens * 8),
         plan_counts_at(round_up(combine_flags_at + ranks * combine_chunks() * 8, 128)),
@@ -104,21 +156,21 @@ struct Layout {
 
   int num_local_experts() const { return num_experts / world_size; }
   int64_t bytes() const { return end; }
-  // From one rank, at most.
+  // Chunks from one rank, at most.
   EP_HOST_DEVICE int64_t combine_chunks() const {
-    constexpr int64_t kMost = int64_t{kLeastParts} * kMostSingleRows;
+    constexpr int64_t kMost = int64_t{kMinParts} * kMaxSplitRows;
     return max_tokens > kMost ? max_tokens : kMost;
   }
 
   EP_HOST_DEVICE int64_t header(int parity, int source) const {
-    return (int64_t{parity} * world_size + source) * static_cast<int64_t>(sizeof(Header));
+    return (int64_t{parity} * world_size + source) * Header::kBytes;
   }
   EP_HOST_DEVICE int64_t done(int source) const { return done_at + source * int64_t{8}; }
-  EP_HOST_DEVICE int64_t left(int source) const { return left_at + source * int64_t{8}; }
+  EP_HOST_DEVICE int64_t abort_signal(int source) const { return abort_signals_at + source * int64_t{8}; }
   EP_HOST_DEVICE int64_t plan_flag(int source, int block) const {
     return plan_flags_at + (int64_t{source} * num_blocks + block) * 8;
   }
-  // Rows travel in chunks, each with a flag of its own: written once an exchange, when the chunk is complete.
+  // Rows travel in chunks. Each has a flag of its own, which is written once per exchange, when the chunk is complete.
   EP_HOST_DEVICE int64_t dispatch_flag(int source, int64_t chunk) const {
     return dispatch_flags_at + (source * max_tokens + chunk) * 8;
   }
@@ -130,116 +182,119 @@ struct Layout {
   }
   EP_HOST_DEVICE int64_t plan_topk(int source) const { return plan_topk_at + source * topk_bytes; }
   EP_HOST_DEVICE int64_t dispatch_rows(int source, int reader) const {
-    return dispatch_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
+    return dispatch_rows_at + (source - (source > reader)) * max_tokens * wire_row_bytes;
   }
   EP_HOST_DEVICE int64_t combine_rows(int source, int reader) const {
-    return combine_rows_at + (source - (source > reader)) * max_tokens * slot_bytes;
+    return combine_rows_at + (source - (source > reader)) * max_tokens * wire_row_bytes;
   }
 };
 
-// What travels with a row of the low-latency pair for each slot of its token.
-struct alignas(16) Place {
+// Where the copy of a row for one top-k slot goes: travels with each row of the low-latency pair, for each slot.
+struct alignas(16) SlotRoute {
   int expert;  // -1: none
   int index;   // among the rows that the source sends to this expert
   float weight;
   int unused;
 };
-constexpr int64_t kPlaceBytes = sizeof(Place);
+constexpr int64_t kSlotRouteBytes = sizeof(SlotRoute);
 
-// Note [Packed rows]
-// Of few tokens, rows travel in packs of 16 bytes, each written and read as one: twelve bytes of the row and the number
-// of the exchange. So they need neither a flag nor a fence before it, which would cost a round trip; a third more bytes
-// are less than that. A unit is what one lane packs: 48 bytes of a row in four packs, which lie apart from each other,
-// so that a warp writes and reads whole lines: pack j of the 32 units of a chunk before pack j + 1 of any. Places have
-// packs of their own, one each; so have the scales of a chunk, three in each.
-constexpr int kPackBytes = 16;
-constexpr int kUnitPacks = 4;
-constexpr int kUnitVectors = 3;  // of 16 bytes
-constexpr int kUnitsAChunk = 32;
-constexpr int kChunkVectors = kUnitsAChunk * kUnitVectors;
-constexpr int kChunkBytes = kUnitsAChunk * kUnitPacks * kPackBytes;  // on its way
+// Note [LL packets]
+// Small batches send rows inline, in packets of 16 bytes that are written and read as one: 12 bytes of the row and the
+// number of the exchange. (NCCL's LL protocols do the same with 8 and 128 bytes.) A packet needs neither a flag nor the
+// fence before it, which would cost a round trip; a third more bytes cost less. A lane sends 48 bytes of a row in four
+// packets. Packet j of all 32 lanes of a chunk lies before packet j + 1 of any, so that a warp writes and reads whole
+// lines. Each SlotRoute has a packet of its own; the scales of a chunk have one per three.
+constexpr int kPacketBytes = 16;
+constexpr int kPacketsPerLane = 4;
+constexpr int kVectorsPerLane = 3;  // of 16 bytes
+constexpr int kLanesPerChunk = 32;
+constexpr int kChunkVectors = kLanesPerChunk * kVectorsPerLane;
+constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // in packets
 
 constexpr int kGroup = 128;                 // channels that share a scale
 constexpr int kGroupVectors = kGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
-constexpr int kChunkScalePacks = kChunkGroups / 3;
+constexpr int kScalePacketsPerChunk = kChunkGroups / 3;
 
-// Chunks of `vectors` of 16 bytes.
+// Chunks of a row of `vectors` vectors of 16 bytes.
 EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
   return (vectors + kChunkVectors - 1) / kChunkVectors;
 }
 
-// Rows are packed as long as those to all peers take no more than the first on their way, and those to one no more than
-// the second: beyond, the links or the warps that pack take longer for them than a fence does.
-constexpr int64_t kMostPackedBytes = int64_t{9} << 18, kMostPackedBytesToOne = int64_t{3} << 19;
+// Rows travel in packets as long as the packets to all peers, and those to one, take no more bytes than this. Beyond,
+// the links or the sending warps take longer for them than a fence does.
+constexpr int64_t kMaxPacketBytes = int64_t{9} << 18, kMaxPacketBytesPerPeer = int64_t{3} << 19;
 
-// Where everything of the low-latency pair is: behind the rest, in the same buffers. Each of its two kinds of exchange
-// has two halves, used in turn, so that two may be on their way. Rows have a place for each token of each rank, the
-// reader's own included: nothing has to be counted before they leave.
+// The layout of the low-latency pair's part of the same buffers, behind Layout's. Each of its two kinds of exchange has
+// two halves, used in turn, so that two exchanges may be in flight. Every token of every rank, the reader's own
+// included, has room for its row: nothing has to be counted before rows leave.
 struct LowLatencyLayout {
   static constexpr int kKinds = 2;  // dispatch, combine
   static constexpr int kHalves = 2;
   static constexpr int kRowFlags = 4;    // of a row of combine: column by column, so that several warps share a row
-  static constexpr int kVisitBits = 32;  // tokens a word
+  static constexpr int kVisitBits = 32;  // tokens per word
 
   int64_t begin;  // in the symmetric buffer
   int world_size;
   int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
   int num_topk;
   int num_local_experts;
-  int64_t slot_bytes;  // room of one row on its way, with what travels along; a multiple of 128
-  int packed_tokens;   // of a rank: so many packed rows of slot_bytes have room
+  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
+  int packet_tokens;       // of a rank: as many rows of wire_row_bytes fit in packets
 
-  // What follows from these, worked out once.
+  // Derived from these.
   int words;  // of an announcement
   int64_t announcement_bytes;
-  int64_t scale_packs_at, row_packs_at, packed_bytes;  // of a packed row, which begins with its Places
+  int64_t scale_packets_at, row_packets_at, packet_row_bytes;  // of a row in packets, which begins with its SlotRoutes
   int64_t entered_at, announcements_at, dispatch_flags_at, combine_flags_at, dispatch_rows_at, combine_rows_at,
-      dispatch_packs_at, combine_packs_at, end;
+      dispatch_packets_at, combine_packets_at, end;
 
   LowLatencyLayout() = default;
-  // `packed_tokens`: if not given, as many as the limits above allow.
+  // `packed`: packet_tokens; if not given, as many as the limits above allow.
   LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
       : begin(begin_at),
         world_size(ranks),
         max_tokens(tokens),
         num_topk(topk),
         num_local_experts(local_experts),
-        slot_bytes(slot),
-        words(kNumAgreed + local_experts + visit_words()),
+        wire_row_bytes(slot),
+        words(Handshake::kFields + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
-        scale_packs_at(round_up(topk * int64_t{kPackBytes}, 128)),
-        row_packs_at(scale_packs_at + round_up(chunks_of(slot) * kChunkScalePacks * kPackBytes, 128)),
-        packed_bytes(packed_bytes_of(slot)) {
-    const int64_t share = kMostPackedBytes / (ranks > 1 ? ranks - 1 : 1);
-    const int64_t most = (share < kMostPackedBytesToOne ? share : kMostPackedBytesToOne) / packed_bytes;
-    packed_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
-    const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packed_rows = sources * packed_tokens;
-    entered_at = begin + int64_t{kKinds} * ranks * 8;
-    announcements_at = round_up(entered_at + sources * 8, 128);
+        scale_packets_at(round_up(topk * int64_t{kPacketBytes}, 128)),
+        row_packets_at(scale_packets_at + round_up(chunks_of(slot) * kScalePacketsPerChunk * kPacketBytes, 128)),
+        packet_row_bytes(packet_row_bytes_of(slot)) {
+    const int64_t share = kMaxPacketBytes / (ranks > 1 ? ranks - 1 : 1);
+    const int64_t most = (share < kMaxPacketBytesPerPeer ? share : kMaxPacketBytesPerPeer) / packet_row_bytes;
+    packet_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
+    const int64_t sources = int64_t{kHalves} * ranks, rows = sources * tokens, packet_rows = sources * packet_tokens;
+    entered_at = round_up(begin + int64_t{kKinds} * ranks * 8, kPacketBytes);
+    announcements_at = round_up(entered_at + sources * kPacketBytes, 128);
     dispatch_flags_at = announcements_at + sources * announcement_bytes;
     combine_flags_at = dispatch_flags_at + rows * 8;
     dispatch_rows_at = round_up(combine_flags_at + rows * kRowFlags * 8, 128);
-    combine_rows_at = dispatch_rows_at + rows * slot_bytes;
-    dispatch_packs_at = combine_rows_at + rows * slot_bytes;
-    combine_packs_at = dispatch_packs_at + packed_rows * packed_bytes;
-    end = combine_packs_at + packed_rows * packed_bytes;
+    combine_rows_at = dispatch_rows_at + rows * wire_row_bytes;
+    dispatch_packets_at = combine_rows_at + rows * wire_row_bytes;
+    combine_packets_at = dispatch_packets_at + packet_rows * packet_row_bytes;
+    end = combine_packets_at + packet_rows * packet_row_bytes;
   }
 
   EP_HOST_DEVICE int visit_words() const { return (max_tokens + kVisitBits - 1) / kVisitBits; }
   EP_HOST_DEVICE int64_t bytes() const { return max_tokens == 0 ? 0 : end - begin; }
-  // Of a packed row of so many bytes.
-  int64_t packed_bytes_of(int64_t row_bytes) const { return row_packs_at + chunks_of(row_bytes) * kChunkBytes; }
-  // Whether dispatch packs rows of so many bytes, of `tokens` of each rank at most. Combine goes by packed_tokens.
-  bool are_packed(int tokens, int64_t row_bytes) const {
-    return tokens * packed_bytes_of(row_bytes) <= packed_tokens * packed_bytes;
+  // Bytes of a row of `row_bytes` in packets.
+  int64_t packet_row_bytes_of(int64_t row_bytes) const { return row_packets_at + chunks_of(row_bytes) * kChunkBytes; }
+  // Whether ep::low_latency_dispatch sends rows in packets: at most `tokens` rows of `row_bytes` per rank.
+  // ep::low_latency_combine goes by packet_tokens.
+  bool use_packets(int tokens, int64_t row_bytes) const {
+    return tokens * packet_row_bytes_of(row_bytes) <= packet_tokens * packet_row_bytes;
   }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
-  // Of combine: what has to be the same on both sides, with the number of the exchange in the upper half.
-  EP_HOST_DEVICE int64_t entered(int half, int source) const { return entered_at + (half * world_size + source) * 8; }
-  // What has to be the same on both sides, the counts of each local expert, the bits of the tokens that come. As many
-  // words in every exchange, so that none is awaited in vain where sizes differ; likewise with the number.
+  // Of combine: a packet that the source publishes when it enters.
+  EP_HOST_DEVICE int64_t entered(int half, int source) const {
+    return entered_at + (half * world_size + source) * int64_t{kPacketBytes};
+  }
+  // The fields of the handshake, the rows of each local expert, a bit for each token that visits the reader. Every
+  // announcement has the same words, so that no word is awaited in vain where sizes differ; each holds the number too.
   EP_HOST_DEVICE int64_t announcement(int half, int source) const {
     return announcements_at + (half * world_size + source) * announcement_bytes;
   }
@@ -250,18 +305,19 @@ struct LowLatencyLayout {
     return combine_flags_at + (row(half, source, token) * kRowFlags + part) * 8;
   }
   EP_HOST_DEVICE int64_t dispatch_row(int half, int source, int token) const {
-    return dispatch_rows_at + row(half, source, token) * slot_bytes;
+    return dispatch_rows_at + row(half, source, token) * wire_row_bytes;
   }
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
-    return combine_rows_at + row(half, source, token) * slot_bytes;
+    return combine_rows_at + row(half, source, token) * wire_row_bytes;
   }
-  // Packed rows have a memory of their own, in which the last word of every 16 bytes holds numbers of exchanges only.
-  // `bytes`: of one; there is room for more of those that are quantized.
-  EP_HOST_DEVICE int64_t dispatch_packs(int half, int source, int token, int64_t bytes) const {
-    return dispatch_packs_at + packed_row(half, source, 0) * packed_bytes + token * bytes;
+  // Packets have a memory of their own, in which the last word of every 16 bytes only ever holds numbers of exchanges.
+  // `bytes`: of one row; there is room for more rows that are quantized.
+  EP_HOST_DEVICE int64_t dispatch_packets(int half, int source, int token, int64_t bytes) const {
+    // fault: low latency: two inline rows in one place
+    return dispatch_packets_at + packet_row(half, source, 0) * packet_row_bytes + token * bytes;
   }
-  EP_HOST_DEVICE int64_t combine_packs(int half, int source, int token) const {
-    return combine_packs_at + packed_row(half, source, token) * packed_bytes;
+  EP_HOST_DEVICE int64_t combine_packets(int half, int source, int token) const {
+    return combine_packets_at + packet_row(half, source, token) * packet_row_bytes;
   }
 
  private:
@@ -269,8 +325,8 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t row(int half, int source, int token) const {
     return (half * world_size + source) * max_tokens + token;
   }
-  EP_HOST_DEVICE int64_t packed_row(int half, int source, int token) const {
-    return (half * world_size + source) * packed_tokens + token;
+  EP_HOST_DEVICE int64_t packet_row(int half, int source, int token) const {
+    return (half * world_size + source) * packet_tokens + token;
   }
 };
 

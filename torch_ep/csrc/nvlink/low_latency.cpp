@@ -1,5 +1,6 @@
 #include "nvlink/low_latency.h"
 
+#include "core/checks.h"
 #include "core/cuda_tensors.h"
 
 #include <ATen/ops/empty.h>
@@ -71,7 +72,7 @@ at::Tensor LowLatencyPair::dispatch_send(
   const auto rows = aligned(x);
   set_tokens(args, rows, topk_idx, topk_weights);
   const auto ticket = make_ticket(x);
-  args.ticket = mutable_data<int64_t>(ticket);
+  args.in_flight = mutable_data<int64_t>(ticket);
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
   return ticket;
 }
@@ -79,7 +80,7 @@ at::Tensor LowLatencyPair::dispatch_send(
 LowLatencyRows
 LowLatencyPair::dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options, cudaStream_t stream) const {
   auto args = args_of(options, Part::receive);
-  args.ticket = const_cast<int64_t*>(data<int64_t>(ticket));
+  args.in_flight = const_cast<int64_t*>(data<int64_t>(ticket));
   auto result = make_results(args, options, ticket.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
   return result;
@@ -111,7 +112,7 @@ at::Tensor LowLatencyPair::combine_send(
   const auto rows = aligned(y);
   set_results(args, rows, row_weights, recv_row);
   const auto ticket = make_ticket(y);
-  args.ticket = mutable_data<int64_t>(ticket);
+  args.in_flight = mutable_data<int64_t>(ticket);
   C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, stream));
   return ticket;
 }
@@ -124,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> LowLatencyPair::combine_recv(
     int64_t num_experts,
     cudaStream_t stream) const {
   auto args = args_of(hidden, dtype, topk_idx, num_experts, Part::receive);
-  args.ticket = const_cast<int64_t*>(data<int64_t>(ticket));
+  args.in_flight = const_cast<int64_t*>(data<int64_t>(ticket));
   const auto result = make_sums(args, hidden, ticket.options().dtype(dtype));
   C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, stream));
   return result;
@@ -140,9 +141,9 @@ void LowLatencyPair::check_row(OpKind op, int64_t num_topk, int64_t num_experts,
       layout_.max_tokens > 0,
       name_of(op),
       ": expected low_latency_tokens of torch_ep.init to be given, on backend nvlink, got None");
-  check_limit(op, "num_topk", limits_.num_topk, num_topk);
-  check_limit(op, "num_experts", limits_.num_experts, num_experts);
-  check_limit(op, "hidden", limits_.hidden, hidden);
+  check_limit(name_of(op), "num_topk", limits_.num_topk, num_topk);
+  check_limit(name_of(op), "num_experts", limits_.num_experts, num_experts);
+  check_limit(name_of(op), "hidden", limits_.hidden, hidden);
   TORCH_CHECK_VALUE(
       row_bytes % kVector == 0,
       name_of(op),
@@ -152,19 +153,19 @@ void LowLatencyPair::check_row(OpKind op, int64_t num_topk, int64_t num_experts,
       row_bytes);
 }
 
-void LowLatencyPair::check_record(OpKind op, int64_t bytes) const {
+void LowLatencyPair::check_wire_row(OpKind op, int64_t bytes) const {
   TORCH_CHECK_VALUE(
-      bytes <= max_record_bytes(),
+      bytes <= max_wire_row_bytes(),
       name_of(op),
       ": expected rows of at most ",
-      max_record_bytes(),
+      max_wire_row_bytes(),
       " bytes with what travels along on backend nvlink, got ",
       bytes);
   TORCH_CHECK_VALUE(
-      bytes <= layout_.slot_bytes,
+      bytes <= layout_.wire_row_bytes,
       name_of(op),
       ": expected rows of at most ",
-      layout_.slot_bytes,
+      layout_.wire_row_bytes,
       " bytes with what travels along, got ",
       bytes,
       ": torch_ep.init makes room for rows of hidden = ",
@@ -182,6 +183,12 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.num_topk = static_cast<int>(options.num_topk);
   args.num_experts = static_cast<int>(options.num_experts);
   args.hidden = static_cast<int>(options.hidden);
+  args.handshake.num_experts = args.num_experts;
+  args.handshake.num_topk = args.num_topk;
+  args.handshake.hidden = args.hidden;
+  args.handshake.dtype = static_cast<int32_t>(options.dtype);
+  args.handshake.max_tokens = args.max_tokens;
+  args.handshake.quantize = static_cast<int32_t>(options.quantize);
   const auto groups = static_cast<int>((options.hidden + 127) / 128);
   if (options.quantize == ep::Quantize::none) {
     args.row_bytes = args.hidden * static_cast<int>(c10::elementSize(options.dtype));
@@ -190,8 +197,8 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
     args.num_scales = options.quantize == ep::Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
   }
   check_row(kDispatch, options.num_topk, options.num_experts, options.hidden, args.row_bytes);
-  check_limit(kDispatch, "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
-  check_record(kDispatch, args.record_bytes());
+  check_limit(name_of(kDispatch), "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
+  check_wire_row(kDispatch, args.wire_row_bytes());
   return args;
 }
 
@@ -247,9 +254,11 @@ LowLatencyCombineArgs LowLatencyPair::args_of(
   args.num_topk = static_cast<int>(topk_idx.size(1));
   args.num_experts = static_cast<int>(num_experts);
   args.row_bytes = static_cast<int>(hidden * static_cast<int64_t>(c10::elementSize(dtype)));
+  args.handshake.hidden = static_cast<int32_t>(hidden);
+  args.handshake.dtype = static_cast<int32_t>(dtype);
   check_row(kCombine, args.num_topk, num_experts, hidden, args.row_bytes);
-  check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.num_tokens);
-  check_record(kCombine, args.row_bytes);
+  check_limit(name_of(kCombine), "low_latency_tokens", layout_.max_tokens, args.num_tokens);
+  check_wire_row(kCombine, args.row_bytes);
   return args;
 }
 
@@ -262,7 +271,7 @@ void LowLatencyPair::set_results(
   args.row_weights = data<float>(row_weights);
   args.recv_row = data<int32_t>(recv_row);
   args.max_tokens = static_cast<int>(recv_row.size(0) / layout_.world_size);
-  check_limit(kCombine, "low_latency_tokens", layout_.max_tokens, args.max_tokens);
+  check_limit(name_of(kCombine), "low_latency_tokens", layout_.max_tokens, args.max_tokens);
   check_tokens(kCombine, args.num_tokens, args.max_tokens);
 }
 

@@ -68,7 +68,7 @@ class LowLatencyPair {
       const at::Tensor& recv_row) const;
   at::Tensor make_ticket(const at::Tensor& like) const;
   void check_row(OpKind op, int64_t num_topk, int64_t num_experts, int64_t hidden, int64_t row_bytes) const;
-  void check_record(OpKind op, int64_t bytes) const;
+  void check_wire_row(OpKind op, int64_t bytes) const;
 
   const Comm comm_;
   const LowLatencyLayout layout_;

@@ -11,92 +11,104 @@ namespace ep::nvlink {
 // As ep::OpKind (c10d/communicator.h).
 enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
 
+// What may go wrong on the device, with the fields of FailureReport that it sets besides `peer`. Fatal ones end every
+// later exchange at once, until a reset.
 enum class Failure : int64_t {
   none = 0,
-  timeout,    // nothing from `peer` for too long; every later exchange ends at once, until a reset
-  left,       // `peer` gave up this exchange, for rank `detail` did not come; likewise
-  elsewhere,  // `peer` has a mismatch with another rank in this exchange, of which nothing is reliable
-  mismatch,   // header word `detail` of `peer` is `theirs`, ours is `ours`; this exchange moved nothing reliable
-  bad_topk,   // a bad value in topk_idx of `peer`: `detail` = token * num_topk + slot, `theirs` = the value, `ours` =
-              // the earlier slot of the token that has it too, or one of the two below
-  bad_order,  // the ticket of exchange `theirs` was received where `ours` was next; likewise as timeout
-  bad_plan,   // an index of the plan leaves its rows: `detail` = which tensor, `ours` = the bound, `theirs` = the value
+  timeout,             // fatal: nothing from `peer` for too long
+  peer_aborted,        // fatal: `peer` aborted this exchange, because `missing_rank` did not come
+  mismatch,            // `field` of the handshake: `ours`, `theirs`; nothing that this exchange moved is reliable
+  mismatch_of_peer,    // `peer` has a mismatch with another rank; likewise
+  too_many_tokens,     // `peer` has more than max_tokens_per_rank
+  bad_expert,          // `peer` has expert `theirs` at `token`, `slot`, out of [-1, `ours`)
+  duplicate_expert,    // `peer` has expert `theirs` twice at `token`, in `slot` and `earlier_slot`
+  out_of_order,        // fatal: exchange `theirs` was to be received, where `ours` is next
+  too_many_in_flight,  // fatal: a third exchange was sent before the first was received
+  bad_send_row,        // send_row of the plan has `theirs`, out of [-1, `ours`) or out of order
+  bad_recv_pair,       // recv_pair of the plan has `theirs`, out of [-1, `ours`)
 };
 
-enum class Phase : int64_t { header, credit, counts, rows, gate };
+constexpr bool is_fatal(Failure kind) {
+  return kind == Failure::timeout || kind == Failure::peer_aborted || kind == Failure::out_of_order ||
+         kind == Failure::too_many_in_flight;
+}
 
-constexpr int64_t kOutOfRange = -1, kTooManyTokens = -2;
+// Of an exchange: what a rank waits for.
+enum class Phase : int64_t { handshake, credit, counts, rows, gate };
 
-// What `detail` of Failure::bad_plan says.
-enum class PlanTensor : int64_t { send_row, recv_pair };
-
-// In page-locked host memory, written by kernels, read by the host. `kind` is written last.
-struct Mailbox {
-  int64_t kind;
-  int64_t op;
-  int64_t phase;
+struct FailureReport {
+  Failure kind;  // written last by a kernel, reset by the host
+  Op op;
+  Phase phase;
   int64_t epoch;
-  int64_t peer;
-  int64_t detail;
-  int64_t ours;
-  int64_t theirs;
-  int64_t theirs_epoch;  // of bad_topk: num_topk << 32 | num_experts of that plan
-  // Of the exact plan that the host waits for, which has set it to 0: kPlanTold | its number of rows, and kPlanFailed
-  // where the record above says why, or will.
+  int32_t peer;
+  int32_t missing_rank;
+  HandshakeField field;
+  int32_t token, slot, earlier_slot;
+  int64_t ours, theirs;
+  int64_t their_epoch;  // of mismatch
+};
+
+// In page-locked host memory, written by kernels, read by the host.
+struct HostReport {
+  FailureReport failure;
+  // Of the exact plan that the host waits for, which has set it to 0: kPlanReady | its number of rows, and kPlanFailed
+  // where `failure` says why, or will.
   uint64_t plan;
-  // Not 0: a wait timed out, in that exchange, and every later one ends at once. `kind` may tell of an earlier failure.
+  // Not 0: the exchange with a fatal failure. `failure` may hold an earlier one.
   int64_t stopped;
 };
 
-constexpr uint64_t kPlanTold = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
+constexpr uint64_t kPlanReady = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
 
 constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 constexpr int kMaxBlocks = 256;
 
-// Of one kind of low-latency exchange.
+// The state of one kind of low-latency exchange.
 struct LowLatencyState {
-  // Of each half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
-  // decides for all of them; only where a timeout masks.
+  // Per half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
+  // decides for all of them. Used only where a timeout masks.
   uint64_t verdict[2][kMaxRanks];
-  // Numbers of the last exchanges that were, << kShareBits: see Note [Shares].
+  // Number of the last exchange << kShareBits: Note [Shares].
   uint64_t sent, received;
-  uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either parity
-  uint64_t recorded;               // as State's
+  uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either half
+  uint64_t reported;               // as State::reported
 };
 
 // Note [Shares]
-// Blocks of a kernel do not ask which of them is the last, since the answer would take as long as a message to a peer.
-// Each adds its share of 1 << kShareBits to the number of the exchange, once it needs the number before no longer; so
-// the upper bits change when all have added theirs: the first block what is left, the others 1.
+// No block of a low-latency kernel asks whether it is the last one: the answer would take as long as a message to a
+// peer. Instead, each adds its share of 1 << kShareBits to the number of the exchange, once it no longer needs the
+// number before. All blocks but the first add 1, the first adds the rest. The upper bits change with the last share.
 constexpr int kShareBits = 20;
 
-// Of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an epoch, except
-// where threads of one kernel tell each other something.
+// The state of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an
+// epoch, except what blocks of one kernel tell each other.
 struct State {
   uint64_t epoch;  // of the last exchange that ended
-  // Epochs in which this rank last wrote into its peers' buffers: it may write again once they are done with these.
+  // Epochs in which this rank last wrote into each buffer of its peers. It writes again once they have finished these.
   uint64_t last_plan, last_dispatch, last_combine;
-  uint64_t aborted;    // epoch of the exchange that its waits are to give up
-  uint64_t recorded;   // epoch of the last failure
-  uint32_t failed;     // a wait timed out: exchanges end at once until a reset
-  uint32_t elsewhere;  // 1 + a peer that left this exchange for a mismatch
+  uint64_t aborted;          // epoch of the exchange whose waits are to end
+  uint64_t reported;         // epoch of the last reported failure
+  uint32_t failed;           // a fatal failure: exchanges end at once, until a reset
+  uint32_t mismatched_peer;  // 1 + a peer that aborted this exchange for a mismatch
   uint32_t blocks_done;
   uint32_t gate;  // warps that have built their part of rows_of
-  // The next pieces of work of this exchange that no warp has taken yet: see Tickets (device/exchange.cuh). Of dispatch
-  // also, of each rank, the next chunk after those that every warp begins with.
-  uint32_t tickets[2], chunks[kMaxRanks];
+  // The next items of this exchange that no warp has taken yet: WorkQueue. For ep::dispatch also, per rank, the next
+  // chunk after those that every warp begins with.
+  uint32_t work_queues[2], chunks[kMaxRanks];
   uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
                                                // a rank
-  // Bits of ranks that the low-latency pair leaves out: so told by the host, and since they did not come in time.
-  uint32_t masked_by_host, masked_by_timeout;
+  // Ranks that the low-latency pair leaves out, a bit per rank: masked by the host, and because they were late.
+  uint32_t masked_by_host[kRankSteps], masked_by_timeout[kRankSteps];
   LowLatencyState low_latency[LowLatencyLayout::kKinds];
 };
 
 struct Comm {
   char* buffers[kMaxRanks];  // every rank's symmetric buffer, as mapped here
   State* state;
-  Mailbox* mailbox;
-  // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_pair, rebuilt by every exchange that needs it
+  HostReport* host_report;
+  // [received wire rows, num_topk] epoch << 32 | row: the inverse of recv_pair. Every exchange that needs it rebuilds
+  // it.
   uint64_t* rows_of;
   Layout layout;
   LowLatencyLayout low_latency;
@@ -106,8 +118,8 @@ struct Comm {
   bool masks;  // low-latency pair: a timeout masks the peer, instead of failing
 };
 
-// Divides by what the host knows, by a multiplication where a division would take some thirty instructions. T. Granlund
-// and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
+// Divides by a number that the host knows: a multiplication, where a division takes some thirty instructions. T.
+// Granlund and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
 class Divisor {
  public:
   Divisor() = default;
@@ -130,19 +142,20 @@ class Divisor {
 
 struct PlanArgs {
   Comm comm;
+  Handshake handshake;
   const void* topk_idx;
   bool wide_idx;  // int64, not int32
   int num_tokens, num_topk, num_experts;
   bool expert_major;
   int alignment;
   int64_t capacity;  // -1: exact
-  int64_t map_rows;  // rows that there is room for in recv_map
-  // What a rank found wrong with its own arguments makes a plan of no rows, so that nobody waits for it.
+  int64_t map_rows;  // room in recv_map
+  // The host has refused this rank's arguments: a plan of no rows, so that no peer waits for it.
   bool refused;
   int32_t* send_row;
   int32_t* send_counts;
   int32_t* recv_counts;
-  void* recv_map;  // int32, but for recv_topk_idx, which is as topk_idx
+  void* recv_map;  // int32; recv_topk_idx has the dtype of topk_idx
   int32_t* offsets;
   int32_t* tokens_per_expert;
   int32_t* num_dropped;
@@ -160,8 +173,8 @@ struct PlanView {
   int64_t rows;
 };
 
-// A row's payloads travel side by side in one record: [row | weights | scales], each from a multiple of 16 bytes on.
-struct Record {
+// A wire row: everything that travels with a token, side by side: [row | weights | scales], each aligned to 16 bytes.
+struct WireFormat {
   int row_bytes;       // of this exchange: all of a row, or some columns of it
   int64_t row_stride;  // bytes from row to row in x, y and the results
   int weight_bytes;    // of one weight; 0: none
@@ -178,8 +191,8 @@ struct Record {
 struct DispatchArgs {
   Comm comm;
   PlanView plan;
-  Record record;
-  int64_t agreed[kNumAgreed];
+  WireFormat format;
+  Handshake handshake;
   const char* x;
   const char* weights;
   const char* scales;
@@ -191,8 +204,8 @@ struct DispatchArgs {
 struct CombineArgs {
   Comm comm;
   PlanView plan;
-  Record record;
-  int64_t agreed[kNumAgreed];
+  WireFormat format;
+  Handshake handshake;
   Element element;
   const char* y;
   const void* row_weights;  // float32 (float64 for float64), or null
@@ -205,13 +218,14 @@ struct CombineArgs {
 
 enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
 
-// What an operator does here: all of it, or one half.
+// Which part of an operator a kernel does.
 enum class Part : int { both, send, receive };
 
 struct LowLatencyDispatchArgs {
   Comm comm;
+  Handshake handshake;
   Part part;
-  int64_t* ticket;  // of the halves: the number of the exchange
+  int64_t* in_flight;  // of the halves: the number of the exchange
   // To send.
   const char* x;
   const void* topk_idx;
@@ -236,16 +250,17 @@ struct LowLatencyDispatchArgs {
   int hidden;
   int row_bytes;   // of a row as it travels and arrives
   int num_scales;  // of a row, words of four bytes
-  // A row's record on its way: [row | scales | a Place for each slot].
+  // A wire row: [row | scales | a SlotRoute per slot].
   EP_HOST_DEVICE int64_t scales_at() const { return round_up(row_bytes, 16); }
-  EP_HOST_DEVICE int64_t places_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
-  EP_HOST_DEVICE int64_t record_bytes() const { return places_at() + num_topk * kPlaceBytes; }
+  EP_HOST_DEVICE int64_t routes_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
+  EP_HOST_DEVICE int64_t wire_row_bytes() const { return routes_at() + num_topk * kSlotRouteBytes; }
 };
 
 struct LowLatencyCombineArgs {
   Comm comm;
+  Handshake handshake;  // max_tokens aside, which the half that receives finds in `in_flight`
   Part part;
-  int64_t* ticket;  // likewise, and max_tokens
+  int64_t* in_flight;  // the number of the exchange, and max_tokens
   // To send.
   const char* y;
   const float* row_weights;
@@ -263,13 +278,13 @@ struct LowLatencyCombineArgs {
   int row_bytes;
 };
 
-// Bytes of a record that one exchange can carry at most.
-int max_record_bytes();
-// Shared memory that ep::plan needs, in bytes; more than the device has if there are too many experts.
+// The widest wire row of one exchange.
+int max_wire_row_bytes();
+// Shared memory of ep::plan, in bytes: more than the device has if there are too many experts.
 int64_t plan_shared_bytes(int num_experts, int world_size);
 
-// Once a device, before the first launch there: so nothing is loaded or set up while a graph is captured. Fails where
-// the kernels were not built for the device.
+// Once per device, before the first launch: nothing may be loaded or set up while a graph is captured. Fails where the
+// kernels were not built for the device.
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch();
 cudaError_t prepare_combine();
@@ -279,7 +294,7 @@ cudaError_t prepare_low_latency_combine();
 cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
-// `multiprocessors`: of the device; the most blocks that may wait for each other.
+// `multiprocessors`: the most thread blocks that may wait for each other.
 cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_low_latency_combine(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream);
 

@@ -1,32 +1,9 @@
 // The operators' functions; shapes and meanings are those of torch_ep/ops.py.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
-#include <string>
-#include <string_view>
-#include <tuple>
+#include "core/types.h"
 
 namespace ep {
-
-// send_row, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped
-using PlanResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-// rows, topk_weights, scales
-using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>;
-
-// rows, scales, tokens_per_expert, source_offsets, recv_pair, recv_row, row_weights, wait_ns
-using LowLatencyRows = std::tuple<
-    at::Tensor,
-    std::optional<at::Tensor>,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor,
-    at::Tensor>;
-// ticket, in_flight
-using InFlight = std::tuple<at::Tensor, at::Tensor>;
 
 PlanResult plan(
     const at::Tensor& topk_idx,
@@ -104,11 +81,10 @@ InFlight low_latency_dispatch_send(
     int64_t max_tokens_per_rank,
     int64_t world_size,
     c10::string_view group_name,
-    int64_t in_flight_rows,
     const std::optional<at::Tensor>& after);
 
 LowLatencyRows low_latency_dispatch_recv(
-    const at::Tensor& ticket,
+    const at::Tensor& status,
     const at::Tensor& in_flight,
     int64_t hidden,
     at::ScalarType dtype,
@@ -119,7 +95,7 @@ LowLatencyRows low_latency_dispatch_recv(
     int64_t world_size,
     c10::string_view group_name);
 
-std::tuple<at::Tensor, at::Tensor> low_latency_combine(  // out, wait_ns
+LowLatencySums low_latency_combine(
     const at::Tensor& y,
     const at::Tensor& topk_idx,
     const at::Tensor& row_weights,
@@ -137,11 +113,10 @@ InFlight low_latency_combine_send(
     int64_t num_experts,
     int64_t world_size,
     c10::string_view group_name,
-    int64_t in_flight_rows,
     const std::optional<at::Tensor>& after);
 
-std::tuple<at::Tensor, at::Tensor> low_latency_combine_recv(  // out, wait_ns
-    const at::Tensor& ticket,
+LowLatencySums low_latency_combine_recv(
+    const at::Tensor& status,
     const at::Tensor& in_flight,
     const at::Tensor& topk_idx,
     int64_t hidden,

@@ -6,7 +6,7 @@
 // both are one.
 //
 // has_tangent tells torch_ep/derivatives.py whether forward mode has to do with a call.
-#include "c10d/exchange.h"
+#include "core/backend.h"
 #include "ops/ops.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -22,11 +22,11 @@ namespace {
 
 // A plan as Python has it: the fields of torch_ep.Plan, in its order.
 enum PlanField : Py_ssize_t {
-  kSendSlot,
+  kSendRow,
   kSendCounts,
   kRecvCounts,
   kRecvTopkIdx,
-  kRecvSlot,
+  kRecvPair,
   kOffsets,
   kTokensPerExpert,
   kNumDropped,
@@ -112,9 +112,9 @@ class PlanArguments {
       return;
     }
     const auto field = [plan](PlanField i) { return PyTuple_GET_ITEM(plan, i); };
-    PyObject* recv_map = field(is_rank_major(field(kLayout)) ? kRecvTopkIdx : kRecvSlot);
+    PyObject* recv_map = field(is_rank_major(field(kLayout)) ? kRecvTopkIdx : kRecvPair);
     is_whole_ = recv_map != Py_None;
-    fields_ = {field(kSendSlot), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
+    fields_ = {field(kSendRow), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
   }
   // False: the long way says what is wrong.
   bool is_whole() const { return is_whole_; }
@@ -183,11 +183,11 @@ PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* la
   const auto set = [&](PlanField field, PyObject* value) { PyTuple_SET_ITEM(result, field, value); };
   const auto& [send_row, send_counts, recv_counts, recv_map, offsets, tokens_per_expert, num_dropped] = plan;
   const bool rank_major = is_rank_major(layout);
-  set(kSendSlot, wrap(send_row));
+  set(kSendRow, wrap(send_row));
   set(kSendCounts, wrap(send_counts));
   set(kRecvCounts, wrap(recv_counts));
-  set(rank_major ? kRecvTopkIdx : kRecvSlot, wrap(recv_map));
-  set(rank_major ? kRecvSlot : kRecvTopkIdx, Py_NewRef(Py_None));
+  set(rank_major ? kRecvTopkIdx : kRecvPair, wrap(recv_map));
+  set(rank_major ? kRecvPair : kRecvTopkIdx, Py_NewRef(Py_None));
   set(kOffsets, wrap(offsets));
   set(kTokensPerExpert, wrap(tokens_per_expert));
   set(kNumDropped, wrap(num_dropped));
@@ -319,7 +319,7 @@ PyObject* any_has_tangent(PyObject*, PyObject* const* arguments, Py_ssize_t coun
 }
 
 PyObject* exchanges_begun(PyObject*, PyObject*) {
-  return PyLong_FromLongLong(ep::Exchange::begun());
+  return PyLong_FromLongLong(ep::exchanges_begun());
 }
 
 }  // namespace

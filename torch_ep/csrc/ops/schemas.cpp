@@ -5,88 +5,15 @@
 #include "core/backend.h"
 #include "local/permute.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
-
-#include <array>
 
 namespace {
 
-bool init(
-    std::string group_name,
-    std::string connections,
-    int64_t timeout_ms,
-    at::IntArrayRef limits,
-    at::IntArrayRef choice) {
-  return ep::init_communicator(group_name, connections, timeout_ms, limits, choice);
-}
-
-void tell(std::string op, std::string group_name, std::string failure) {
-  ep::tell_failure(ep::kind_of(op), c10::string_view(group_name), failure);
-}
-
-bool is_connected(std::string group_name) {
-  return ep::is_connected(group_name);
-}
-
-void hint_at_init(std::string hint) {
-  ep::hint_at_init(hint);
-}
-
-void destroy(std::string group_name) {
-  ep::destroy_communicator(group_name);
-}
-
-bool destroy_nvlink(std::string group_name) {
-  return ep::destroy_backend(group_name);
-}
-
-bool init_nvlink(
-    std::string group_name,
-    int64_t rank,
-    int64_t world_size,
-    at::IntArrayRef buffers,
-    at::IntArrayRef limits,
-    int64_t num_sms,
-    int64_t timeout_ms,
-    bool groupless,
-    bool masks) {
-  return ep::init_nvlink({group_name, rank, world_size, buffers, limits, num_sms, timeout_ms, groupless, masks});
-}
-
-int64_t nvlink_bytes(int64_t world_size, at::IntArrayRef limits, int64_t num_sms) {
-  // With these the number of bytes does not overflow, whose buffers would be too small.
-  constexpr int64_t most = int64_t{1} << 24;
-  constexpr std::array<const char*, 5> names{
-      "max_tokens_per_rank", "hidden", "num_topk", "num_experts", "low_latency_tokens"};
-  TORCH_CHECK_VALUE(limits.size() == names.size(), "torch_ep.init: expected ", names.size(), " limits, got ", limits);
-  for (size_t i = 0; i < names.size(); ++i) {
-    TORCH_CHECK_VALUE(
-        limits[i] <= most,
-        "torch_ep.init: expected ",
-        names[i],
-        " of at most ",
-        most,
-        " on backend nvlink, got ",
-        limits[i]);
-  }
-  return ep::nvlink_bytes(world_size, limits, num_sms);
-}
-
-int64_t settle_nvlink(std::string group_name) {
-  return ep::settle_nvlink(group_name);
-}
-
-void restart_nvlink(std::string group_name, int64_t epoch) {
-  ep::restart_nvlink(group_name, epoch);
-}
-
-int64_t masked_nvlink(std::string group_name) {
-  return ep::masked_nvlink(group_name);
-}
-
-void mask_nvlink(std::string group_name, int64_t ranks) {
-  ep::mask_nvlink(group_name, ranks);
+void report_failure(std::string op, std::string group_name, std::string failure) {
+  ep::report_failure(ep::kind_of(op), group_name, failure);
 }
 
 void force_aten(bool on) {
@@ -130,8 +57,9 @@ TORCH_LIBRARY(ep, m) {
       "Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 
-  // For decoding: no plan, static shapes, inference only. `quantize`: '' for none. The halves are joined by `ticket`
-  // ([2, world_size]: rows from each rank, wait_ns) and `in_flight` (on c10d: the data, in_flight_rows records).
+  // For decoding: no plan, static shapes, inference only. `quantize`: '' for none. The halves are joined by `status`
+  // ([2, world_size]: rows from each rank, wait_ns) and `in_flight` ([world_size * max_tokens_per_rank, bytes per wire
+  // row]; nvlink keeps the data elsewhere and leaves it undefined).
   m.def(
       "low_latency_dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, str quantize, int num_experts, "
       "int max_tokens_per_rank, int world_size, str group_name, Tensor? after=None) -> (Tensor rows, Tensor? scales, "
@@ -140,11 +68,11 @@ TORCH_LIBRARY(ep, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "low_latency_dispatch_send(Tensor x, Tensor topk_idx, Tensor? topk_weights, str quantize, int num_experts, "
-      "int max_tokens_per_rank, int world_size, str group_name, int in_flight_rows, Tensor? after=None) "
-      "-> (Tensor ticket, Tensor in_flight)",
+      "int max_tokens_per_rank, int world_size, str group_name, Tensor? after=None) -> (Tensor status, Tensor "
+      "in_flight)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "low_latency_dispatch_recv(Tensor ticket, Tensor in_flight, SymInt hidden, ScalarType dtype, int num_topk, "
+      "low_latency_dispatch_recv(Tensor status, Tensor in_flight, SymInt hidden, ScalarType dtype, int num_topk, "
       "str quantize, int num_experts, int max_tokens_per_rank, int world_size, str group_name) -> (Tensor rows, "
       "Tensor? scales, Tensor tokens_per_expert, Tensor source_offsets, Tensor recv_pair, Tensor recv_row, "
       "Tensor row_weights, Tensor wait_ns)",
@@ -155,10 +83,10 @@ TORCH_LIBRARY(ep, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "low_latency_combine_send(Tensor y, Tensor topk_idx, Tensor row_weights, Tensor recv_row, int num_experts, "
-      "int world_size, str group_name, int in_flight_rows, Tensor? after=None) -> (Tensor ticket, Tensor in_flight)",
+      "int world_size, str group_name, Tensor? after=None) -> (Tensor status, Tensor in_flight)",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "low_latency_combine_recv(Tensor ticket, Tensor in_flight, Tensor topk_idx, SymInt hidden, ScalarType dtype, "
+      "low_latency_combine_recv(Tensor status, Tensor in_flight, Tensor topk_idx, SymInt hidden, ScalarType dtype, "
       "int num_experts, int world_size, str group_name) -> (Tensor out, Tensor wait_ns)",
       {at::Tag::pt2_compliant_tag});
 
@@ -173,26 +101,9 @@ TORCH_LIBRARY(ep, m) {
       "grouped_mm.transpose(Tensor a, Tensor g, Tensor offsets) -> Tensor",
       {at::Tag::pt2_compliant_tag, at::Tag::cudagraph_unsafe});
 
-  // Collective and local halves of torch_ep.init and torch_ep.destroy.
-  m.def("_init(str group_name, str connections, int timeout_ms, int[] limits, int[] choice) -> bool", &init);
-  m.def("_tell(str op, str group_name, str failure) -> ()", &tell);
-  m.def("_is_connected(str group_name) -> bool", &is_connected);
-  m.def("_orphaned() -> str[]", &ep::orphaned_communicators);
-  m.def("_hint_at_init(str hint) -> ()", &hint_at_init);
-  m.def("_destroy(str group_name) -> ()", &destroy);
-  m.def("_has_nvlink() -> bool", &ep::has_nvlink);
-  m.def("_nvlink_runs() -> bool", &ep::nvlink_runs);
-  m.def("_nvlink_most_experts(int world_size) -> int", &ep::nvlink_most_experts);
-  m.def("_nvlink_bytes(int world_size, int[] limits, int num_sms) -> int", &nvlink_bytes);
-  m.def(
-      "_init_nvlink(str group_name, int rank, int world_size, int[] buffers, int[] limits, int num_sms, "
-      "int timeout_ms, bool groupless, bool masks) -> bool",  // of the backend that it replaces: as _destroy_nvlink
-      &init_nvlink);
-  m.def("_destroy_nvlink(str group_name) -> bool", &destroy_nvlink);  // false: it still runs, its buffers have to stay
-  m.def("_settle_nvlink(str group_name) -> int", &settle_nvlink);
-  m.def("_restart_nvlink(str group_name, int epoch) -> ()", &restart_nvlink);
-  m.def("_masked_nvlink(str group_name) -> int", &masked_nvlink);
-  m.def("_mask_nvlink(str group_name, int ranks) -> ()", &mask_nvlink);
+  // The rest of torch_ep.init and its relatives is registered by the backends.
+  m.def("_backends() -> str[]", &ep::backend_names);
+  m.def("_report_failure(str op, str group_name, str failure) -> ()", &report_failure);
   m.def("_force_aten(bool on) -> ()", &force_aten);
   m.def("_force_parts(bool on) -> ()", &force_parts);
 }

@@ -1,16 +1,16 @@
-// Where a row of ep::low_latency_dispatch belongs among those of its source and expert.
+// The index of a row of ep::low_latency_dispatch among the rows of its source and expert.
 #pragma once
 
 #include "nvlink/device/low_latency_receive.cuh"
 
 namespace ep::nvlink {
 
-// Of the last kWarps of a block: counts, for the slots of a token, the tokens before it that go to the same expert, a
-// lane each. The last warp leads.
+// The last kWarps warps of a block count, for each slot of a token, the earlier tokens that go to the same expert. The
+// last warp leads. Lane k has slot k.
 template <int kWarps>
 class RowCounter {
  public:
-  // `slots`: of shared memory, a byte of each expert.
+  // `slots`: shared memory, a byte per expert.
   __device__ RowCounter(const LowLatencyDispatchArgs& args, const Entries& entries, uint8_t* slots)
       : a_(args), entries_(entries), slots_(slots) {
     if (leads()) {
@@ -24,10 +24,10 @@ class RowCounter {
 
   __device__ static bool leads() { return warp_id() == kDispatchWarps - 1; }
 
-  // Asks for the first entries of those before a token.
+  // Loads the first entries of the tokens before a token.
   __device__ void load(int token) { load(token, 0, 0); }
 
-  // Of the leader. `expert`: of the lane's slot, negative if none.
+  // The leader. `expert`: of the lane's slot, negative if none.
   __device__ void begin(int expert) {
     if (kWarps > 1) {
       counted()[lane_id()] = 0;
@@ -45,13 +45,13 @@ class RowCounter {
     }
   }
 
-  // After `load`, and a `sync` after `begin`; a `sync` comes next.
+  // All counting warps, after `load`, and a `sync` after `begin`; a `sync` has to follow.
   __device__ void count(int token) {
     const int lane = lane_id();
     count_ = 0;
 #pragma unroll 1
     for (int first = 0; first + first_of_warp() < token; first += kWarps * kWarp) {
-      uint32_t visited = 0;  // bits of slots: of an expert that is named twice, one
+      uint32_t visited = 0;  // bits of slots; one for an expert that a token has twice
 #pragma unroll 1
       for (int slot = 0; slot < a_.num_topk; slot += kAhead) {
         if (first != 0 || slot != 0) {
@@ -61,6 +61,7 @@ class RowCounter {
         for (int j = 0; j < kAhead; ++j) {
           const int expert = ahead_[j].value();
           const int same = expert >= 0 && expert < a_.num_experts ? slots_[expert] : 0;
+          // fault: low latency: doubled expert
           visited |= same != 0 ? 1U << (same - 1) : 0;
         }
       }
@@ -76,7 +77,7 @@ class RowCounter {
     }
   }
 
-  // Of the leader: of the lane's slot.
+  // The leader. The index for the lane's slot.
   __device__ int end(int expert) const {
     if (expert >= 0) {
       slots_[expert] = 0;

@@ -1,29 +1,36 @@
-// What every exchange has in common: waits that end, headers, credits, the end of an exchange.
+// What the exchanges of ep::plan, ep::dispatch and ep::combine have in common: waits that end, the handshake, credits,
+// the end of an exchange.
 //
 // Note [Signals]
-// A word in symmetric memory has one writer and one reader and holds an epoch, which only grows: exchanges are counted,
+// A word in symmetric memory has one writer and one reader. It holds an epoch, which only grows: exchanges are counted
 // on the device, and every rank counts the same. Nothing is cleaned between exchanges. A rank that enters exchange e
-//   - writes its header into every peer, and checks theirs: same exchange, same operator, same sizes;
-//   - waits, before it writes into the buffer of a peer, until that peer is done with the exchange that used it last
-//     (the credit; in steady state it came long ago);
-//   - writes rows in chunks, and after each, released at system scope, the chunk's flag with e in its upper half;
-//   - when all of its blocks have read what came for it, tells every peer that it is done with e.
+//   - publishes its handshake to every peer and checks theirs: same exchange, same operator, same sizes;
+//   - waits, before it writes into a peer's buffer, for that peer's credit: the peer has finished the exchange that
+//   used
+//     the buffer last. In steady state the credit came long ago;
+//   - writes rows in chunks, and then each chunk's flag, released at system scope, with e in its upper half;
+//   - publishes to every peer that it has finished e, once all of its blocks have read what came for it.
 #pragma once
 
 #include "core/device/warp.cuh"
 #include "nvlink/device/memory.cuh"
+#include "nvlink/device/peer.cuh"
+#include "nvlink/device/ranks.cuh"
+#include "nvlink/device/work_queue.cuh"
 #include "nvlink/params.h"
 
 namespace ep::nvlink {
 
+// A load or store that the compiler neither drops nor repeats.
 template <class T>
 __device__ __forceinline__ volatile T& fresh(T& value) {
   return value;
 }
 
-// Asks for the arguments of the launch, each warp for some: one after the other they would be missed one at a time.
+// Block-collective. Loads the arguments of the launch into the cache, each warp some lines: one after another, every
+// line would be a miss of its own.
 template <class Args>
-__device__ __forceinline__ void ask_for(const Args& args) {
+__device__ __forceinline__ void prefetch_arguments(const Args& args) {
   constexpr int kLineWords = 16;
   if (const int word = warp_id() * kLineWords; word * 4 < static_cast<int>(sizeof(Args))) {
     const int value = reinterpret_cast<const int*>(&args)[word];
@@ -31,7 +38,7 @@ __device__ __forceinline__ void ask_for(const Args& args) {
   }
 }
 
-// Of a whole block, whose threads are of one mind: another block may fail meanwhile.
+// Block-collective. The same answer in every thread, although another block may fail meanwhile.
 __device__ inline bool has_failed(const Comm& comm) {
   return __syncthreads_or(static_cast<int>(fresh(comm.state->failed))) != 0;
 }
@@ -46,58 +53,58 @@ struct Exchange {
   __device__ Exchange(const Comm& c, Op o, uint64_t e) : comm(c), op(o), epoch(e) {}
   __device__ const Layout& layout() const { return comm.layout; }
   __device__ int world_size() const { return comm.layout.world_size; }
-  __device__ char* own(int64_t offset) const { return comm.buffers[comm.rank] + offset; }
-  __device__ char* peer(int rank, int64_t offset) const { return comm.buffers[rank] + offset; }
+  __device__ Peer peer(int rank) const { return Peer(comm.buffers[rank]); }
+  __device__ Inbox inbox() const { return Inbox(comm.buffers[comm.rank]); }
   __device__ bool is_peer(int rank) const { return rank < world_size() && rank != comm.rank; }
   // The upper half of words that also count.
   __device__ uint64_t tag() const { return epoch << 32; }
   __device__ bool is_tagged(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
 };
 
-// Note [Peers in turn]
-// What all ranks send to one of them at once shares that one's links, while those of the others are idle. So no two
-// ranks begin with the same peer, nor all warps of one. Bulk copies of a warp leave in the order of its lanes: these
-// stand for the ranks from the `turn`-th on. Lanes beyond the last rank stand for none.
-__device__ inline int rank_of_lane(int turn, int world_size) {
-  const int lane = lane_id();
-  return lane < world_size ? (lane + turn) % world_size : lane;
-}
-
-// What `record` is told, as in Mailbox.
-struct Trouble {
+// What a kernel reports of a failure: FailureReport (params.h) less what the exchange knows.
+struct FailureCause {
   Failure kind;
   Phase phase;
-  int64_t peer, detail, ours, theirs, theirs_epoch;
+  int peer;
+  int missing_rank = 0;
+  HandshakeField field{};
+  int token = 0, slot = 0, earlier_slot = 0;
+  int64_t ours = 0, theirs = 0, their_epoch = 0;
 };
 
-// The first failure of an exchange goes to the host; it is what the next call raises. `recorded`: the epoch of the last
-// one of exchanges that are counted as this one is.
-__device__ inline void record(const Exchange& x, const Trouble& r, uint64_t* recorded) {
-  Mailbox& mailbox = *x.comm.mailbox;
-  const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(recorded), x.epoch);
-  if (last < x.epoch && fresh(mailbox.kind) == 0) {
-    fresh(mailbox.op) = static_cast<int64_t>(x.op);
-    fresh(mailbox.phase) = static_cast<int64_t>(r.phase);
-    fresh(mailbox.epoch) = static_cast<int64_t>(x.epoch);
-    fresh(mailbox.peer) = r.peer;
-    fresh(mailbox.detail) = r.detail;
-    fresh(mailbox.ours) = r.ours;
-    fresh(mailbox.theirs) = r.theirs;
-    fresh(mailbox.theirs_epoch) = r.theirs_epoch;
+// One thread. Reports the first failure of an exchange to the host, whose next call raises it. `reported`: the epoch of
+// the last reported failure among exchanges that are counted together.
+__device__ inline void publish_failure(const Exchange& x, const FailureCause& cause, uint64_t* reported) {
+  FailureReport& report = x.comm.host_report->failure;
+  const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(reported), x.epoch);
+  if (last < x.epoch && fresh(report.kind) == Failure::none) {
+    fresh(report.op) = x.op;
+    fresh(report.phase) = cause.phase;
+    fresh(report.epoch) = static_cast<int64_t>(x.epoch);
+    fresh(report.peer) = cause.peer;
+    fresh(report.missing_rank) = cause.missing_rank;
+    fresh(report.field) = cause.field;
+    fresh(report.token) = cause.token;
+    fresh(report.slot) = cause.slot;
+    fresh(report.earlier_slot) = cause.earlier_slot;
+    fresh(report.ours) = cause.ours;
+    fresh(report.theirs) = cause.theirs;
+    fresh(report.their_epoch) = cause.their_epoch;
     __threadfence_system();
-    fresh(mailbox.kind) = static_cast<int64_t>(r.kind);
+    fresh(report.kind) = cause.kind;
   }
 }
 
-// What hardly ever happens is out of the way: code that does not run costs the code beside it time, as all of it does
-// not fit into the memory for instructions. Arguments are copies, so that what calls it keeps its variables in
-// registers.
+// Note [Cold paths]
+// What hardly ever runs is not inlined: the instruction cache does not hold a whole kernel, and code that does not run
+// costs the code beside it time. Arguments are copies, so that the caller keeps its variables in registers.
 
-__device__ __noinline__ inline void record(Exchange x, Trouble r) {
-  record(x, r, &x.comm.state->recorded);
+// One thread. Cold path.
+__device__ __noinline__ inline void publish_failure(Exchange x, FailureCause cause) {
+  publish_failure(x, cause, &x.comm.state->reported);
 }
 
-// Makes every wait of this exchange end.
+// One thread. Ends every wait of this exchange on this rank.
 __device__ inline void abort_exchange(const Exchange& x) {
   fresh(x.comm.state->aborted) = x.epoch;
 }
@@ -106,59 +113,61 @@ __device__ inline bool is_aborted(const Exchange& x) {
   return fresh(x.comm.state->aborted) == x.epoch;
 }
 
-// What `left` holds beside the epoch: that it was left for a mismatch; or 1 + the rank that did not come.
-constexpr uint64_t kMismatch = uint64_t{1} << 63;
-constexpr int kMissingShift = 56;
-constexpr uint64_t kMissing = uint64_t{0x7f} << kMissingShift;
+// An abort signal: the epoch, and why the exchange was aborted: a mismatch, or 1 + the rank that did not come.
+constexpr uint64_t kAbortForMismatch = uint64_t{1} << 63;
+constexpr int kAbortMissingShift = 56;
+constexpr uint64_t kAbortMissingRank = uint64_t{0x7f} << kAbortMissingShift;
+static_assert(kMaxRanks + 1 <= 0x7f);
 
-__device__ __noinline__ inline void leave(Exchange x, uint64_t cause) {
+// One thread. Cold path.
+__device__ __noinline__ inline void publish_abort(Exchange x, uint64_t cause) {
   abort_exchange(x);
 #pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {
-      store_release_system(x.peer(p, x.layout().left(x.comm.rank)), x.epoch | cause);
+      x.peer(p).signal(x.layout().abort_signal(x.comm.rank), x.epoch | cause);
     }
   }
 }
 
-// Every later exchange ends at once, until a reset. The mailbox may still have an earlier failure: the host is told
-// that this one came after it.
+// One thread. Every later exchange ends at once, until a reset. The report may still hold an earlier failure: `stopped`
+// tells the host that this one came after it.
 __device__ inline void stop(const Exchange& x) {
-  fresh(x.comm.mailbox->stopped) = static_cast<int64_t>(x.epoch);
+  fresh(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
   __threadfence_system();
   fresh(x.comm.state->failed) = 1;
 }
 
-// `missing`: the rank without which this exchange cannot end.
-__device__ inline void give_up(const Exchange& x, const Trouble& r, int missing) {
-  record(x, r);
+// One thread. `missing`: the rank without which this exchange cannot end.
+__device__ inline void give_up(const Exchange& x, const FailureCause& cause, int missing) {
+  publish_failure(x, cause);
   stop(x);
-  leave(x, static_cast<uint64_t>(missing + 1) << kMissingShift);
+  publish_abort(x, static_cast<uint64_t>(missing + 1) << kAbortMissingShift);
 }
 
-// A wait that ends: by timeout, because a peer gave up, or because this exchange was aborted.
+// One thread. A wait that ends: by timeout, because a peer aborted the exchange, or because this rank did.
 class Wait {
  public:
   __device__ Wait(const Exchange& x, Phase phase) : x_(x), phase_(phase) {}
 
-  // After a look that found nothing. False: there is no point in looking again.
-  __device__ bool again(int peer, uint64_t seen) {
-    ++looks_;
-    if (looks_ % kLooksPerGlance == 0) {
-      since_ = glance(x_, phase_, peer, seen, since_);
+  // After a poll that found nothing. False: stop polling.
+  __device__ bool keep_waiting(int peer, uint64_t seen) {
+    ++polls_;
+    if (polls_ % kPollsPerCheck == 0) {
+      since_ = check_slowly(x_, phase_, peer, seen, since_);
     }
     return since_ >= 0;
   }
 
  private:
-  static constexpr int kLooksPerGlance = 64;
+  static constexpr int kPollsPerCheck = 64;
 
-  // When the first glance was, if `since` is 0; or -1: there is no point in looking again.
-  __device__ __noinline__ static int64_t glance(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
-    // Headers, and the credits before them, are awaited whatever else is known of the exchange: no rank leaves it
-    // before it met all, so every mismatch is found by both of its sides.
-    const bool meets = phase == Phase::header || phase == Phase::credit;
-    if (is_aborted(x) && !(meets && fresh(x.comm.state->failed) == 0)) {
+  // Cold path. The time of the first check, for which `since` is 0; or -1: stop polling.
+  __device__ __noinline__ static int64_t check_slowly(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
+    // A mismatch ends neither the wait for handshakes nor the wait for credits before it: no rank leaves an exchange
+    // before it has all handshakes, so both sides find every mismatch.
+    const bool in_handshake = phase == Phase::handshake || phase == Phase::credit;
+    if (is_aborted(x) && !(in_handshake && fresh(x.comm.state->failed) == 0)) {
       return -1;
     }
     const auto now = static_cast<int64_t>(global_timer_ns());
@@ -166,19 +175,21 @@ class Wait {
       since = now;
     }
     if (now - since > x.comm.timeout_ns) {
-      give_up(x, {Failure::timeout, phase, peer, 0, 0, static_cast<int64_t>(seen), 0}, peer);
+      FailureCause cause{Failure::timeout, phase, peer};
+      cause.theirs = static_cast<int64_t>(seen);
+      give_up(x, cause, peer);
       return -1;
     }
 #pragma unroll 1
     for (int p = 0; p < x.world_size(); ++p) {
-      const uint64_t left = p == x.comm.rank ? 0 : load_relaxed_system(x.own(x.layout().left(p)));
-      if ((left & ~kMissing) == x.epoch) {
-        const auto missing = static_cast<int>((left & kMissing) >> kMissingShift) - 1;
-        give_up(x, {Failure::left, phase, p, missing, 0, 0, 0}, missing);
+      const uint64_t signal = p == x.comm.rank ? 0 : x.inbox().poll_word(x.layout().abort_signal(p));
+      if ((signal & ~kAbortMissingRank) == x.epoch) {
+        const auto missing = static_cast<int>((signal & kAbortMissingRank) >> kAbortMissingShift) - 1;
+        give_up(x, {Failure::peer_aborted, phase, p, missing}, missing);
         return -1;
       }
-      if (left == (x.epoch | kMismatch) && !meets) {
-        fresh(x.comm.state->elsewhere) = p + 1;
+      if (signal == (x.epoch | kAbortForMismatch) && !in_handshake) {
+        fresh(x.comm.state->mismatched_peer) = p + 1;
         abort_exchange(x);
         return -1;
       }
@@ -189,10 +200,10 @@ class Wait {
   const Exchange& x_;
   const Phase phase_;
   int64_t since_ = 0;
-  uint32_t looks_ = 0;
+  uint32_t polls_ = 0;
 };
 
-// Of a whole warp: until `ready()` holds on every lane that has `waits` set. False: given up.
+// Warp-collective. Waits until `ready()` holds on every lane that has `waits` set. False: the exchange was aborted.
 template <class Ready>
 __device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer, Ready ready) {
   Wait wait(x, phase);
@@ -201,92 +212,143 @@ __device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer,
     if (ready()) {
       break;
     }
-    going = wait.again(peer, 0);
+    going = wait.keep_waiting(peer, 0);
   }
   going = __all_sync(kFullWarp, going);
   __syncwarp();  // what one lane acquired is there for all
   return going;
 }
 
-// Of a whole warp: lane p until peer p is done with the exchange `last`, in which its buffer was written before.
+// Warp-collective. The same for every peer: `ready(rank)`.
+template <class Ready>
+__device__ bool wait_peers(const Exchange& x, Phase phase, Ready ready) {
+  bool going = true;
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    const int p = rank_at(step);
+    going = going && wait_lanes(x, phase, x.is_peer(p), p, [&] { return ready(p); });
+  }
+  return going;
+}
+
+// Warp-collective. Waits until every peer has finished the exchange `last`, in which its buffer was written before.
 __device__ inline bool wait_for_credits(const Exchange& x, uint64_t last) {
-  const int p = lane_id();
-  const bool may = wait_lanes(
-      x, Phase::credit, x.is_peer(p), p, [&] { return load_acquire_system(x.own(x.layout().done(p))) >= last; });
+  const auto has_credit = [&](int p) {
+    // fault: rows written without a credit
+    return x.inbox().poll_signal(x.layout().done(p)) >= last;
+  };
+  const bool may = wait_peers(x, Phase::credit, has_credit);
   fence_async_global();  // between the credit and the bulk copies that it allows
   return may;
 }
 
+// Warp-collective. Waits until `arrivals` warps of this rank have built their part of rows_of.
 __device__ inline bool wait_for_gate(const Exchange& x, uint32_t arrivals) {
   return wait_lanes(
       x, Phase::gate, true, x.comm.rank, [&] { return load_acquire_device(&x.comm.state->gate) >= arrivals; });
 }
 
-__device__ inline const Header* header_of_lane(const Exchange& x) {
-  const Layout& layout = x.layout();
-  return reinterpret_cast<const Header*>(
-      x.own(layout.header(static_cast<int>(x.epoch % 2), lane_id() % layout.world_size)));
+// --- the handshake ---
+
+__device__ inline int64_t header_at(const Exchange& x, int source, int word) {
+  return x.layout().header(static_cast<int>(x.epoch % 2), source) + word * int64_t{8};
 }
 
-__device__ inline bool wait_for_headers(const Exchange& x) {
-  const int p = lane_id();
-  const Header* header = header_of_lane(x);
-  return wait_lanes(x, Phase::header, x.is_peer(p), p, [&] { return load_acquire_system(&header->epoch) >= x.epoch; });
+// Warp-collective.
+__device__ inline bool wait_for_handshakes(const Exchange& x) {
+  return wait_peers(
+      x, Phase::handshake, [&](int p) { return x.inbox().poll_signal(header_at(x, p, Header::kEpoch)) >= x.epoch; });
 }
 
-// Of one whole warp: lane p tells peer p that this rank has entered the exchange.
-__device__ inline void
-tell_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
-  const int p = lane_id();
-  if (x.is_peer(p)) {
-    auto* theirs = reinterpret_cast<Header*>(x.peer(p, x.layout().header(static_cast<int>(x.epoch % 2), x.comm.rank)));
-    store_relaxed_system(&theirs->op, static_cast<uint64_t>(x.op));
-    for (int i = 0; i < kNumAgreed; ++i) {
-      store_relaxed_system(&theirs->agreed[i], static_cast<uint64_t>(agreed[i]));
+// One thread. Flags of chunks that a peer will send, once its handshake is here.
+__device__ inline int64_t announced_chunks(const Exchange& x, int peer) {
+  return static_cast<int64_t>(x.inbox().poll_word(header_at(x, peer, Header::kChunks)));
+}
+
+// Rows between this rank and each other; -1: not known when the exchange begins.
+struct RowCounts {
+  PerRank<int> to, from;
+
+  __device__ static RowCounts unknown() {
+    RowCounts counts;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      counts.to[step] = counts.from[step] = -1;
     }
-    store_relaxed_system(&theirs->rows_to_you, static_cast<uint64_t>(rows_to_lane));
-    store_relaxed_system(&theirs->rows_from_you, static_cast<uint64_t>(rows_from_lane));
-    store_relaxed_system(&theirs->chunks, static_cast<uint64_t>(chunks));
-    store_release_system(&theirs->epoch, x.epoch);
+    return counts;
+  }
+};
+
+// Warp-collective. Publishes to every peer that this rank has entered the exchange.
+__device__ inline void
+publish_handshake(const Exchange& x, const Handshake& handshake, const RowCounts& rows, int64_t chunks = 0) {
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    if (const int p = rank_at(step); x.is_peer(p)) {
+      const Peer peer = x.peer(p);
+      const auto put = [&](int word, uint64_t value) { peer.put_word(header_at(x, x.comm.rank, word), value); };
+      put(Header::kOp, static_cast<uint64_t>(x.op));
+#pragma unroll
+      for (int i = 0; i < Handshake::kWords; ++i) {
+        put(Header::kHandshake + i, handshake.word(i));
+      }
+      put(Header::kRows, Header::rows_word(rows.to[step], rows.from[step]));
+      put(Header::kChunks, static_cast<uint64_t>(chunks));
+      peer.signal(header_at(x, x.comm.rank, Header::kEpoch), x.epoch);
+    }
   }
 }
 
-// Of one whole warp: lane p checks that peer p entered the same.
-__device__ inline bool
-check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane) {
-  const int p = lane_id();
-  const bool is_peer = x.is_peer(p);
-  const Header* header = header_of_lane(x);
-  if (!wait_for_headers(x)) {
+// One thread. Cold path. Reports the first field in which a peer's header differs.
+__device__ __noinline__ inline void
+publish_mismatch(Exchange x, const Handshake& ours, int peer, int rows_to_peer, int rows_from_peer) {
+  const auto word = [&](int i) { return x.inbox().poll_word(header_at(x, peer, i)); };
+  FailureCause cause{Failure::mismatch, Phase::handshake, peer};
+  cause.their_epoch = static_cast<int64_t>(word(Header::kEpoch));
+  const auto differ = [&](HandshakeField field, int64_t mine, int64_t theirs) {
+    cause.field = field;
+    cause.ours = mine;
+    cause.theirs = theirs;
+    return mine != theirs;
+  };
+  bool found = differ(HandshakeField::op, static_cast<int64_t>(x.op), static_cast<int64_t>(word(Header::kOp)));
+#pragma unroll 1
+  for (int i = 0; i < Handshake::kFields && !found; ++i) {
+    const uint64_t both = word(Header::kHandshake + i / 2);
+    found = differ(static_cast<HandshakeField>(i), ours.field(i), static_cast<int32_t>(both >> i % 2 * 32));
+  }
+  // Rows are compared only where both sides know them: within one operator, all ranks do or none.
+  const uint64_t rows = word(Header::kRows);
+  found = found || differ(HandshakeField::rows_to_peer, rows_to_peer, Header::rows_from_reader(rows));
+  found = found || differ(HandshakeField::rows_from_peer, rows_from_peer, Header::rows_to_reader(rows));
+  publish_failure(x, cause);
+}
+
+// Warp-collective. Waits for the handshakes of all peers and compares them with this rank's.
+__device__ inline bool check_handshake(const Exchange& x, const Handshake& handshake, const RowCounts& rows) {
+  if (!wait_for_handshakes(x)) {
     return false;
   }
   bool same = true;
-  if (is_peer) {
-    // The first word that differs. Rows are compared only where both sides know them: within one operator, all or none
-    // do.
-    int64_t detail = 0, ours = 0, theirs = 0;
-    const auto compare = [&](int64_t n, int64_t own, const int64_t* word) {
-      const auto other = static_cast<int64_t>(load_relaxed_system(word));
-      if (same && own != other) {
-        same = false;
-        detail = n;
-        ours = own;
-        theirs = other;
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    if (const int p = rank_at(step); x.is_peer(p)) {
+      const auto word = [&](int i) { return x.inbox().poll_word(header_at(x, p, i)); };
+      bool peer_same = word(Header::kOp) == static_cast<uint64_t>(x.op);
+#pragma unroll
+      for (int i = 0; i < Handshake::kWords; ++i) {
+        peer_same = word(Header::kHandshake + i) == handshake.word(i) && peer_same;
       }
-    };
-    compare(0, static_cast<int64_t>(x.op), &header->op);
-    for (int i = 0; i < kNumAgreed; ++i) {
-      compare(1 + i, agreed[i], &header->agreed[i]);
-    }
-    compare(1 + kNumAgreed, rows_to_lane, &header->rows_from_you);
-    compare(2 + kNumAgreed, rows_from_lane, &header->rows_to_you);
-    if (!same) {
-      record(x, {Failure::mismatch, Phase::header, p, detail, ours, theirs, static_cast<int64_t>(header->epoch)});
+      peer_same = word(Header::kRows) == Header::rows_word(rows.from[step], rows.to[step]) && peer_same;
+      if (!peer_same) {
+        publish_mismatch(x, handshake, p, rows.to[step], rows.from[step]);
+        same = false;
+      }
     }
   }
   if (!__all_sync(kFullWarp, same)) {
-    if (p == 0) {
-      leave(x, kMismatch);  // also those that agree with this rank may wait for what does not come
+    if (lane_id() == 0) {
+      publish_abort(x, kAbortForMismatch);  // peers that agree with this rank may wait for what does not come
     }
     __syncwarp();
     return false;
@@ -294,13 +356,17 @@ check_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int6
   return true;
 }
 
+// Warp-collective. Publishes this rank's handshake and checks those of all peers. False: the exchange was aborted.
 __device__ inline bool
-meet_peers(const Exchange& x, const int64_t* agreed, int64_t rows_to_lane, int64_t rows_from_lane, int64_t chunks = 0) {
-  tell_peers(x, agreed, rows_to_lane, rows_from_lane, chunks);
-  return check_peers(x, agreed, rows_to_lane, rows_from_lane);
+exchange_handshakes(const Exchange& x, const Handshake& handshake, const RowCounts& rows, int64_t chunks = 0) {
+  publish_handshake(x, handshake, rows, chunks);
+  return check_handshake(x, handshake, rows);
 }
 
-// Of a whole block, at the end: the last block ends the exchange. `last_use`: of the peers' buffer that was written.
+// --- the end ---
+
+// Block-collective. The last block ends the exchange. `last_use`: the epoch in which the peers' buffer was last
+// written.
 __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   __syncthreads();
   if (threadIdx.x != 0) {
@@ -313,77 +379,62 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   if (fresh(state.failed) != 0) {
     return;  // a reset has to put things in order
   }
-  if (const uint32_t elsewhere = fresh(state.elsewhere); elsewhere != 0) {
-    state.elsewhere = 0;
-    record(x, {Failure::elsewhere, Phase::rows, elsewhere - 1, 0, 0, 0, 0});  // unless it is between us and a peer
+  if (const uint32_t peer = fresh(state.mismatched_peer); peer != 0) {
+    state.mismatched_peer = 0;
+    // Not if it is between this rank and a peer, which has been reported already.
+    publish_failure(x, {Failure::mismatch_of_peer, Phase::rows, static_cast<int>(peer) - 1});
   }
   state.blocks_done = 0;
   state.gate = 0;
-  state.tickets[0] = state.tickets[1] = 0;
+  state.work_queues[0] = state.work_queues[1] = 0;
 #pragma unroll
   for (uint32_t& chunks : state.chunks) {
     chunks = 0;
   }
   *last_use = x.epoch;
+  // fault: skipped epoch
   state.epoch = x.epoch;
-  fence_system();
+  fence_system();  // between what this rank has read and what peers will write there
 #pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {
-      store_relaxed_system(x.peer(p, x.layout().done(x.comm.rank)), x.epoch);
+      x.peer(p).put_word(x.layout().done(x.comm.rank), x.epoch);
     }
   }
 }
 
-// Work that warps take as they get to it, in the order in which it is to be done: so none is late because of its share.
-class Tickets {
- public:
-  __device__ Tickets(const Exchange& x, int kind) : counter_(&x.comm.state->tickets[kind]) {}
-  // Draws the ticket that the next `next` returns: early, so that its latency passes meanwhile. What it stands for is
-  // then this warp's to do.
-  __device__ void draw() {
-    if (lane_id() == 0) {
-      drawn_ = atomicAdd(counter_, 1);
-    }
-    has_drawn_ = true;
-  }
-  __device__ int64_t next() {
-    if (!has_drawn_) {
-      draw();
-    }
-    has_drawn_ = false;
-    return static_cast<int64_t>(__shfl_sync(kFullWarp, drawn_, 0));
-  }
+// --- wire rows ---
 
- private:
-  uint32_t* counter_;
-  uint32_t drawn_ = 0;
-  bool has_drawn_ = false;
-};
-
-// Of a whole warp: the sum of what this lane and those below it have, for each of the first kLanes lanes.
-template <int kLanes>
-__device__ __forceinline__ int sum_up_to_lane(int n) {
-#pragma unroll
-  for (int step = 1; step < kLanes; step *= 2) {
-    const int below = __shfl_up_sync(kFullWarp, n, step);
-    n += lane_id() >= step ? below : 0;
-  }
-  return n;
-}
-
-// Rows that go to, or come from, each rank: lane r has those of rank r, counted from the first row of rank 0.
+// Wire rows to, or from, each rank, counted from the first row of rank 0.
 struct WireRows {
-  int begin, end;
-  __device__ int count() const { return end - begin; }
+  PerRank<int> begin, end;
+
+  __device__ PerRank<int> counts() const {
+    PerRank<int> counts;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      counts[step] = end[step] - begin[step];
+    }
+    return counts;
+  }
 };
 
+// Warp-collective. `counts`: of each rank.
 __device__ inline WireRows wire_rows(const Exchange& x, const int32_t* counts) {
-  const int lane = lane_id();
-  const auto most = static_cast<int>(x.layout().max_tokens);
-  const int count = lane < x.world_size() ? min(max(counts[lane], 0), most) : 0;
-  const int end = sum_up_to_lane<kMaxRanks>(count);
-  return {end - count, end};
+  const auto max_rows = static_cast<int>(x.layout().max_tokens);
+  WireRows rows;
+  PerRank<int> count;
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    const int rank = rank_at(step);
+    count[step] = rank < x.world_size() ? min(max(counts[rank], 0), max_rows) : 0;
+  }
+  rows.end = sum_up_to_rank(count, x.world_size());
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    rows.begin[step] = rows.end[step] - count[step];
+  }
+  return rows;
 }
 
 }  // namespace ep::nvlink

@@ -1,20 +1,21 @@
-// What both low-latency exchanges have in common: numbers, credits, waits.
+// What both low-latency exchanges have in common: numbers, credits, waits, masks.
 //
-// Note [Two on their way]
-// Exchanges of one kind are numbered, on the device, and every rank numbers the same. The n-th uses half n % 2 of the
-// buffers. A rank sends once its peers are done with what that half held before; so the n-th may leave while the one
-// before it is still to be received, and no third. What a rank sends is complete without anything from its peers, so
-// that it may be a kernel of its own, and the wait for theirs another one, later. Nothing is cleaned: words and flags
-// hold the number, and only what equals it counts. docs/design.md has the table of signals.
+// Note [Two in flight]
+// Exchanges of one kind are numbered on the device, and every rank numbers them the same. Exchange n uses half n % 2 of
+// the buffers. A rank sends once its peers have received what that half held before: so exchange n may be sent while
+// n - 1 is still to be received, but no third. A send needs nothing from the peers but credits, so it may be a kernel
+// of its own, and the receive another one, later. Nothing is cleaned: words and flags hold the number, and only the
+// expected number counts. docs/design.md has the table of signals.
 //
 // Note [Latency]
-// What these kernels do for few tokens is a chain of trips to memory and to the peers, a quarter to half a microsecond
-// each, and of instructions, of which a warp that depends on its own results does some 400 in a microsecond. So: what
-// does not depend on each other is asked for together, and done by different warps: one of a block asks for the state
-// while the others ask for what they are to send, or prepare what they will receive, and a barrier brings them
-// together; a warp has a small part of a row; words that travel are complete in themselves, where a flag would follow a
-// fence; no block waits for the last one (Note [Shares]); and that a rank is done with an exchange its next kernel
-// tells, of either kind, at its start, beside what else it does.
+// With few tokens these kernels are a chain of trips to memory and to peers, a quarter to half a microsecond each, and
+// of dependent instructions, of which a warp does some 400 per microsecond. Therefore:
+//   - independent loads are issued together, by different warps: one warp of a block polls the state while the others
+//     load what they will send, or prepare what they will receive; one barrier joins them;
+//   - a warp has a small part of a row;
+//   - what travels is complete in itself, where a flag would need a fence before it;
+//   - no block waits for the last one: Note [Shares];
+//   - the next kernel of either kind publishes, as it starts, that this rank has received an exchange.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -25,64 +26,70 @@
 namespace ep::nvlink {
 
 // Note [Masked ranks]
-// A masked rank is neither written nor awaited; it counts as one that sends nothing. Every rank has a mask of its own.
-// Within one exchange all blocks of a rank have to be of one mind about who takes part, since the places of rows follow
-// from it: so where a timeout may mask, the first block that has heard a rank, or has waited too long for it, decides
-// for all (`decide`). A rank that is masked later, between its announcement and its rows, leaves holes.
+// A masked rank is neither written nor awaited: it counts as one that sends nothing. Every rank has a mask of its own.
+// Within one exchange all blocks of a rank have to agree on who takes part, since the rows of the result follow from
+// it. Where a timeout may mask, the first block that has a rank's announcement, or has waited too long for it, decides
+// for all blocks (`decide`). A rank that is masked later, between its announcement and its rows, leaves holes.
 
 constexpr int kDispatchKind = 0, kCombineKind = 1;
 
-enum class Outcome : int { there, absent, failed };
+enum class Outcome : int { arrived, absent, failed };
 
-// What a block knows of an exchange, in shared memory.
-struct FlightMemory {
-  // As its kernel begins.
+// The state of an exchange as a block found it, in shared memory.
+struct LowLatencyExchangeState {
+  // When the kernel began.
   uint64_t number, received;
   uint32_t failed;
-  uint32_t active, awaited;  // bits of the ranks that take part; of those whose credit was not there
-  uint32_t share;            // Note [Shares]
-  // While it runs: the longest wait for each rank.
+  RankSet active, awaited;  // the ranks that take part; those whose credit was not there
+  uint32_t share;           // Note [Shares]
+  // Updated while it runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
 
-// One exchange, from the point of view of one rank.
-class Flight {
+// One exchange, as one rank sees it.
+class LowLatencyExchange {
  public:
-  // `ticket`: of the half that receives alone.
-  __device__ Flight(const Comm& comm, int kind, Part part, const int64_t* ticket, FlightMemory& memory)
+  // `in_flight`: what the send returned, for a receive alone.
+  __device__
+  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* in_flight, LowLatencyExchangeState& memory)
       : state_(comm.state->low_latency[kind]),
         kind_(kind),
         part_(part),
-        ticket_(ticket),
+        in_flight_(in_flight),
         memory_(memory),
         x_(comm, op_of(kind), 0) {}
 
-  // Of one whole warp of a block, first of all.
-  __device__ void look() const {
+  // Warp-collective. One warp of a block, before all else.
+  __device__ void poll_state() const {
     const State& state = *x_.comm.state;
-    const int p = lane_id();
     const uint32_t failed = fresh(state.failed);
-    const uint32_t by_host = fresh(state.masked_by_host), by_timeout = fresh(state.masked_by_timeout);
     const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
-    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*ticket_) : (sent >> kShareBits) + 1;
-    const bool is_peer = part_ != Part::receive && p < world_size() && p != me();
-    const uint64_t done = is_peer ? load_acquire_system(own(layout().done(kind_, p))) : 0;
-    const uint32_t active = ~(by_host | by_timeout) & ((1U << world_size()) - 1);
-    const uint32_t late = __ballot_sync(kFullWarp, is_peer && done + 2 < number);
-    if (p < kMaxRanks) {
-      memory_.waited[p] = 0;
+    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*in_flight_) : (sent >> kShareBits) + 1;
+    RankSet active, awaited;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int p = rank_at(step);
+      const uint32_t masked = fresh(state.masked_by_host[step]) | fresh(state.masked_by_timeout[step]);
+      const bool is_peer = part_ != Part::receive && x_.is_peer(p);
+      const uint64_t done = is_peer ? inbox().poll_signal(layout().done(kind_, p)) : 0;
+      active.words[step] = ~masked & __ballot_sync(kFullWarp, p < world_size());
+      // fault: low latency: half reused too early
+      awaited.words[step] = __ballot_sync(kFullWarp, is_peer && done + 2 < number) & active.words[step];
+      if (p < kMaxRanks) {
+        memory_.waited[p] = 0;
+      }
     }
-    if (p == 0) {
+    if (lane_id() == 0) {
       memory_.number = number;
       memory_.received = received;
       memory_.failed = failed;
       memory_.active = active;
-      memory_.awaited = late & active;
+      memory_.awaited = awaited;
       memory_.share = blockIdx.x == 0 ? (uint32_t{1} << kShareBits) - (gridDim.x - 1) : 1;
     }
   }
 
-  // Of a whole block, of which one warp has looked. False: there is no point in it.
+  // Block-collective, after one warp has polled the state. False: the communicator has failed.
   __device__ bool begin() {
     __syncthreads();
     x_.epoch = memory_.number;
@@ -91,39 +98,40 @@ class Flight {
 
   __device__ const LowLatencyLayout& layout() const { return x_.comm.low_latency; }
   __device__ uint64_t number() const { return x_.epoch; }
-  // What words and packs hold of the number; never 0, which is there before the first.
+  // The number as words and packets hold it. Never 0, which memory holds at first.
   __device__ uint32_t tag() const { return max(static_cast<uint32_t>(x_.epoch), 1U); }
   __device__ uint64_t word_of(uint32_t value) const { return uint64_t{tag()} << 32 | value; }
   __device__ bool is_word(uint64_t word) const { return word >> 32 == tag(); }
   __device__ int half() const { return static_cast<int>(x_.epoch % 2); }
   __device__ int me() const { return x_.comm.rank; }
   __device__ int world_size() const { return layout().world_size; }
-  __device__ char* own(int64_t offset) const { return x_.own(offset); }
-  __device__ char* peer(int rank, int64_t offset) const { return x_.peer(rank, offset); }
+  __device__ Inbox inbox() const { return x_.inbox(); }
+  __device__ Peer peer(int rank) const { return x_.peer(rank); }
 
-  // As this kernel began.
-  __device__ bool is_active(int rank) const { return (memory_.active >> rank & 1) != 0; }
+  // When this kernel began.
+  __device__ bool is_active(int rank) const { return memory_.active.has(rank); }
   __device__ bool masks() const { return x_.comm.masks; }
 
-  __device__ void record(const Trouble& t) const {
-    record(x_.comm, kind_, number(), false, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  // One thread.
+  __device__ void publish_failure(const FailureCause& cause) const {
+    publish_failure(x_.comm, kind_, number(), false, cause);
   }
-  // Likewise, and every later exchange ends at once.
-  __device__ void fail(const Trouble& t) const {
-    record(x_.comm, kind_, number(), true, t.kind, t.phase, t.peer, t.detail, t.ours, t.theirs, t.theirs_epoch);
+  // One thread. Every later exchange ends at once.
+  __device__ void publish_fatal_failure(const FailureCause& cause) const {
+    publish_failure(x_.comm, kind_, number(), true, cause);
   }
 
-  // Of one thread, until `ready()`. `measures`: how long that was is one of the waits for `peer`.
+  // One thread. Waits until `ready()`. `measures`: the time counts as a wait for `peer`.
   template <class Ready>
   __device__ Outcome wait(Phase phase, int peer, bool measures, const Ready& ready) const {
     if (ready()) {
-      return Outcome::there;
+      return Outcome::arrived;
     }
     const uint64_t since = global_timer_ns();
-    for (int looks = 1; !ready(); ++looks) {
-      if (looks % kLooksPerGlance == 0) {
-        const auto outcome = glance(x_.comm, kind_, number(), phase, peer, since);
-        if (outcome != Outcome::there) {
+    for (int polls = 1; !ready(); ++polls) {
+      if (polls % kPollsPerCheck == 0) {
+        const auto outcome = check_slowly(x_.comm, kind_, number(), phase, peer, since);
+        if (outcome != Outcome::arrived) {
           return outcome;
         }
       }
@@ -131,52 +139,54 @@ class Flight {
     if (measures && peer != me()) {
       atomicMax(&memory_.waited[peer], static_cast<unsigned long long>(global_timer_ns() - since));
     }
-    return Outcome::there;
+    return Outcome::arrived;
   }
 
-  // The last block does nothing but tell: its fence takes about as long as a small exchange.
-  __device__ bool is_teller() const { return blockIdx.x == gridDim.x - 1; }
+  // The last block only publishes credits: its fence takes about as long as a small exchange.
+  __device__ bool publishes_credits() const { return blockIdx.x == gridDim.x - 1; }
   __device__ int workers() const { return static_cast<int>(gridDim.x) - 1; }
 
-  // Of the whole teller: to peers, what earlier kernels have received; to the host, how long the exchange before
-  // waited.
-  __device__ void tell(int64_t* wait_ns) const {
+  // Block-collective. Publishes what earlier kernels have received, and reports how long the exchange before waited.
+  __device__ void publish_credits(int64_t* wait_ns) const {
     if (warp_id() == 0) {
-      give_credits();
+      write_credits();
       if (part_ != Part::send) {
-        tell_waits(wait_ns);
+        report_waits(wait_ns);
       }
     }
     end();
   }
 
-  // Of a whole warp: bits of the ranks of which this half may be written, once it may; none if failed. Who has not
-  // received what it sent itself is told so at once, and not to blame others.
-  __device__ uint32_t writable() const {
+  // Warp-collective. The ranks whose half may be written, once it may; none if the exchange failed. A rank that has not
+  // received what it sent itself reports that at once, instead of blaming others.
+  __device__ RankSet writable() const {
     if (memory_.received + 2 < number()) {
       if (blockIdx.x == 0 && threadIdx.x == 0) {
-        fail({Failure::timeout, Phase::credit, me(), 0, 0, 0, 0});
+        publish_fatal_failure({Failure::too_many_in_flight, Phase::credit, me()});
       }
-      return 0;
+      return {};
     }
-    return memory_.awaited == 0 ? memory_.active : await_credits();
+    return memory_.awaited.any() ? await_credits() : memory_.active;
   }
 
-  // Of every thread, before it receives. False: exchanges are received in the order in which they were sent, each once.
+  // Every thread, before it receives. False: not the next one. Exchanges are received in the order in which they were
+  // sent, each once.
   __device__ bool is_next() const {
     const uint64_t next = memory_.received + 1;
     if (next == number()) {
       return true;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-      const auto expected = static_cast<int64_t>(next), got = static_cast<int64_t>(number());
-      fail({Failure::bad_order, Phase::header, me(), 0, expected, got, 0});
+      FailureCause cause{Failure::out_of_order, Phase::handshake, me()};
+      cause.ours = static_cast<int64_t>(next);
+      cause.theirs = static_cast<int64_t>(number());
+      publish_fatal_failure(cause);
     }
     return false;
   }
 
-  // Where timeouts mask: whether a rank takes part, of which this thread thinks `is_there`: as the first block thought
-  // that knew.
+  // One thread, where timeouts mask. Whether a rank takes part: as the first block that knew decided. `is_there`: what
+  // this block would decide.
   __device__ bool decide(int rank, bool is_there) const {
     auto* verdict = reinterpret_cast<unsigned long long*>(&state_.verdict[half()][rank]);
     unsigned long long seen = fresh(*verdict);
@@ -188,99 +198,99 @@ class Flight {
     return (seen & 1) != 0;
   }
 
-  // Of a whole block, when it has sent and read everything.
+  // Block-collective. This block has sent and read everything.
   __device__ void end() const {
     __syncthreads();
     const int lane = lane_id();
-    // Two lanes of one warp, so that one instruction tells both.
+    // Two lanes of one warp, so that one instruction adds both.
+    // fault: low latency: receive not counted
     if (warp_id() == 0 && lane < 2 && part_ != (lane == 0 ? Part::receive : Part::send)) {
       static_assert(offsetof(LowLatencyState, received) == offsetof(LowLatencyState, sent) + sizeof(uint64_t));
       add_relaxed_device(&state_.sent + lane, memory_.share);
     }
-    if (warp_id() == 1 && part_ != Part::send && lane < world_size() && memory_.waited[lane] != 0) {
-      atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][lane]), memory_.waited[lane]);
+    for (int p = lane; warp_id() == 1 && part_ != Part::send && p < world_size(); p += kWarp) {
+      if (memory_.waited[p] != 0) {
+        atomicMax(reinterpret_cast<unsigned long long*>(&state_.wait_ns[half()][p]), memory_.waited[p]);
+      }
+    }
+  }
+
+  // One thread. Cold path: Note [Cold paths].
+  static __device__ __noinline__ void
+  publish_failure(const Comm& comm, int kind, uint64_t number, bool stops, FailureCause cause) {
+    const Exchange x(comm, op_of(kind), number);
+    ::ep::nvlink::publish_failure(x, cause, &comm.state->low_latency[kind].reported);
+    if (stops) {
+      stop(x);
     }
   }
 
  private:
-  static constexpr int kLooksPerGlance = 64;
+  static constexpr int kPollsPerCheck = 64;
 
-  // Likewise.
-  __device__ uint32_t await_credits() const {
-    const int p = lane_id();
-    auto outcome = (memory_.active >> p & 1) != 0 ? Outcome::there : Outcome::absent;
-    if ((memory_.awaited >> p & 1) != 0) {
-      outcome = wait(
-          Phase::credit, p, false, [&] { return load_acquire_system(own(layout().done(kind_, p))) + 2 >= number(); });
+  // Warp-collective.
+  __device__ RankSet await_credits() const {
+    RankSet may_write;
+    bool going = true;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int p = rank_at(step);
+      auto outcome = memory_.active.has(p) ? Outcome::arrived : Outcome::absent;
+      if (memory_.awaited.has(p)) {
+        outcome =
+            wait(Phase::credit, p, false, [&] { return inbox().poll_signal(layout().done(kind_, p)) + 2 >= number(); });
+      }
+      going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0 && going;
+      may_write.words[step] = __ballot_sync(kFullWarp, outcome == Outcome::arrived);
     }
-    const bool going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0;
     __syncwarp();  // what one lane acquired is there for all
-    return going ? __ballot_sync(kFullWarp, outcome == Outcome::there) : 0;
+    return going ? may_write : RankSet{};
   }
 
-  // Of a whole warp.
-  __device__ void give_credits() const {
-    const int p = lane_id();
+  // Warp-collective.
+  __device__ void write_credits() const {
     const State& state = *x_.comm.state;
     const uint64_t received[LowLatencyLayout::kKinds] = {
         fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
         fresh(state.low_latency[kCombineKind].received) >> kShareBits};
     fence_system();  // between what those kernels read and what peers will write there
-    if (p < world_size() && p != me() && is_active(p)) {
-      store_relaxed_system(peer(p, layout().done(kDispatchKind, me())), received[kDispatchKind]);
-      store_relaxed_system(peer(p, layout().done(kCombineKind, me())), received[kCombineKind]);
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      if (const int p = rank_at(step); x_.is_peer(p) && is_active(p)) {
+        peer(p).put_word(layout().done(kDispatchKind, me()), received[kDispatchKind]);
+        peer(p).put_word(layout().done(kCombineKind, me()), received[kCombineKind]);
+      }
     }
   }
 
-  // Of a whole warp. All waits of the exchange before are known.
-  __device__ void tell_waits(int64_t* wait_ns) const {
-    const int p = lane_id();
-    if (p < world_size()) {
+  // Warp-collective. All waits of the exchange before are known.
+  __device__ void report_waits(int64_t* wait_ns) const {
+    for (int p = lane_id(); p < world_size(); p += kWarp) {
       uint64_t& before = state_.wait_ns[1 - half()][p];
       wait_ns[p] = static_cast<int64_t>(fresh(before));
       before = 0;
     }
   }
 
-  // What is not on the way of a healthy exchange takes neither registers nor instructions there.
-  __device__ static __noinline__ void record(
-      const Comm& comm,
-      int kind,
-      uint64_t number,
-      bool stops,
-      Failure failure,
-      Phase phase,
-      int64_t peer,
-      int64_t detail,
-      int64_t ours,
-      int64_t theirs,
-      int64_t theirs_epoch) {
-    const Exchange x(comm, op_of(kind), number);
-    const Trouble trouble{failure, phase, peer, detail, ours, theirs, theirs_epoch};
-    ::ep::nvlink::record(x, trouble, &comm.state->low_latency[kind].recorded);
-    if (stops) {
-      stop(x);
-    }
-  }
-
-  // Whether to go on waiting (there), to go on without the peer, or not to go on.
+  // One thread. Cold path. Whether to keep waiting (arrived), to go on without the peer (absent), or to stop (failed).
   __device__ static __noinline__ Outcome
-  glance(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
+  check_slowly(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
     State& state = *comm.state;
     if (fresh(state.failed) != 0) {
       return Outcome::failed;
     }
-    if (((fresh(state.masked_by_host) | fresh(state.masked_by_timeout)) >> peer & 1) != 0) {
+    const int word = peer / kWarp;
+    if (((fresh(state.masked_by_host[word]) | fresh(state.masked_by_timeout[word])) >> peer % kWarp & 1) != 0) {
       return Outcome::absent;
     }
     if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
-      return Outcome::there;
+      return Outcome::arrived;
     }
     if (comm.masks && peer != comm.rank) {
-      atomicOr(&state.masked_by_timeout, 1U << peer);
+      atomicOr(&state.masked_by_timeout[word], 1U << peer % kWarp);
       return Outcome::absent;
     }
-    record(comm, kind, number, true, Failure::timeout, phase, peer, 0, 0, 0, 0);
+    publish_failure(comm, kind, number, true, {Failure::timeout, phase, peer});
     return Outcome::failed;
   }
 
@@ -291,17 +301,17 @@ class Flight {
   LowLatencyState& state_;
   const int kind_;
   const Part part_;
-  const int64_t* ticket_;
-  FlightMemory& memory_;
+  const int64_t* in_flight_;
+  LowLatencyExchangeState& memory_;
   Exchange x_;
 };
 
-// An entry of topk_idx as it lies in memory: what is asked for here is not waited for before it is needed.
+// An entry of topk_idx as it lies in memory: loading it does not wait, using it does.
 struct Entry {
   int low = -1, high = -1;
   bool wide = false;
 
-  // A bad value stays bad.
+  // A value out of range stays out of range.
   __device__ int value() const { return !wide || high == low >> 31 ? low : high < 0 ? INT_MIN : INT_MAX; }
 };
 

@@ -1,4 +1,4 @@
-// What ep::low_latency_dispatch receives: announcements, then rows, each to its places in the result.
+// How ep::low_latency_dispatch receives: announcements, then rows, each to its rows of the result.
 #pragma once
 
 #include "nvlink/device/low_latency.cuh"
@@ -10,210 +10,180 @@ namespace ep::nvlink {
 constexpr int kDispatchThreads = 512;
 constexpr int kDispatchWarps = kDispatchThreads / kWarp;
 
-// Of the launch.
+// What the host derives for a launch.
 struct LowLatencyShape {
-  int stage_bytes;    // a record, padded
-  int receive_warps;  // of a block, each with a stage; none if rows are packed
-  int parts;          // chunks of a packed row, a warp each
-  int packed_bytes;   // of such a row on its way
+  int stage_bytes;       // a wire row, padded
+  int receive_warps;     // of a block, each with a stage; none if rows travel in packets
+  int parts;             // chunks of a row in packets, one per warp
+  int packet_row_bytes;  // of such a row
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
-// On what all ranks have to agree: the words that an announcement begins with.
-class Agreed {
- public:
-  __device__ explicit Agreed(const LowLatencyDispatchArgs& args) : a_(args) {}
-
-  __device__ uint32_t word(int i) const {
-    static_assert(kNumAgreed == 4);
-    switch (i) {
-      case 0:
-        return static_cast<uint32_t>(a_.num_topk) << kTopkShift | static_cast<uint32_t>(a_.num_experts);
-      case 1:
-        return static_cast<uint32_t>(a_.hidden);
-      case 2:
-        return static_cast<uint32_t>(a_.max_tokens);
-      default:
-        return static_cast<uint32_t>(a_.element) << kTopkShift | static_cast<uint32_t>(a_.quantize);
-    }
-  }
-  // As the host prints it.
-  __device__ static int64_t shown(int i, uint32_t word) {
-    const bool is_two = i == 0 || i == kNumAgreed - 1;
-    return is_two ? int64_t{word >> kTopkShift} << 32 | (word & ((1U << kTopkShift) - 1)) : int64_t{word};
-  }
-
- private:
-  static constexpr int kTopkShift = 24;
-  const LowLatencyDispatchArgs& a_;
-};
-
-// Shared memory of a block.
+// Shared memory of a thread block.
 struct LowLatencyMemory {
-  char* stages;        // a record each
+  char* stages;        // a wire row each
   uint64_t* barriers;  // of each warp
   int* words;
   bool* is_lost;  // of each rank
 };
 
-template <bool is_packed>
+template <bool uses_packets>
 class LowLatencyReceive {
  public:
-  // `loads`: that the barrier of this warp has counted before.
+  // `loads`: what the barrier of this warp has counted before.
   __device__ LowLatencyReceive(
       const LowLatencyDispatchArgs& args,
       const LowLatencyShape& shape,
-      const Flight& flight,
+      const LowLatencyExchange& flight,
       const LowLatencyMemory& memory,
       int loads)
       : a_(args),
         shape_(shape),
-        f_(flight),
+        x_(flight),
         memory_(memory),
         loads_(loads),
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
-        places_at_(static_cast<int>(args.places_at())),
-        record_bytes_(static_cast<int>(args.record_bytes())) {}
+        routes_at_(static_cast<int>(args.routes_at())),
+        wire_row_bytes_(static_cast<int>(args.wire_row_bytes())) {}
 
   __device__ void run() const {
-    const Heard heard{memory_.words, layout().words};
-    if constexpr (is_packed) {
-      // The warp's first chunk is looked at as soon as its words are heard: most likely it has arrived.
+    const Announced announced{memory_.words, layout().words};
+    if constexpr (uses_packets) {
+      // Polls the warp's first chunk right after its own words: most likely it has arrived.
       ChunkOfRow first(*this, first_chunk());
-      if (hear(memory_.words, [&] { first.look(); })) {
-        receive_packed(heard, first);
-        count_rows(heard);
+      if (wait_for_announcements(memory_.words, [&] { first.poll(); })) {
+        receive_packets(announced, first);
+        count_rows(announced);
       }
-    } else if (hear(memory_.words, [] {})) {
+    } else if (wait_for_announcements(memory_.words, [] {})) {
       if (warp_id() < shape_.receive_warps) {
-        receive_rows(heard);
+        receive_rows(announced);
       }
-      count_rows(heard);
+      count_rows(announced);
     }
   }
 
  private:
-  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+  __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
-  // What has arrived of the plan, in shared memory.
-  struct Heard {
+  // The announcements of all ranks, in shared memory.
+  struct Announced {
     const int* words;  // [world_size][words of an announcement]
     int stride;
 
-    __device__ int count(int source, int expert) const { return words[source * stride + kNumAgreed + expert]; }
-    // Rows of an expert that come before those of the source.
+    __device__ int count(int source, int expert) const { return words[source * stride + Handshake::kFields + expert]; }
+    // Rows of an expert from the ranks below the source.
     __device__ int before(int source, int expert) const {
       int sum = 0;
 #pragma unroll 1
       for (int s = 0; s < source; ++s) {
+        // fault: low latency: rows of earlier ranks
         sum += count(s, expert);
       }
       return sum;
     }
     __device__ bool visits(const LowLatencyLayout& layout, int source, int token) const {
-      const int word = kNumAgreed + layout.num_local_experts + token / 32;
+      const int word = Handshake::kFields + layout.num_local_experts + token / 32;
       return (words[source * stride + word] >> token % 32 & 1) != 0;
     }
   };
 
-  __device__ const char* word_at(int source, int i) const {
-    return f_.own(layout().announcement(f_.half(), source)) + int64_t{i} * 8;
+  __device__ uint64_t poll_word(int source, int i) const {
+    return x_.inbox().poll_word(layout().announcement(x_.half(), source) + int64_t{i} * 8);
   }
 
-  // Word `i` of what `source` announced, as it is kept. False: another exchange.
-  __device__ bool keep(int& kept, int source, int i, uint32_t value) const {
-    const Agreed agreed(a_);
-    const bool is_count = i >= kNumAgreed && i < kNumAgreed + num_local_;
-    kept = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
-    if (i >= kNumAgreed || value == agreed.word(i)) {
+  // One thread. Stores word `i` of the announcement of `source`. False: a mismatch.
+  __device__ bool store_word(int& stored, int source, int i, uint32_t value) const {
+    const bool is_count = i >= Handshake::kFields && i < Handshake::kFields + num_local_;
+    stored = is_count ? min(max(static_cast<int>(value), 0), a_.max_tokens) : static_cast<int>(value);
+    if (i >= Handshake::kFields || static_cast<int32_t>(value) == a_.handshake.field(i)) {
       return true;
     }
     if (blockIdx.x == 0) {
-      const auto number = static_cast<int64_t>(f_.number());
-      f_.record(
-          {Failure::mismatch,
-           Phase::header,
-           source,
-           1 + i,
-           agreed.shown(i, agreed.word(i)),
-           agreed.shown(i, value),
-           number});
+      FailureCause cause{Failure::mismatch, Phase::handshake, source};
+      cause.field = static_cast<HandshakeField>(i);
+      cause.ours = a_.handshake.field(i);
+      cause.theirs = static_cast<int32_t>(value);
+      cause.their_epoch = static_cast<int64_t>(x_.number());
+      x_.publish_failure(cause);
     }
     return false;
   }
 
-  // Of a whole block: what every rank announced. False: failed, or not all announced the same exchange. `then`: what
-  // each thread does between its own words and the others'.
+  // Block-collective. False: failed, or a mismatch. `then`: what each thread does between its own words and the
+  // barrier.
   template <class Then>
-  __device__ bool hear(int* heard, const Then& then) const {
-    const int words = layout().words, all = f_.world_size() * words;
+  __device__ bool wait_for_announcements(int* announced, const Then& then) const {
+    const int words = layout().words, all = x_.world_size() * words;
     bool going = true;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); going && i < all; i += kDispatchThreads) {
       const int s = shape_.by_words.quotient(i), word = i - s * words;
-      const char* from = word_at(s, word);
       uint64_t value = 0;
       auto outcome = Outcome::absent;
-      if (f_.is_active(s)) {
-        outcome = f_.wait(Phase::header, s, word == 0, [&] {
-          value = load_relaxed_system(from);
-          return f_.is_word(value);
+      if (x_.is_active(s)) {
+        outcome = x_.wait(Phase::handshake, s, word == 0, [&] {
+          value = poll_word(s, word);
+          return x_.is_word(value);
         });
       }
-      if (outcome == Outcome::there) {
-        going = keep(heard[i], s, word, static_cast<uint32_t>(value));
+      if (outcome == Outcome::arrived) {
+        going = store_word(announced[i], s, word, static_cast<uint32_t>(value));
       } else {
         going = outcome == Outcome::absent;
         memory_.is_lost[s] = true;
-        heard[i] = 0;
+        announced[i] = 0;
       }
     }
     then();
     going = __syncthreads_and(going) != 0;
-    return going && (!f_.masks() || hear_together(heard));
+    return going && (!x_.masks() || agree_on_ranks(announced));
   }
 
-  // Where timeouts mask: of one mind with all other blocks on who takes part.
-  __device__ bool hear_together(int* heard) const {
+  // Block-collective, where timeouts mask. Agrees with all other blocks on who takes part.
+  __device__ bool agree_on_ranks(int* announced) const {
     __shared__ bool is_there[kMaxRanks];
-    const int words = layout().words, s = lane_id();
+    const int words = layout().words;
     bool same = true;
-    if (warp_id() == 0 && s < f_.world_size()) {
-      is_there[s] = f_.decide(s, !memory_.is_lost[s]);
+    for (int s = lane_id(); warp_id() == 0 && s < x_.world_size(); s += kWarp) {
+      is_there[s] = x_.decide(s, !memory_.is_lost[s]);
 #pragma unroll 1
       for (int i = 0; is_there[s] && memory_.is_lost[s] && i < words; ++i) {
-        // Another block has heard it, so it is there.
-        same = keep(heard[s * words + i], s, i, static_cast<uint32_t>(load_relaxed_system(word_at(s, i)))) && same;
+        // Another block has found the announcement, so it is there.
+        same = store_word(announced[s * words + i], s, i, static_cast<uint32_t>(poll_word(s, i))) && same;
       }
     }
     same = __syncthreads_and(same) != 0;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < f_.world_size() * words; i += kDispatchThreads) {
-      heard[i] = is_there[shape_.by_words.quotient(i)] ? heard[i] : 0;
+    for (int i = static_cast<int>(threadIdx.x); i < x_.world_size() * words; i += kDispatchThreads) {
+      announced[i] = is_there[shape_.by_words.quotient(i)] ? announced[i] : 0;
     }
     __syncthreads();
     return same;
   }
 
-  // Warps, each some experts: how many rows there are of each, up to which rank; and slots of rows that nobody sent.
-  __device__ void count_rows(const Heard& heard) const {
-    const int lane = lane_id(), world_size = f_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
-    // Those begin that have the fewest rows to receive.
-    const int turn = is_packed ? warp_id() : kDispatchWarps - 1 - warp_id();
+  // Each warp has some experts: their rows, up to each rank, and -1 for rows that nobody sent.
+  __device__ void count_rows(const Announced& announced) const {
+    const int lane = lane_id(), world_size = x_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
+    // Warps with the fewest rows to receive begin.
+    const int turn = uses_packets ? warp_id() : kDispatchWarps - 1 - warp_id();
 #pragma unroll 1
-    for (int e = static_cast<int>(blockIdx.x) + f_.workers() * turn; e < num_local_;
-         e += f_.workers() * kDispatchWarps) {
-      int end = lane < world_size ? heard.count(lane, e) : 0;
+    for (int e = static_cast<int>(blockIdx.x) + x_.workers() * turn; e < num_local_;
+         e += x_.workers() * kDispatchWarps) {
+      PerRank<int> counts;
 #pragma unroll
-      for (int step = 1; step < kMaxRanks; step *= 2) {
-        const int below = __shfl_up_sync(kFullWarp, end, step);
-        end += lane >= step ? below : 0;
+      for (int step = 0; step < kRankSteps; ++step) {
+        counts[step] = rank_at(step) < world_size ? announced.count(rank_at(step), e) : 0;
       }
-      if (lane < world_size) {
-        a_.source_offsets[e * world_size + lane] = end;
+      const PerRank<int> ends = sum_up_to_rank(counts, world_size);
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (rank_at(step) < world_size) {
+          a_.source_offsets[e * world_size + rank_at(step)] = ends[step];
+        }
       }
-      const int total = __shfl_sync(kFullWarp, end, world_size - 1);
+      const int total = ends.of(world_size - 1);
       if (lane == 0) {
         a_.tokens_per_expert[e] = total;
       }
@@ -224,17 +194,18 @@ class LowLatencyReceive {
     }
   }
 
-  // The row of a slot whose place is known, or -1.
-  __device__ int64_t row_at(const Heard& heard, int source, int expert_of_all, int index) const {
-    const int expert = expert_of_all - f_.me() * num_local_;
-    if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 || index >= heard.count(source, expert)) {
+  // The row of the result for a slot, or -1.
+  __device__ int64_t row_at(const Announced& announced, int source, int expert_of_all, int index) const {
+    const int expert = expert_of_all - x_.me() * num_local_;
+    if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 ||
+        index >= announced.count(source, expert)) {
       return -1;
     }
-    const int64_t rows_of_expert = int64_t{f_.world_size()} * a_.max_tokens;
-    return expert * rows_of_expert + heard.before(source, expert) + index;
+    const int64_t rows_of_expert = int64_t{x_.world_size()} * a_.max_tokens;
+    return expert * rows_of_expert + announced.before(source, expert) + index;
   }
 
-  // Of lane k for slot k of a token. `i`: source * max_tokens + token.
+  // Lane k writes slot k of a token. `i`: source * max_tokens + token.
   __device__ void write_slot(int i, int64_t row, float weight) const {
     const int64_t slot = int64_t{i} * a_.num_topk + lane_id();
     if (lane_id() < a_.num_topk) {
@@ -246,133 +217,137 @@ class LowLatencyReceive {
     }
   }
 
-  // Which word of the scales is the first of a row; the next is scale_rows further.
+  // The index of a row's first word of scales; the next is scale_rows further.
   __device__ int64_t scales_of(int64_t row) const {
-    const int rows_of_expert = f_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
+    const int rows_of_expert = x_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
     return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
-  // A chunk of a row on its way, as a lane sees it: its Place, a unit, and the scale of the lane's group of channels.
-  // What there is not for this lane counts as arrived.
+  // What a lane has of a chunk of a row in packets: a SlotRoute, a payload, and the scale of a group of channels. What
+  // this lane has none of counts as arrived.
   struct ChunkOfRow {
     int row, chunk, source, token;  // row: source * max_tokens + token
-    UnitVectors vectors;
-    bool has_place, has_unit, has_scale;
-    const char *place_at, *unit_at, *scale_at;
-    int nth_scale;  // of the pack at scale_at
-    uint4 place, scale;
-    Packs packs;
+    LaneVectors vectors;
+    bool has_route, has_payload, has_scale;
+    Inbox inbox;
+    int64_t route_at, payload_at, scale_at;
+    int nth_scale;  // of the packet at scale_at
+    uint4 route, scale;
+    Packets packets;
 
-    // The n-th of all; nothing, if there is none.
+    // The n-th chunk of all; nothing, if there is none.
     __device__ ChunkOfRow(const LowLatencyReceive& r, int n)
         : row(r.shape_.by_parts.quotient(n)),
           chunk(n - row * r.shape_.parts),
           source(r.shape_.by_tokens.quotient(row)),
           token(row - source * r.a_.max_tokens),
-          vectors(chunk, r.a_.row_bytes / 16) {
+          vectors(chunk, r.a_.row_bytes / 16),
+          inbox(r.x_.inbox()) {
       const int lane = lane_id();
       const bool is_there = n < r.num_chunks();
       const LowLatencyLayout& layout = r.layout();
-      const char* from = r.f_.own(layout.dispatch_packs(r.f_.half(), source, token, r.shape_.packed_bytes));
-      has_place = is_there && lane < r.a_.num_topk;
-      place_at = from + lane * kPackBytes;
-      has_unit = is_there && vectors.any();
-      unit_at = from + layout.row_packs_at + offset_of_unit(chunk);
-      // Packs are of the i-th vectors of one group after the other.
+      const int64_t from = layout.dispatch_packets(r.x_.half(), source, token, r.shape_.packet_row_bytes);
+      has_route = is_there && lane < r.a_.num_topk;
+      route_at = from + lane * kPacketBytes;
+      has_payload = is_there && vectors.any();
+      payload_at = from + layout.row_packets_at + packet_offset(chunk);
+      // A packet has the scales of the i-th vectors of one group after another.
       const int groups = vectors.step() / kGroupVectors;
       nth_scale = (lane >= groups ? 1 : 0) + (lane >= 2 * groups ? 1 : 0);
-      scale_at = from + layout.scale_packs_at + (chunk * kChunkScalePacks + lane - nth_scale * groups) * kPackBytes;
+      scale_at =
+          from + layout.scale_packets_at + (chunk * kScalePacketsPerChunk + lane - nth_scale * groups) * kPacketBytes;
       has_scale = is_there && r.a_.num_scales > 0 && lane < r.groups_of(chunk);
-      const uint32_t tag = r.f_.tag();
-      place = {0, 0, 0, has_place ? 0 : tag};  // 0 is not the tag of any exchange
+      const uint32_t tag = r.x_.tag();
+      route = {0, 0, 0, has_route ? 0 : tag};  // 0 is not the tag of any exchange
       scale = {0, 0, 0, has_scale ? 0 : tag};
 #pragma unroll
-      for (int i = 0; i < kUnitPacks; ++i) {
-        packs.packs[i].w = has_unit ? 0 : tag;
+      for (int i = 0; i < kPacketsPerLane; ++i) {
+        packets.packets[i].w = has_payload ? 0 : tag;
       }
     }
 
-    __device__ void look() {
-      if (has_place) {
-        place = load_relaxed_system_16(place_at);
+    __device__ void poll() {
+      if (has_route) {
+        route = inbox.poll_packet(route_at);
       }
       if (has_scale) {
-        scale = load_relaxed_system_16(scale_at);
+        scale = inbox.poll_packet(scale_at);
       }
-      if (has_unit) {
-        packs.look(unit_at);
+      if (has_payload) {
+        packets.poll(inbox, payload_at);
       }
     }
-    __device__ bool has_arrived(uint32_t tag) const { return place.w == tag && scale.w == tag && packs.arrived(tag); }
+    __device__ bool has_arrived(uint32_t tag) const { return route.w == tag && scale.w == tag && packets.arrived(tag); }
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
-  // This warp's: every so manieth. The warps that are least busy with sending begin: the last but the one that counts.
+  // This warp's first. The warps that send least begin: the last but the one that counts.
   __device__ int first_chunk() const {
     constexpr int kFirst = kDispatchWarps - 2;
     const int turn = (kFirst - warp_id() + kDispatchWarps) % kDispatchWarps;
-    return static_cast<int>(blockIdx.x) + f_.workers() * turn;
+    return static_cast<int>(blockIdx.x) + x_.workers() * turn;
   }
-  __device__ int num_chunks() const { return f_.world_size() * a_.max_tokens * shape_.parts; }
-  // Groups of channels in a chunk.
+  __device__ int num_chunks() const { return x_.world_size() * a_.max_tokens * shape_.parts; }
+  // Groups of channels of a chunk.
   __device__ int groups_of(int chunk) const {
     const int groups = (a_.row_bytes / 16 + kGroupVectors - 1) / kGroupVectors;
     return min(groups - chunk * kChunkGroups, kChunkGroups);
   }
 
-  // Warps, each a chunk of one row. `c`: the first, which may not be there.
-  __device__ void receive_packed(const Heard& heard, ChunkOfRow& c) const {
+  // Each warp has chunks of rows. `c`: its first, which may not exist.
+  __device__ void receive_packets(const Announced& announced, ChunkOfRow& c) const {
 #pragma unroll 1
     for (int n = first_chunk(); n < num_chunks();) {
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), c.source, c.token)) {
-        const auto outcome = await(c);
+      if (announced.visits(layout(), c.source, c.token)) {
+        const auto outcome = wait_for_chunk(c);
         if (outcome == Outcome::failed) {
           break;
         }
-        if (outcome == Outcome::there) {
-          row = c.has_place ? row_at(heard, c.source, static_cast<int>(c.place.x), static_cast<int>(c.place.y)) : -1;
-          weight = __uint_as_float(c.place.z);
-          place(c, row);
+        if (outcome == Outcome::arrived) {
+          row =
+              c.has_route ? row_at(announced, c.source, static_cast<int>(c.route.x), static_cast<int>(c.route.y)) : -1;
+          weight = __uint_as_float(c.route.z);
+          write_chunk(c, row);
         }
       }
       if (c.chunk == 0) {
         write_slot(c.row, row, weight);
       }
-      n += f_.workers() * kDispatchWarps;
+      n += x_.workers() * kDispatchWarps;
       if (n < num_chunks()) {
         c = ChunkOfRow(*this, n);
       }
     }
   }
 
-  // Of a whole warp, also what it says: whether all its lanes may go on.
-  __device__ Outcome await(ChunkOfRow& c) const {
-    auto outcome = Outcome::there;
-    if (!c.has_arrived(f_.tag())) {
-      outcome = f_.wait(Phase::rows, c.source, lane_id() == 0, [&] {
-        c.look();
-        return c.has_arrived(f_.tag());
+  // Warp-collective. The same outcome in all lanes.
+  __device__ Outcome wait_for_chunk(ChunkOfRow& c) const {
+    auto outcome = Outcome::arrived;
+    if (!c.has_arrived(x_.tag())) {
+      outcome = x_.wait(Phase::rows, c.source, lane_id() == 0, [&] {
+        c.poll();
+        return c.has_arrived(x_.tag());
       });
     }
-    if (__all_sync(kFullWarp, outcome == Outcome::there)) {
-      return Outcome::there;
+    if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
+      return Outcome::arrived;
     }
     return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
   }
 
-  // Of a whole warp: a chunk to the rows of all lanes, a unit and a scale each.
-  __device__ void place(const ChunkOfRow& c, int64_t row) const {
-    Unit unit = c.packs.unit();
+  // Warp-collective. Writes a chunk to the rows of all lanes; each lane its payload and scale.
+  __device__ void write_chunk(const ChunkOfRow& c, int64_t row) const {
+    LanePayload payload = c.packets.payload();
 #pragma unroll
-    for (uint4& vector : unit.vectors) {
+    for (uint4& vector : payload.vectors) {
       keep_together(vector);
     }
     const bool is_byte = a_.quantize == Quantize::fp8_ue8m0;
     const int group = c.chunk * kChunkGroups + lane_id(), groups = a_.num_scales > 0 ? groups_of(c.chunk) : 0;
     const bool has_word = !is_byte && lane_id() < groups;
-    const bool has_byte = is_byte && lane_id() < (groups + 3) / 4 * 4;  // of groups that are not there too: 0
+    const bool has_byte = is_byte && lane_id() < (groups + 3) / 4 * 4;  // padding groups too: 0
     char* scales = static_cast<char*>(a_.scales) +
                    (is_byte ? group / 4 * a_.scale_rows * 4 + group % 4 : group * a_.scale_rows * 4);
     const uint32_t scale = is_byte ? c.scale_word() >> 23 : c.scale_word();
@@ -382,7 +357,7 @@ class LowLatencyReceive {
       const int lane = __ffs(static_cast<int>(lanes)) - 1;
       const int64_t to = __shfl_sync(kFullWarp, static_cast<int>(row), lane);
       char* to_scale = scales + int64_t{__shfl_sync(kFullWarp, scale_row, lane)} * 4;
-      store_unit(a_.rows + to * a_.row_bytes, unit, c.vectors);
+      store_payload(a_.rows + to * a_.row_bytes, payload, c.vectors);
       if (has_word) {
         *reinterpret_cast<uint32_t*>(to_scale) = scale;
       }
@@ -392,43 +367,44 @@ class LowLatencyReceive {
     }
   }
 
-  // Warps, each a row.
-  __device__ void receive_rows(const Heard& heard) const {
-    const int lane = lane_id(), rows_of_expert = f_.world_size() * a_.max_tokens;
+  // Each warp has rows.
+  __device__ void receive_rows(const Announced& announced) const {
+    const int lane = lane_id(), rows_of_expert = x_.world_size() * a_.max_tokens;
     char* stage = memory_.stages + int64_t{warp_id()} * shape_.stage_bytes;
     uint64_t* barrier = &memory_.barriers[warp_id()];
     int n = loads_;
-    const int step = f_.workers() * shape_.receive_warps;
+    const int step = x_.workers() * shape_.receive_warps;
 #pragma unroll 1
-    for (int i = static_cast<int>(blockIdx.x) + f_.workers() * warp_id(); i < rows_of_expert; i += step) {
+    for (int i = static_cast<int>(blockIdx.x) + x_.workers() * warp_id(); i < rows_of_expert; i += step) {
       const int source = shape_.by_tokens.quotient(i), token = i - source * a_.max_tokens;
       int64_t row = -1;
       float weight = 0;
-      if (heard.visits(layout(), source, token)) {
-        const char* flag = f_.own(layout().dispatch_flag(f_.half(), source, token));
-        auto outcome = Outcome::there;
+      if (announced.visits(layout(), source, token)) {
+        const int64_t flag = layout().dispatch_flag(x_.half(), source, token);
+        auto outcome = Outcome::arrived;
         if (lane == 0) {
-          outcome = f_.wait(Phase::rows, source, true, [&] { return load_acquire_system(flag) == f_.number(); });
+          outcome = x_.wait(Phase::rows, source, true, [&] { return x_.inbox().poll_signal(flag) == x_.number(); });
         }
         if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
           break;
         }
-        if (__all_sync(kFullWarp, outcome == Outcome::there)) {
-          bulk_wait_read<0>();   // of what left from this stage
+        if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
+          bulk_wait_read<0>();   // of what was copied from this stage
           fence_async_shared();  // what this lane read of it
           __syncwarp();
           if (lane == 0) {
-            fence_async_global();  // between the flag and the bulk copy of what it tells of
-            barrier_expect(barrier, record_bytes_);
-            bulk_load(stage, f_.own(layout().dispatch_row(f_.half(), source, token)), record_bytes_, barrier);
+            fence_async_global();  // between the flag and the bulk copy of what it publishes
+            barrier_expect(barrier, wire_row_bytes_);
+            const char* from = x_.inbox().data(layout().dispatch_row(x_.half(), source, token));
+            bulk_load(stage, from, wire_row_bytes_, barrier);
           }
           barrier_wait(barrier, n++ % 2);
           if (lane < a_.num_topk) {
-            const Place place = reinterpret_cast<const Place*>(stage + places_at_)[lane];
-            row = row_at(heard, source, place.expert, place.index);
-            weight = place.weight;
+            const SlotRoute route = reinterpret_cast<const SlotRoute*>(stage + routes_at_)[lane];
+            row = row_at(announced, source, route.expert, route.index);
+            weight = route.weight;
           }
-          place_row(stage, row);
+          write_row(stage, row);
         }
       }
       write_slot(i, row, weight);
@@ -436,8 +412,8 @@ class LowLatencyReceive {
     bulk_wait<0>();
   }
 
-  // Of a whole warp: a record to the rows of all lanes.
-  __device__ void place_row(const char* stage, int64_t row) const {
+  // Warp-collective. Writes a wire row to the rows of all lanes.
+  __device__ void write_row(const char* stage, int64_t row) const {
     if (row >= 0) {
       bulk_store(a_.rows + row * a_.row_bytes, stage, a_.row_bytes);
     }
@@ -456,11 +432,11 @@ class LowLatencyReceive {
 
   const LowLatencyDispatchArgs& a_;
   const LowLatencyShape& shape_;
-  const Flight& f_;
+  const LowLatencyExchange& x_;
   const LowLatencyMemory& memory_;
   const int loads_;
   const int num_local_;
-  const int scales_at_, places_at_, record_bytes_;
+  const int scales_at_, routes_at_, wire_row_bytes_;
 };
 
 }  // namespace ep::nvlink

@@ -82,9 +82,9 @@ __device__ __forceinline__ uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32
   return old;
 }
 
-// --- 16 bytes a lane: global to shared memory, past the registers; a lane waits for its own ---
+// --- 16 bytes per lane: global to shared memory, past the registers; a lane waits for its own copies ---
 
-// At kOffset from both addresses. With a branch around every copy the compiler computes an address for each.
+// At kOffset from both addresses. A branch around every copy would make the compiler compute an address for each.
 template <int kOffset>
 __device__ __forceinline__ void copy_async_if(bool copies, void* shared, const void* global) {
   asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1 + %3], [%2 + %3], 16; }" ::"r"(
@@ -99,7 +99,7 @@ __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Until all but the last kPending groups of this lane are there.
+// Waits until all but the last kPending groups of this lane have arrived.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -134,7 +134,7 @@ __device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t par
   return ready != 0;
 }
 
-// Own memory to shared memory; always ends, so this wait needs no timeout.
+// For loads from this device's memory. They always arrive, so this wait needs no timeout.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while (!barrier_try_wait(barrier, parity)) {
   }
@@ -161,13 +161,13 @@ __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until all but the last kPending groups of this thread have read their shared memory.
+// Waits until all but the last kPending groups of this thread have read their shared memory.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Until all but the last kPending groups of this thread are complete: written, and seen by this thread.
+// Waits until all but the last kPending groups of this thread are complete: written, and visible to this thread.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
@@ -178,7 +178,7 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// The same for global memory: between a bulk copy and the flag that tells of it, on both sides of the link.
+// Orders them for global memory: between a bulk copy and the flag that publishes it, on both sides of the link.
 __device__ __forceinline__ void fence_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

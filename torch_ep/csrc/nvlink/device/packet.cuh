@@ -1,22 +1,22 @@
-// Units of rows on their way in packs: Note [Packed rows] in layout.h.
+// Rows in packets: Note [LL packets] in layout.h.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
 
 namespace ep::nvlink {
 
-struct Unit {
-  uint4 vectors[kUnitVectors];
+struct LanePayload {
+  uint4 vectors[kVectorsPerLane];
 };
 
-// Which vectors of 16 bytes of a row of `vectors` are in this lane's unit of a chunk: every step-th, so that lanes next
-// to each other have vectors next to each other. Steps are of whole groups of channels.
-class UnitVectors {
+// Which vectors of a row of `vectors` vectors of 16 bytes this lane has of a chunk: every step-th, so that neighboring
+// lanes have neighboring vectors. A step is a multiple of a group of channels.
+class LaneVectors {
  public:
-  __device__ __forceinline__ UnitVectors(int chunk, int vectors) {
+  __device__ __forceinline__ LaneVectors(int chunk, int vectors) {
     const int begin = chunk * kChunkVectors, lane = lane_id();
     end_ = min(begin + kChunkVectors, vectors);
-    constexpr int kRound = kUnitVectors * kGroupVectors;
+    constexpr int kRound = kVectorsPerLane * kGroupVectors;
     step_ = (max(end_ - begin, 0) + kRound - 1) / kRound * kGroupVectors;
     first_ = lane < step_ ? begin + lane : end_;
   }
@@ -30,67 +30,68 @@ class UnitVectors {
   int first_, step_, end_;
 };
 
-// Of the row at `from`; zeros where it has no vectors.
-__device__ __forceinline__ Unit load_unit(const char* from, const UnitVectors& v) {
-  Unit u;
+// One thread. Zeros where the row at `from` has no vectors.
+__device__ __forceinline__ LanePayload load_payload(const char* from, const LaneVectors& v) {
+  LanePayload u;
 #pragma unroll
-  for (int i = 0; i < kUnitVectors; ++i) {
+  for (int i = 0; i < kVectorsPerLane; ++i) {
     u.vectors[i] = v.has(i) ? reinterpret_cast<const uint4*>(from)[v.at(i)] : uint4{0, 0, 0, 0};
   }
   return u;
 }
 
-__device__ __forceinline__ void store_unit(char* to, const Unit& u, const UnitVectors& v) {
+__device__ __forceinline__ void store_payload(char* to, const LanePayload& u, const LaneVectors& v) {
 #pragma unroll
-  for (int i = 0; i < kUnitVectors; ++i) {
+  for (int i = 0; i < kVectorsPerLane; ++i) {
     if (v.has(i)) {
       reinterpret_cast<uint4*>(to)[v.at(i)] = u.vectors[i];
     }
   }
 }
 
-// What is stored more than once is put together once, in registers that nothing else is put into meanwhile: to do so
-// for each store would be to wait for the one before.
+// Keeps a value that is stored more than once in its own registers. The compiler would put it together again for every
+// store, which waits for the store before.
 __device__ __forceinline__ void keep_together(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
-// Of this lane's.
-__device__ __forceinline__ int64_t offset_of_unit(int chunk) {
-  return int64_t{chunk} * kChunkBytes + lane_id() * kPackBytes;
+// Where this lane's first packet of a chunk is in a row.
+__device__ __forceinline__ int64_t packet_offset(int chunk) {
+  return int64_t{chunk} * kChunkBytes + lane_id() * kPacketBytes;
 }
-constexpr int kPackStride = kUnitsAChunk * kPackBytes;  // from one pack of a unit to the next
+constexpr int kPacketStride = kLanesPerChunk * kPacketBytes;  // between the packets of a lane
 
-// A unit on its way; `arrived` once all of it is there.
-struct Packs {
-  uint4 packs[kUnitPacks];
+// A LanePayload in packets. It has `arrived` once every packet holds the number of the exchange.
+struct Packets {
+  uint4 packets[kPacketsPerLane];
 
-  Packs() = default;
-  __device__ __forceinline__ Packs(const Unit& u, uint32_t number) {
+  Packets() = default;
+  __device__ __forceinline__ Packets(const LanePayload& u, uint32_t number) {
     const uint4 &a = u.vectors[0], &b = u.vectors[1], &c = u.vectors[2];
-    packs[0] = {a.x, a.y, a.z, number};
-    packs[1] = {a.w, b.x, b.y, number};
-    packs[2] = {b.z, b.w, c.x, number};
-    packs[3] = {c.y, c.z, c.w, number};
+    packets[0] = {a.x, a.y, a.z, number};
+    packets[1] = {a.w, b.x, b.y, number};
+    // fault: low latency: contents of a packet
+    packets[2] = {b.z, b.w, c.x, number};
+    packets[3] = {c.y, c.z, c.w, number};
   }
 
-  __device__ __forceinline__ void send(char* to) const {
+  __device__ __forceinline__ void send(const Peer& peer, int64_t offset) const {
 #pragma unroll
-    for (int i = 0; i < kUnitPacks; ++i) {
-      store_relaxed_system_16(to + i * kPackStride, packs[i]);
+    for (int i = 0; i < kPacketsPerLane; ++i) {
+      peer.put_packet(offset + i * kPacketStride, packets[i]);
     }
   }
-  __device__ __forceinline__ void look(const char* from) {
+  __device__ __forceinline__ void poll(const Inbox& inbox, int64_t offset) {
 #pragma unroll
-    for (int i = 0; i < kUnitPacks; ++i) {
-      packs[i] = load_relaxed_system_16(from + i * kPackStride);
+    for (int i = 0; i < kPacketsPerLane; ++i) {
+      packets[i] = inbox.poll_packet(offset + i * kPacketStride);
     }
   }
   __device__ __forceinline__ bool arrived(uint32_t number) const {
-    return packs[0].w == number && packs[1].w == number && packs[2].w == number && packs[3].w == number;
+    return packets[0].w == number && packets[1].w == number && packets[2].w == number && packets[3].w == number;
   }
-  __device__ __forceinline__ Unit unit() const {
-    const uint4 &a = packs[0], &b = packs[1], &c = packs[2], &d = packs[3];
+  __device__ __forceinline__ LanePayload payload() const {
+    const uint4 &a = packets[0], &b = packets[1], &c = packets[2], &d = packets[3];
     return {{{a.x, a.y, a.z, b.x}, {b.y, b.z, c.x, c.y}, {c.z, d.x, d.y, d.z}}};
   }
 };

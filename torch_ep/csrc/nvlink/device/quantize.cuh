@@ -11,7 +11,7 @@ namespace ep::nvlink {
 constexpr float kLargest = 448;  // of e4m3
 constexpr float kLeastMaximum = 1e-4F;
 
-// The bits of absolute values are ordered as these are, with NaN above all.
+// The bits of absolute values are ordered as the values are, NaN above all.
 __device__ inline uint32_t magnitude(float v) {
   return __float_as_uint(v) & 0x7fffffff;
 }
@@ -24,25 +24,26 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   if (quantize == Quantize::fp8) {
     return {__fdiv_rn(maximum, kLargest), __fdiv_rn(kLargest, maximum)};
   }
-  // The next power of two: of numbers with a fraction, one exponent more. At most that of infinity, also for NaN.
+  // The next power of two: one exponent more if there is a fraction. At most that of infinity, also for NaN.
   const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kLargest));
+  // fault: low latency: scale not rounded up
   const uint32_t exponent = min((bits + 0x7fffff) >> 23, 255U);
   const float scale = __uint_as_float(exponent << 23);
   return {scale, __fdiv_rn(1, scale)};
 }
 
-// Of ue8m0.
+// The byte of ue8m0.
 __device__ inline uint32_t exponent_of(float scale) {
   return __float_as_uint(scale) >> 23;
 }
 
-// Sixteen channels of T, and what they become.
+// Sixteen channels of T, to be quantized.
 template <class T>
 class Channels {
  public:
   static constexpr int kLoads = sizeof(T);
 
-  // Vector `v` of what the row becomes; zeros unless `has`.
+  // Vector `v` of the quantized row; zeros unless `has`.
   __device__ void load(const T* x, int v, bool has) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -91,8 +92,8 @@ class Channels {
   uint4 vectors_[kLoads];
 };
 
-// Of a whole warp, in which kGroupVectors lanes next to each other have the i-th vectors of one group: those vectors
-// and their scales.
+// Warp-collective. kGroupVectors neighboring lanes have the i-th vectors of one group. Gives those vectors and their
+// scales.
 template <class T, int kVectors>
 __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {

@@ -1,4 +1,4 @@
-// Sums of rows: in float32 (float64 for float64), in the order of the token's slots, without contraction.
+// Reduction of rows: in float32 (float64 for float64), in the order of the token's slots, without contraction.
 #pragma once
 
 #include "core/device/numbers.cuh"
@@ -6,29 +6,29 @@
 
 namespace ep::nvlink {
 
-// Rows are read in pieces, each of kBatch vectors a lane, through a ring in shared memory: what is in flight there
-// hides the latency of device memory, which the registers of so few warps could not.
+// Rows are read in pieces of kBatch vectors per lane through a ring in shared memory. The loads in flight there hide
+// the latency of device memory, for which so few warps have not enough registers.
 constexpr int kBatch = 4;
 constexpr int kPieceVectors = kBatch * kWarp;
 constexpr int kPieceBytes = kPieceVectors * 16;
 
-// What is summed, as masks of lanes that have one row each. Terms are added in the order of their lanes. One of them
-// may stand for rows of this rank, which are added up, in the order of their lanes, and rounded first.
+// What is summed, as masks of lanes with one row each. Terms are added in the order of their lanes. One term may stand
+// for rows of this rank, which are first added up, in the order of their lanes, and rounded.
 struct Terms {
   uint32_t all;
   uint32_t own;       // none, or one of them
   uint32_t own_rows;  // whose rows that term stands for
 };
 
-// The rows of `Terms` as they are loaded, lane i the i-th: own ones before all others, so that of these no more than
-// the rounded sum is there while the others are added.
+// The rows of `Terms` in the order in which they are loaded; lane i has the i-th. This rank's rows come first, so that
+// only their rounded sum is kept while the others are added.
 template <class Wide>
 struct RowList {
   uint64_t row = 0;
   Wide weight{};
   int count = 0;
-  int own = 0;     // so many of them are own ones
-  int before = 0;  // other terms that come before that of the own ones
+  int own = 0;     // rows of this rank
+  int before = 0;  // terms before that of this rank
 
   __device__ RowList(const Terms& terms, const char* row_of_lane, Wide weight_of_lane) {
     const auto take = [&](uint32_t lanes) {
@@ -44,6 +44,7 @@ struct RowList {
       }
     };
     if (terms.own != 0) {
+      // fault: combine: rows of the own rank
       take(terms.own_rows);
       own = count;
       before = __popc(terms.all & (terms.own - 1));
@@ -52,10 +53,10 @@ struct RowList {
   }
 };
 
-// Of a whole warp: the sum of `terms`, whose rows are at the lanes' addresses `row`; own ones are multiplied by the
-// lanes' `weight`. sink(piece, vectors): takes this lane's part of each piece of the result.
+// Warp-collective. Adds `terms`, whose rows are at the lanes' addresses `row`. This rank's rows are multiplied by the
+// lanes' `weight`. sink(piece, vectors) takes this lane's part of each piece of the result.
 template <class T, bool weighted, int kDepth, class Sink>
-__device__ __forceinline__ void sum_rows(
+__device__ __forceinline__ void reduce_rows(
     const Terms& terms,
     const char* row,
     typename Vector<T>::Wide weight,
@@ -67,7 +68,7 @@ __device__ __forceinline__ void sum_rows(
   const RowList<Wide> list(terms, row, weight);
   const int bytes = (vectors - lane_id()) * 16;  // from this lane's first vector of a row on
   const int end = list.count > 0 ? vectors * 16 : 0;
-  char* own_ring = ring + lane_id() * 16;  // what a lane copies it alone reads: no barrier
+  char* own_ring = ring + lane_id() * 16;  // each lane reads what it copied: no barrier
   int load_row = 0, load_at = 0, loaded = 0, taken = 0;
   const auto after = [](int stage) { return stage + kPieceBytes == kDepth * kPieceBytes ? 0 : stage + kPieceBytes; };
   const auto load_next = [&] {
@@ -90,6 +91,7 @@ __device__ __forceinline__ void sum_rows(
     copy_commit();
   };
   const auto take = [&](Part& part) {
+    // fault: combine: rows read before they arrive
     copy_wait<kDepth - 1>();
     const char* stage = own_ring + taken;
 #pragma unroll
@@ -131,7 +133,7 @@ __device__ __forceinline__ void sum_rows(
     load_next();
   }
   const int others = list.count - list.own;
-  // Passed on as it is.
+  // Nothing to add: passed on unchanged.
   const bool lone = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
   for (int piece = 0; piece * kPieceVectors < vectors; ++piece) {
     Part part = {};

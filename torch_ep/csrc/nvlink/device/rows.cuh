@@ -1,4 +1,4 @@
-// How dispatch and combine find, stage and copy rows.
+// How ep::dispatch and ep::combine find, stage and copy wire rows.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -6,10 +6,18 @@
 namespace ep::nvlink {
 
 // Note [Blocks that send]
-// A block either sends or receives. While the links are full, what a multiprocessor copies to peers holds up whatever
-// it copies after that: warps that place arrived rows beside warps that send fell behind, the more the more was sent.
+// A thread block either sends or receives. While the links are full, an SM's copies to peers hold up every later copy
+// of that SM: warps that wrote arrived rows beside warps that sent fell behind, the more the more was sent.
 
-// How a kernel shares out its blocks, and their warps' part of shared memory.
+// One thread. An index of the plan is not in [-1, bound), or not where ep::plan puts it.
+__device__ inline void publish_bad_index(const Exchange& x, Failure kind, int64_t bound, int64_t index) {
+  FailureCause cause{kind, Phase::rows, x.comm.rank};
+  cause.ours = bound;
+  cause.theirs = index;
+  publish_failure(x, cause);
+}
+
+// How a kernel divides its thread blocks, and their shared memory among warps.
 struct Shape {
   int send_blocks;
   int warps;   // of a block
@@ -18,11 +26,11 @@ struct Shape {
   int chunk_tokens;  // of dispatch
 };
 
-// Shared memory of a block on sm_90 that a kernel may ask for (CUDA C++ Programming Guide, table of compute
-// capabilities: 227 KB), less room for the barriers.
+// Shared memory of a thread block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities: 227 KB), less
+// room for the barriers.
 constexpr int kStageMemory = 227 * 1024 - 1024;
 
-// Stages of one warp, used in turn, with a barrier each for what is loaded into them.
+// The stages of one warp, used in turn. Each has a barrier for its loads.
 class Ring {
  public:
   __device__ Ring(char* stages, uint64_t* barriers, const Shape& shape)
@@ -39,8 +47,8 @@ class Ring {
 
   __device__ void init() const {
     if (lane_id() == 0) {
-      // A loop, so that one lane alone goes through it: unrolled, it was predicated, which compute-sanitizer took for
-      // barriers that other lanes had made too.
+      // Not unrolled: unrolled, it was predicated, and compute-sanitizer thought that other lanes had initialized the
+      // barriers too.
 #pragma unroll 1
       for (int i = 0; i < count_; ++i) {
         barrier_init(&barriers_[i]);
@@ -51,7 +59,7 @@ class Ring {
   }
 
   __device__ int depth() const { return count_; }
-  // Of the n-th record.
+  // Of the n-th wire row.
   __device__ char* stage(int n) const { return stages_ + n % count_ * bytes_; }
   __device__ uint64_t* barrier(int n) const { return &barriers_[n % count_]; }
   __device__ void wait(int n) const { barrier_wait(barrier(n), n / count_ % 2); }
@@ -63,55 +71,60 @@ class Ring {
 };
 
 // What a warp knows of a token.
-struct Slot {
-  // Lane k, of slot k: the wire row that carries it, whose rank, and whether it is the first slot of that row.
+struct TokenRows {
+  // Lane k, of slot k: the wire row that carries it, its rank, and whether it is the first slot of that row.
   int row;  // counted within the rows of that rank; -1: none
   int rank;
   bool first;
-  // Lane r: the row to rank r, or -1.
-  int row_to_lane;
+  // Of each rank: the row to it, or -1.
+  PerRank<int> row_to;
 };
 
-// Of a whole warp: what lane k's entry of send_row says. A bad entry counts as none and is recorded.
-__device__ inline Slot find_slot(const Exchange& x, int entry, const WireRows& out) {
+// Warp-collective. Lane k has the token's entry k of send_row. A bad entry counts as none and is reported.
+__device__ inline TokenRows find_rows(const Exchange& x, int entry, const WireRows& out) {
   const int lane = lane_id();
-  Slot slot{-1, 0, false, -1};
-  uint32_t of_slot = 0, of_lane = 0;  // slots of the same rank as this lane's; those of the rank of this lane
+  TokenRows token{-1, 0, false, {}};
+  uint32_t of_slot = 0;       // slots of the same rank as this lane's
+  PerRank<uint32_t> of_rank;  // slots of each rank
 #pragma unroll 2
   for (int r = 0; r < x.world_size(); ++r) {
-    const int begin = __shfl_sync(kFullWarp, out.begin, r), end = __shfl_sync(kFullWarp, out.end, r);
+    const int begin = out.begin.of(r), end = out.end.of(r);
     const bool is_here = entry >= begin && entry < end;
     const uint32_t slots = __ballot_sync(kFullWarp, is_here);
     if (is_here) {
-      slot.row = entry - begin;
-      slot.rank = r;
+      token.row = entry - begin;
+      token.rank = r;
       of_slot = slots;
     }
-    of_lane = lane == r ? slots : of_lane;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      of_rank[step] = rank_at(step) == r ? slots : of_rank[step];
+    }
   }
-  slot.first = __ffs(static_cast<int>(of_slot)) - 1 == lane;
-  const int row = __shfl_sync(kFullWarp, slot.row, of_lane != 0 ? __ffs(static_cast<int>(of_lane)) - 1 : 0);
-  slot.row_to_lane = of_lane != 0 ? row : -1;
-  const int total = __shfl_sync(kFullWarp, out.end, x.world_size() - 1);
-  if (entry != -1 && slot.row < 0) {
-    record(
-        x, {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::send_row), total, entry, 0});
+  token.first = __ffs(static_cast<int>(of_slot)) - 1 == lane;
+#pragma unroll
+  for (int step = 0; step < kRankSteps; ++step) {
+    const uint32_t slots = of_rank[step];
+    const int row = __shfl_sync(kFullWarp, token.row, slots != 0 ? __ffs(static_cast<int>(slots)) - 1 : 0);
+    token.row_to[step] = slots != 0 ? row : -1;
   }
-  return slot;
+  const int total = out.end.of(x.world_size() - 1);
+  if (entry != -1 && token.row < 0) {
+    publish_bad_index(x, Failure::bad_send_row, total, entry);
+  }
+  return token;
 }
 
-// Of a whole warp: its share of rows_of, the inverse of recv_pair.
+// Warp-collective. This warp's share of rows_of, the inverse of recv_pair.
 __device__ inline void
 invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int warp, int warps) {
-  const int64_t slots = received * plan.num_topk;
+  const int64_t pairs = received * plan.num_topk;
   for (int64_t row = int64_t{warp} * kWarp + lane_id(); row < plan.rows; row += int64_t{warps} * kWarp) {
-    const int slot = plan.recv_pair[row];
-    if (slot >= 0 && slot < slots) {
-      x.comm.rows_of[slot] = x.tag() | static_cast<uint64_t>(row);
-    } else if (slot != -1) {
-      record(
-          x,
-          {Failure::bad_plan, Phase::rows, x.comm.rank, static_cast<int64_t>(PlanTensor::recv_pair), slots, slot, 0});
+    const int pair = plan.recv_pair[row];
+    if (pair >= 0 && pair < pairs) {
+      x.comm.rows_of[pair] = x.tag() | static_cast<uint64_t>(row);
+    } else if (pair != -1) {
+      publish_bad_index(x, Failure::bad_recv_pair, pairs, pair);
     }
   }
   __syncwarp();
@@ -121,7 +134,7 @@ invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int 
   }
 }
 
-// expert_major: the row for lane k's slot of a received wire row, or -1.
+// expert_major: the row of lane k's slot of a received wire row, or -1.
 __device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, int64_t wire_row) {
   const int k = lane_id();
   if (k >= plan.num_topk) {
@@ -131,7 +144,7 @@ __device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, i
   return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
 }
 
-// Of a whole warp, a few bytes. Any alignment. Out of the way, since calls are many.
+// Warp-collective. A few bytes of any alignment. Not inlined, since there are many calls.
 __device__ __noinline__ inline void copy_bytes(char* to, const char* from, int bytes) {
   const auto alignment =
       reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
@@ -161,7 +174,7 @@ __device__ __noinline__ inline void zero_bytes(char* to, int64_t bytes) {
   }
 }
 
-// One weight: 2, 4 or 8 bytes.
+// One thread. One weight: 2, 4 or 8 bytes.
 __device__ inline void copy_weight(char* to, const char* from, int bytes) {
   if (bytes == 4) {
     *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);

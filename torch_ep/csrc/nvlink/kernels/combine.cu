@@ -1,9 +1,10 @@
-// ep::combine: rows back to the ranks whose tokens they are, summed on both sides.
-//   send   some blocks: chunks of the rows of every peer: the rows of one token summed -> shared memory -> peer
-//   sum    the others, and these when they are done: this rank's tokens: arrived rows and own ones summed -> result.
-//          The first of these warps meets the peers.
-// Where rows are few, warps share them by columns: a warp that sums a whole row takes longer than all the rest.
-// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction, and what
+// ep::combine: returns rows to the ranks of their tokens and reduces them on both sides.
+//   send    some blocks, chunks of every peer's rows: rows of one token reduced -> shared memory -> peer
+//   reduce  the other blocks, and the senders when they are done, this rank's tokens: arrived and own rows -> result.
+//   The
+//           first of these warps exchanges handshakes.
+// Few rows are cut by columns, so that every warp has some: one warp for a whole row would be the last to finish.
+// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction. What
 // crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
 #include "nvlink/device/reduce.cuh"
 #include "nvlink/device/rows.cuh"
@@ -13,8 +14,8 @@
 namespace ep::nvlink {
 namespace {
 
-// 16 warps with 7 pieces have all of a block's shared memory but 3 KB. Copies take all of it; sums load four pieces at
-// a time, which was faster than more of them.
+// 16 warps with 7 pieces leave 3 KB of a block's shared memory. Copies use all pieces; reductions load four at a time,
+// which was faster than more.
 constexpr int kMaxWarps = 16;
 constexpr int kPieces = 7;
 constexpr int kSumDepth = 4;
@@ -32,21 +33,21 @@ class Combine {
         memory_(shared_memory() + warp_id() * kWarpBytes),
         out_(wire_rows(x_, args.plan.send_counts)),
         in_(wire_rows(x_, args.plan.recv_counts)),
-        vectors_(args.record.row_bytes / 16) {}
+        vectors_(args.format.row_bytes / 16) {}
 
   __device__ void run() {
     const bool sends = static_cast<int>(blockIdx.x) < send_blocks_;
     copy_ring().init();
     bool going = true;
     if (a_.plan.expert_major) {
-      const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+      const int received = in_.end.of(x_.world_size() - 1);
       const int warps = static_cast<int>(gridDim.x) * kMaxWarps;
       invert_recv_pair(
           x_, a_.plan, received, static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * warp_id(), warps);
       going = wait_for_gate(x_, static_cast<uint32_t>(warps));
     }
     if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
-      going = meet_peers(x_, a_.agreed, in_.count(), out_.count()) && going;
+      going = exchange_handshakes(x_, a_.handshake, {in_.counts(), out_.counts()}) && going;
     }
     going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
     if (going && sends) {
@@ -54,9 +55,9 @@ class Combine {
     }
     if (going) {
       if (is_few(a_.plan.num_tokens) || any_few(out_)) {
-        sum<true>();
+        reduce<true>();
       } else {
-        sum<false>();
+        reduce<false>();
       }
     }
     end_exchange(x_, &a_.comm.state->last_combine);
@@ -72,46 +73,52 @@ class Combine {
     __device__ int64_t offset() const { return int64_t{begin} * kPieceBytes; }
   };
 
-  // How rows are cut: 1 << shift of them a chunk, or some parts a row, each a chunk of its own.
+  // How rows are cut: 1 << shift rows per chunk, or some parts per row, each a chunk of its own.
   struct Cut {
     int shift, parts;
   };
 
-  // Of the `rows` that go from one rank to another: the same on both sides.
+  // For `rows` rows from one rank to another: the same on both sides.
   __device__ Cut cut_of(int rows) const {
     if (!is_few(rows)) {
       return {kChunkShift, 1};
     }
-    return {0, min(max(kFewChunks / (rows * peers()), kLeastParts), pieces())};
+    return {0, min(max(kFewChunks / (rows * peers()), kMinParts), pieces())};
   }
-  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMostSingleRows; }
+  __device__ bool is_few(int rows) const { return rows > 0 && rows * peers() <= kMaxSplitRows; }
   __device__ bool any_few(const WireRows& rows) const {
-    return __any_sync(kFullWarp, x_.is_peer(lane_id()) && is_few(rows.count())) != 0;
+    bool few = false;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      few = few || (x_.is_peer(rank_at(step)) && is_few(rows.counts()[step]));
+    }
+    return __any_sync(kFullWarp, few) != 0;
   }
 
   __device__ int peers() const { return max(x_.world_size() - 1, 1); }
   __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
 
-  // Where no rows are few, nothing is divided: code of its own, without which 4096 tokens took 1.6 % longer.
+  // Code of its own where no rank has few rows: divisions made 4096 tokens 1.6 % slower.
   template <bool few>
   __device__ Columns columns_of(const Cut& cut, int part) const {
     if (!few || cut.parts == 1) {
       return {0, pieces()};
     }
+    // fault: combine: columns of a part
     return {part * pieces() / cut.parts, (part + 1) * pieces() / cut.parts};
   }
-  // The chunk that has a piece of a row.
+  // The chunk of a piece of a row.
   template <bool few>
   __device__ int chunk_of(const Cut& cut, int row, int piece) const {
     return !few || cut.parts == 1 ? row >> cut.shift : row * cut.parts + ((piece + 1) * cut.parts - 1) / pieces();
   }
 
-  // Vectors in some columns.
+  // Vectors of some columns.
   __device__ int vectors_in(const Columns& columns) const {
     return min(vectors_, columns.end * kPieceVectors) - columns.begin * kPieceVectors;
   }
 
-  // --- the rows of the result of dispatch that belong to one wire row ---
+  // --- the rows of y that belong to one wire row ---
 
   struct Rows {
     uint32_t lanes;  // that have one
@@ -119,7 +126,7 @@ class Combine {
     Wide weight;     // of it
   };
 
-  // rank_major: it is the same row, and `lane` has it.
+  // Warp-collective. rank_major: the same row, which `lane` has.
   __device__ Rows rows_of(int64_t wire_row, int lane) const {
     Rows rows{0, -1, Wide{1}};
     if (a_.plan.expert_major) {
@@ -134,11 +141,11 @@ class Combine {
     return rows;
   }
 
-  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.record.row_stride; }
+  __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.format.row_stride; }
 
-  // What lane k's slot brings home of the weights of a wire row.
+  // Lane k: the weight of slot k of a wire row.
   __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
-    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+    const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
       zero_weight(to, bytes);
     } else {
@@ -149,36 +156,38 @@ class Combine {
 
   // --- send ---
 
-  // The chunks of wire rows that this warp sends, one after the other.
-  class Turn {
+  // The chunks of wire rows that this warp sends, one after another.
+  class SendQueue {
    public:
-    __device__ explicit Turn(const Combine& c) : c_(c), tickets_(c.x_, 0), rows_(c.in_.count()) {
-      const Cut cut = c.cut_of(rows_);
-      int most = c.x_.is_peer(lane_id()) ? ((rows_ + (1 << cut.shift) - 1) >> cut.shift) * cut.parts : 0;
-      for (int step = kMaxRanks / 2; step > 0; step /= 2) {
-        most = max(most, __shfl_xor_sync(kFullWarp, most, step));
+    __device__ explicit SendQueue(const Combine& c) : c_(c), queue_(c.x_.comm, 0), rows_(c.in_.counts()) {
+      int most = 0;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const Cut cut = c.cut_of(rows_[step]);
+        const int chunks = ((rows_[step] + (1 << cut.shift) - 1) >> cut.shift) * cut.parts;
+        most = max(most, c.x_.is_peer(rank_at(step)) ? chunks : 0);
       }
-      chunks_ = __shfl_sync(kFullWarp, most, 0);
+      chunks_ = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(most)));
     }
 
-    // False: there is none left. The tickets go round the peers, as long as the one with most chunks has any.
+    // Warp-collective. False: none is left. Items go round the peers, as long as the peer with most chunks has any.
     __device__ bool advance() {
       const int peers = c_.peers();
       while (true) {
-        const auto ticket = static_cast<int>(tickets_.next());
-        if (ticket >= chunks_ * peers) {
+        const auto item = static_cast<int>(queue_.next());
+        if (item >= chunks_ * peers) {
           return false;
         }
-        chunk = ticket / peers;
-        // Note [Peers in turn].
-        to = (c_.a_.comm.rank + 1 + ticket - chunk * peers) % c_.x_.world_size();
-        const int rows = __shfl_sync(kFullWarp, rows_, to);
+        chunk = item / peers;
+        // Note [Peers in turn], device/ranks.cuh.
+        to = (c_.a_.comm.rank + 1 + item - chunk * peers) % c_.x_.world_size();
+        const int rows = rows_.of(to);
         const Cut cut = c_.cut_of(rows);
         begin = min(cut.parts == 1 ? chunk << cut.shift : chunk / cut.parts, rows);
         end = min(begin + (1 << cut.shift), rows);
         columns = c_.template columns_of<true>(cut, chunk - (begin >> cut.shift) * cut.parts);
         if (begin < end) {
-          tickets_.draw();
+          queue_.prefetch();
           return true;
         }
       }
@@ -190,16 +199,16 @@ class Combine {
 
    private:
     const Combine& c_;
-    Tickets tickets_;
-    const int rows_;
+    WorkQueue queue_;
+    const PerRank<int> rows_;
     int chunks_ = 0;
   };
 
-  // Writes a chunk's flag once its rows are there: after pieces of the next record have left, so that nothing waits.
-  class Flags {
+  // Signals a chunk once its rows are there: after pieces of the next row have been copied, so that nothing waits.
+  class ChunkFlags {
    public:
-    __device__ explicit Flags(const Exchange& x) : x_(x) {}
-    // After each record's last bulk_commit; `copies`: of the record, at least.
+    __device__ explicit ChunkFlags(const Exchange& x) : x_(x) {}
+    // After a row's last bulk_commit. `copies`: bulk copies of the row, at least.
     __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
       if (chunk_ >= 0) {
         if (copies >= 4) {
@@ -207,7 +216,7 @@ class Combine {
         } else {
           bulk_wait<1>();
         }
-        tell();
+        signal();
       }
       if (ends_chunk) {
         to_ = to;
@@ -217,17 +226,16 @@ class Combine {
     __device__ void finish() {
       bulk_wait<0>();
       if (chunk_ >= 0) {
-        tell();
+        signal();
       }
     }
 
    private:
-    __device__ void tell() {
+    __device__ void signal() {
       __syncwarp();
-      // The lane whose bulk copies they were; what the others stored is ordered by the barrier.
-      if (lane_id() == to_) {
-        fence_async_global();
-        store_release_system(x_.peer(to_, x_.layout().combine_flag(x_.comm.rank, chunk_)), x_.tag());
+      // The lane whose bulk copies they were. The barrier orders what the others stored.
+      if (lane_id() == lane_of(to_)) {
+        x_.peer(to_).signal_copies(x_.layout().combine_flag(x_.comm.rank, chunk_), x_.tag());
       }
       chunk_ = -1;
     }
@@ -236,38 +244,45 @@ class Combine {
   };
 
   __device__ void send() {
-    Turn turn(*this);
+    SendQueue work(*this);
     if (a_.plan.expert_major || weighted) {
-      send_sums(turn);
+      send_reduced(work);
     } else {
-      send_copies(turn);
+      send_copies(work);
     }
-    fence_async_shared();  // this memory is for sums next
+    fence_async_shared();  // the reduction uses this memory next
     __syncwarp();
   }
 
-  __device__ char* slot_of(int to, int row) const {
+  // The lane that copies to a rank.
+  __device__ static int lane_of(int rank) { return rank % kWarp; }
+
+  // Where the row-th wire row to a rank is in its buffer.
+  __device__ int64_t row_at(int to, int row) const {
     const Layout& layout = x_.layout();
-    return x_.peer(to, layout.combine_rows(a_.comm.rank, to) + row * layout.slot_bytes);
+    return layout.combine_rows(a_.comm.rank, to) + row * layout.wire_row_bytes;
   }
 
-  __device__ void send_weights(char* slot, int64_t wire_row, const Rows& rows) const {
-    const int lane = lane_id(), bytes = a_.record.weight_bytes;
+  // Warp-collective.
+  __device__ void send_weights(int to, int64_t row_at, int64_t wire_row, const Rows& rows) const {
+    const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (bytes != 0 && lane < a_.plan.num_topk) {
-      take_weight(slot + a_.record.weights_at() + lane * bytes, wire_row, rows);
+      uint64_t weight = 0;
+      take_weight(reinterpret_cast<char*>(&weight), wire_row, rows);
+      x_.peer(to).put_value(row_at + a_.format.weights_at() + lane * bytes, weight, bytes);
     }
   }
 
-  // Two pieces of the warp's memory hold what is leaving.
-  __device__ void send_sums(Turn& turn) {
-    Flags flags(x_);
+  // Two pieces of the warp's memory hold what is being copied to peers.
+  __device__ void send_reduced(SendQueue& work) {
+    ChunkFlags flags(x_);
     char* leaving = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
-    while (turn.advance()) {
-      for (int row = turn.begin; row < turn.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
+    while (work.advance()) {
+      for (int row = work.begin; row < work.end; ++row) {
+        const int64_t wire_row = int64_t{in_.begin.of(work.to)} + row;
         const Rows rows = rows_of(wire_row, 0);
-        char* slot = slot_of(turn.to, row);
+        const int64_t to_row = row_at(work.to, row);
         const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
           bulk_wait_read<1>();
           __syncwarp();
@@ -279,33 +294,34 @@ class Combine {
           }
           fence_async_shared();
           __syncwarp();
-          if (lane_id() == turn.to) {
-            const int at = (turn.columns.begin + piece) * kPieceBytes;
-            bulk_store(slot + at, stage, min(kPieceBytes, a_.record.row_bytes - at));
+          if (lane_id() == lane_of(work.to)) {
+            const int at = (work.columns.begin + piece) * kPieceBytes;
+            x_.peer(work.to).put(to_row + at, stage, min(kPieceBytes, a_.format.row_bytes - at));
           }
           bulk_commit();
         };
-        sum_rows<T, weighted, kSumDepth>(
+        reduce_rows<T, weighted, kSumDepth>(
             {1, 1, rows.lanes},
-            y_row(rows) + turn.columns.offset(),
+            y_row(rows) + work.columns.offset(),
             rows.weight,
-            vectors_in(turn.columns),
+            vectors_in(work.columns),
             memory_,
             sink);
-        if (turn.columns.begin == 0) {
-          send_weights(slot, wire_row, rows);
+        if (work.columns.begin == 0) {
+          send_weights(work.to, to_row, wire_row, rows);
         }
-        flags.sent(turn.to, turn.chunk, turn.columns.count(), row + 1 == turn.end);
+        flags.sent(work.to, work.chunk, work.columns.count(), row + 1 == work.end);
       }
     }
     flags.finish();
   }
 
-  // Nothing to sum: rows go through shared memory untouched, half of it loaded while the other half leaves.
-  __device__ void send_copies(Turn& turn) {
+  // Nothing to reduce: rows go through shared memory unchanged; half of it is loaded while the other half is copied
+  // out.
+  __device__ void send_copies(SendQueue& work) {
     const Ring ring = copy_ring();
-    Flags flags(x_);
-    // What is loaded, and the one before, which leaves next.
+    ChunkFlags flags(x_);
+    // The piece that is loaded, and the one before, which is copied out next.
     struct Piece {
       int to, row, chunk;
       int64_t wire_row;
@@ -320,35 +336,35 @@ class Combine {
       ring.wait(n);
       fence_async_shared();
       __syncwarp();
-      char* slot = slot_of(p.to, p.row);
-      if (lane_id() == p.to) {
-        bulk_store(slot + p.begin, ring.stage(n), p.bytes);
+      const int64_t to_row = row_at(p.to, p.row);
+      if (lane_id() == lane_of(p.to)) {
+        x_.peer(p.to).put(to_row + p.begin, ring.stage(n), p.bytes);
       }
       bulk_commit();
       if (p.begin == 0) {
-        send_weights(slot, p.wire_row, Rows{0, -1, Wide{1}});
+        send_weights(p.to, to_row, p.wire_row, Rows{0, -1, Wide{1}});
       }
       if (p.ends_row) {
         flags.sent(p.to, p.chunk, p.copies, p.ends_chunk);
       }
     };
-    while (turn.advance()) {
-      for (int row = turn.begin; row < turn.end; ++row) {
-        const int64_t wire_row = int64_t{__shfl_sync(kFullWarp, in_.begin, turn.to)} + row;
-        const int end = min(turn.columns.end * kPieceBytes, a_.record.row_bytes);
+    while (work.advance()) {
+      for (int row = work.begin; row < work.end; ++row) {
+        const int64_t wire_row = int64_t{in_.begin.of(work.to)} + row;
+        const int end = min(work.columns.end * kPieceBytes, a_.format.row_bytes);
         int copies = 0;
-        for (int begin = turn.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
+        for (int begin = work.columns.begin * kPieceBytes; begin < end; begin += kHalf) {
           const Piece piece{
-              turn.to,
+              work.to,
               row,
-              turn.chunk,
+              work.chunk,
               wire_row,
               begin,
               min(kHalf, end - begin),
               ++copies,
               begin + kHalf >= end,
-              row + 1 == turn.end};
-          bulk_wait_read<0>();  // of what leaves from this half
+              row + 1 == work.end};
+          bulk_wait_read<0>();  // of what is copied out of this half
           load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
           if (has_waiting) {
             push(waiting, copied - 1);
@@ -377,54 +393,62 @@ class Combine {
     if (lane_id() == 0) {
       barrier_expect(ring.barrier(n), is_dropped ? 0 : bytes);
       if (!is_dropped) {
-        bulk_load(ring.stage(n), a_.y + wire_row * a_.record.row_stride + begin, bytes, ring.barrier(n));
+        bulk_load(ring.stage(n), a_.y + wire_row * a_.format.row_stride + begin, bytes, ring.barrier(n));
       }
     }
   }
 
-  // --- sum ---
+  // --- reduce ---
 
   template <bool few>
-  __device__ void sum() {
-    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
+  __device__ void reduce() {
+    const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
     const Layout& layout = x_.layout();
-    const bool is_peer = x_.is_peer(lane);
-    const int from = is_peer ? lane : me;
-    const char* slots = is_peer ? x_.own(layout.combine_rows(from, me)) : nullptr;
-    const int first_own = __shfl_sync(kFullWarp, in_.begin, me);
-    const Cut theirs = cut_of(out_.count()), ours = cut_of(a_.plan.num_tokens);
-    int arrived_chunk = -1;  // the last one of this lane's rank that was waited for
-    Tickets tickets(x_, 1);
-    for (int64_t i = tickets.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = tickets.next()) {
-      tickets.draw();
+    const int first_own = in_.begin.of(me);
+    const Cut ours = cut_of(a_.plan.num_tokens);
+    Cut theirs[kRankSteps];
+    PerRank<int> arrived_chunk;  // the last one of each rank that was waited for
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      theirs[step] = cut_of(out_.counts()[step]);
+      arrived_chunk[step] = -1;
+    }
+    WorkQueue queue(x_.comm, 1);
+    for (int64_t i = queue.next(); i < int64_t{a_.plan.num_tokens} * (few ? ours.parts : 1); i = queue.next()) {
+      queue.prefetch();
       const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
       const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
       const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
-      const Slot slot = find_slot(x_, entry, out_);
+      const TokenRows slot = find_rows(x_, entry, out_);
       const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
 
-      // Lane r waits for these columns of the row of rank r.
-      const int row = slot.row_to_lane;
-      const int last_chunk = chunk_of<few>(theirs, row, columns.end - 1);
-      int chunk = chunk_of<few>(theirs, row, columns.begin);
-      const bool waits = is_peer && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk);
-      const auto has_arrived = [&] {
-        while (x_.is_tagged(load_acquire_system(x_.own(layout.combine_flag(from, chunk))))) {
-          if (!few || chunk == last_chunk) {
-            return true;
+      // Waits for these columns of the row of every rank.
+      bool going = true;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int row = slot.row_to[step], from = rank_at(step);
+        // fault: combine: only the first part awaited
+        const int last_chunk = chunk_of<few>(theirs[step], row, columns.end - 1);
+        int chunk = chunk_of<few>(theirs[step], row, columns.begin);
+        const bool waits = x_.is_peer(from) && row >= 0 && (chunk < last_chunk || last_chunk != arrived_chunk[step]);
+        const auto has_arrived = [&] {
+          while (x_.is_tagged(x_.inbox().poll_signal(layout.combine_flag(from, chunk)))) {
+            if (!few || chunk == last_chunk) {
+              return true;
+            }
+            ++chunk;
           }
-          ++chunk;
-        }
-        return false;
-      };
-      if (!wait_lanes(x_, Phase::rows, waits, from, has_arrived)) {
+          return false;
+        };
+        going = going && wait_lanes(x_, Phase::rows, waits, from, has_arrived);
+        arrived_chunk[step] = waits ? last_chunk : arrived_chunk[step];
+      }
+      if (!going) {
         return;
       }
-      arrived_chunk = waits ? last_chunk : arrived_chunk;
 
-      const char* base =
-          reinterpret_cast<const char*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(slots), slot.rank));
-      const char* arrived_row = base + slot.row * layout.slot_bytes;  // lane k: what came back for slot k, unless own
+      // Lane k: what came back for slot k, unless it is this rank's.
+      const char* arrived_row = x_.inbox().data(layout.combine_rows(slot.rank, me) + slot.row * layout.wire_row_bytes);
       const bool is_own = slot.row >= 0 && slot.rank == me;
       const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
       Rows own{0, -1, Wide{1}};
@@ -433,9 +457,9 @@ class Combine {
         const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
         own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
         own = rows_of(own_wire_row, own_lane);
-        own.lanes &= own_lanes;  // the same ones, unless the plan is not of one piece
+        own.lanes &= own_lanes;  // the same lanes, unless the plan is inconsistent
       }
-      char* result = a_.out + token * a_.record.row_stride + columns.offset() + lane * 16;
+      char* result = a_.out + token * a_.format.row_stride + columns.offset() + lane * 16;
       const int vectors = vectors_in(columns);
       const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
 #pragma unroll
@@ -449,12 +473,12 @@ class Combine {
       const char* own_row = y_row(own);
       uint32_t own_term = terms & own_lanes;
       if (!weighted && __popc(own.lanes) == 1) {
-        // A row that needs no rounding is a term like any other.
+        // A row that needs no rounding first is a term like any other.
         own_row = reinterpret_cast<const char*>(
             __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
         own_term = 0;
       }
-      sum_rows<T, weighted, kSumDepth>(
+      reduce_rows<T, weighted, kSumDepth>(
           {terms, own_term, own.lanes},
           (is_own ? own_row : arrived_row) + columns.offset(),
           own.weight,
@@ -469,13 +493,13 @@ class Combine {
         } else if (is_own) {
           take_weight(to, own_wire_row, own);
         } else {
-          copy_weight(to, arrived_row + a_.record.weights_at() + lane * weight_bytes, weight_bytes);
+          copy_weight(to, arrived_row + a_.format.weights_at() + lane * weight_bytes, weight_bytes);
         }
       }
     }
   }
 
-  // Of many rows, a chunk has two: each costs a fence, as in dispatch.
+  // Where rows are many, a chunk has two: each costs a fence, as in ep::dispatch.
   static constexpr int kChunkShift = 1;
 
   __device__ static char* shared_memory() {
@@ -500,14 +524,14 @@ class Combine {
 template <class T, bool weighted>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     combine_kernel(const __grid_constant__ CombineArgs args, int send_blocks) {
-  ask_for(args);
+  prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Combine<T, weighted>(args, send_blocks).run();
   }
 }
 
-// Shares that were fastest with 24 blocks on four H200; summing takes more of those that send than copying, most of all
-// where rows are many. See also Note [Blocks that send], device/rows.cuh.
+// Shares that were fastest with 24 blocks on four H200. Senders that reduce need more blocks than senders that copy,
+// most where rows are many. See Note [Blocks that send], device/rows.cuh.
 int send_blocks_of(const CombineArgs& args) {
   constexpr int kManyTokens = 512;
   const int blocks = args.comm.layout.num_blocks;

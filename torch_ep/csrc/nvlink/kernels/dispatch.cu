@@ -1,8 +1,8 @@
-// ep::dispatch: rows to the ranks that need them.
-//   send      some blocks: chunks of tokens: row -> shared memory -> every peer that needs it
-//   receive   the others: chunks of every peer: arrived row -> shared memory -> its places in the result; and, while
-//             there is none, this rank's own rows. The first of these warps meets the peers.
-// Blocks that have sent everything join in the own rows.
+// ep::dispatch: copies rows to the ranks that need them.
+//   send     some blocks, chunks of tokens: row -> shared memory -> every peer that needs it
+//   receive  the other blocks, chunks of every peer: arrived row -> shared memory -> its rows of the result; and while
+//            none has arrived, this rank's own rows. The first of these warps exchanges handshakes.
+// Blocks that have sent everything help with the own rows.
 #include "core/device/launch.cuh"
 #include "nvlink/device/rows.cuh"
 
@@ -11,7 +11,7 @@
 namespace ep::nvlink {
 namespace {
 
-// Of a block. More warps keep more rows on their way, and take a microsecond longer to start: for many tokens only.
+// Per thread block. More warps keep more rows in flight, but start a microsecond later: only for many tokens.
 constexpr int kMaxWarps = 24, kFewWarps = 16;
 
 class Dispatch {
@@ -33,7 +33,7 @@ class Dispatch {
   __device__ void run() {
     ring_.init();
     if (sends_) {
-      place_rest(send());
+      write_own_rows(send());
     } else {
       receive();
     }
@@ -42,35 +42,35 @@ class Dispatch {
 
  private:
   __device__ bool is_bulk(const void* p) const { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-  __device__ bool scales_in_bulk() const { return a_.record.scale_bytes % 16 == 0 && is_bulk(a_.scales); }
+  __device__ bool scales_in_bulk() const { return a_.format.scale_bytes % 16 == 0 && is_bulk(a_.scales); }
 
   // --- send ---
 
-  // One lane.
+  // One thread.
   __device__ void load_token_row(int64_t token, int n) const {
-    const bool scales = a_.record.scale_bytes != 0 && scales_in_bulk();
-    barrier_expect(ring_.barrier(n), a_.record.row_bytes + (scales ? a_.record.scale_bytes : 0));
-    bulk_load(ring_.stage(n), a_.x + token * a_.record.row_stride, a_.record.row_bytes, ring_.barrier(n));
+    const bool scales = a_.format.scale_bytes != 0 && scales_in_bulk();
+    barrier_expect(ring_.barrier(n), a_.format.row_bytes + (scales ? a_.format.scale_bytes : 0));
+    bulk_load(ring_.stage(n), a_.x + token * a_.format.row_stride, a_.format.row_bytes, ring_.barrier(n));
     if (scales) {
       bulk_load(
-          ring_.stage(n) + a_.record.scales_at(a_.plan.num_topk),
-          a_.scales + token * a_.record.scale_bytes,
-          a_.record.scale_bytes,
+          ring_.stage(n) + a_.format.scales_at(a_.plan.num_topk),
+          a_.scales + token * a_.format.scale_bytes,
+          a_.format.scale_bytes,
           ring_.barrier(n));
     }
   }
 
-  // What bulk copies do not load. `weight`: this lane's.
-  __device__ void fill_record(char* stage, int64_t token, uint64_t weight) const {
-    const int lane = lane_id(), weight_bytes = a_.record.weight_bytes, num_topk = a_.plan.num_topk;
-    const bool scales = a_.record.scale_bytes != 0 && !scales_in_bulk();
+  // Warp-collective. What bulk copies do not load. `weight`: this lane's.
+  __device__ void fill_wire_row(char* stage, int64_t token, uint64_t weight) const {
+    const int lane = lane_id(), weight_bytes = a_.format.weight_bytes, num_topk = a_.plan.num_topk;
+    const bool scales = a_.format.scale_bytes != 0 && !scales_in_bulk();
     if (weight_bytes != 0 && lane < num_topk) {
       copy_weight(
-          stage + a_.record.weights_at() + lane * weight_bytes, reinterpret_cast<const char*>(&weight), weight_bytes);
+          stage + a_.format.weights_at() + lane * weight_bytes, reinterpret_cast<const char*>(&weight), weight_bytes);
     }
     if (scales) {
       copy_bytes(
-          stage + a_.record.scales_at(num_topk), a_.scales + token * a_.record.scale_bytes, a_.record.scale_bytes);
+          stage + a_.format.scales_at(num_topk), a_.scales + token * a_.format.scale_bytes, a_.format.scale_bytes);
     }
     if (weight_bytes != 0 || scales) {
       fence_async_shared();
@@ -78,7 +78,7 @@ class Dispatch {
     }
   }
 
-  // A token, and what this lane knows of its slot of it.
+  // A token, and this lane's slot of it.
   struct Token {
     int64_t index = -1;  // -1: there is none
     int entry = -1;      // of send_row
@@ -88,12 +88,12 @@ class Dispatch {
   // The tokens of this warp, chunk by chunk.
   class Tokens {
    public:
-    __device__ Tokens(const Exchange& x, const DispatchArgs& args, int tickets, int chunk_tokens)
-        : tickets_(x, tickets), a_(args), chunk_tokens_(chunk_tokens) {}
+    __device__ Tokens(const Exchange& x, const DispatchArgs& args, int queue, int chunk_tokens)
+        : queue_(x.comm, queue), a_(args), chunk_tokens_(chunk_tokens) {}
     __device__ Token next() {
       if (next_ == end_) {
-        next_ = tickets_.next() * chunk_tokens_;
-        tickets_.draw();
+        next_ = queue_.next() * chunk_tokens_;
+        queue_.prefetch();
         end_ = min(next_ + chunk_tokens_, int64_t{a_.plan.num_tokens});
         if (next_ >= end_) {
           next_ = end_ = 0;
@@ -104,53 +104,70 @@ class Dispatch {
       if (lane_id() < a_.plan.num_topk) {
         const int64_t i = token.index * a_.plan.num_topk + lane_id();
         token.entry = a_.plan.send_row[i];
-        if (a_.record.weight_bytes != 0) {
+        if (a_.format.weight_bytes != 0) {
           copy_weight(
-              reinterpret_cast<char*>(&token.weight), a_.weights + i * a_.record.weight_bytes, a_.record.weight_bytes);
+              reinterpret_cast<char*>(&token.weight), a_.weights + i * a_.format.weight_bytes, a_.format.weight_bytes);
         }
       }
       return token;
     }
 
    private:
-    Tickets tickets_;
+    WorkQueue queue_;
     const DispatchArgs& a_;
     const int chunk_tokens_;
     int64_t next_ = 0, end_ = 0;
   };
 
-  // Until the stage of the record after the n-th is free: with two stages, the n-th may still be leaving.
+  // Warp-collective. Waits until the next stage is free. With two stages, the last copy may still be reading the other.
   __device__ void wait_for_stage() const {
     if (ring_.depth() > 1) {
+      // fault: dispatch: stage reused too early
       bulk_wait_read<1>();
     } else {
+      // fault: dispatch: stage reused too early
       bulk_wait_read<0>();
     }
     fence_async_shared();
     __syncwarp();
   }
 
-  // Returns how many tokens it was.
+  // Rows of a chunk to one rank: the first, and how many.
+  struct Span {
+    int begin = 0, count = 0;
+  };
+
+  // Returns how many tokens this warp has staged.
   __device__ int send() {
     const int lane = lane_id(), me = a_.comm.rank;
     const Layout& layout = x_.layout();
-    const int to = rank_of_lane(me + warp_id(), x_.world_size());  // of this lane
-    const bool is_peer = x_.is_peer(to);
-    const int rows_before = __shfl_sync(kFullWarp, out_.begin, to);
-    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
-    char* rows = is_peer ? x_.peer(to, layout.dispatch_rows(me, to)) : nullptr;
-
-    // Of the chunk at hand, and of the one before, whose flag is still to be written: rows to this lane's rank.
-    int begin = 0, count = 0, told_begin = 0, told_count = 0;
-    int64_t chunk = -1, untold = -1;
-    const auto tell = [&] {
-      if (is_peer && untold >= 0) {
-        fence_async_global();
-        store_release_system(
-            x_.peer(to, layout.dispatch_flag(me, untold)),
-            x_.tag() | static_cast<uint64_t>(told_count) << 24 | static_cast<uint64_t>(told_begin));
+    const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
+    // Of the ranks that this lane stands for.
+    PerRank<int> to, rows_before;
+    Peer peers[kRankSteps];
+    PerRank<int64_t> rows_at;
+    // Of the chunk at hand, and of the one before, whose flag is still to be written.
+    Span spans[kRankSteps], unsignaled_spans[kRankSteps];
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, me + warp_id(), x_.world_size());
+      rows_before[step] = out_.begin.of(to[step]);
+      if (x_.is_peer(to[step])) {
+        peers[step] = x_.peer(to[step]);
+        rows_at[step] = layout.dispatch_rows(me, to[step]);
       }
-      untold = -1;
+    }
+    int64_t chunk = -1, unsignaled = -1;
+    const auto signal = [&] {
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (x_.is_peer(to[step]) && unsignaled >= 0) {
+          peers[step].signal_copies(
+              layout.dispatch_flag(me, unsignaled),
+              flag_of(unsignaled_spans[step].begin, unsignaled_spans[step].count));
+        }
+      }
+      unsignaled = -1;
     };
 
     Tokens tokens(x_, a_, 0, chunk_tokens_);
@@ -167,40 +184,50 @@ class Dispatch {
     }
     for (; token.index >= 0; ++n) {
       const Token next = tokens.next();
-      const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, to);
-      if (token.index / chunk_tokens_ != chunk) {
+      const PerRank<int> row_to = find_rows(x_, token.entry, out_).row_to;
+      PerRank<int> rows;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        rows[step] = row_to.of(to[step]);
+      }
+      const bool begins_chunk = token.index / chunk_tokens_ != chunk;
+      if (begins_chunk) {
         chunk = token.index / chunk_tokens_;
-        begin = count = 0;
+#pragma unroll
+        for (Span& span : spans) {
+          span = {};
+        }
       }
       ring_.wait(n);
       char* stage = ring_.stage(n);
-      fill_record(stage, token.index, token.weight);
-      if (is_peer && row >= 0) {
-        bulk_store(rows + row * layout.slot_bytes, stage, record_bytes);
-        if (count == 0) {
-          begin = row;
-        } else if (row != begin + count) {
-          record(
-              x_,
-              {Failure::bad_plan,
-               Phase::rows,
-               me,
-               static_cast<int64_t>(PlanTensor::send_row),
-               rows_before + begin + count,
-               rows_before + row,
-               0});
+      fill_wire_row(stage, token.index, token.weight);
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int row = rows[step];
+        Span& span = spans[step];
+        if (x_.is_peer(to[step]) && row >= 0) {
+          peers[step].put(rows_at[step] + row * layout.wire_row_bytes, stage, wire_row_bytes);
+          if (span.count == 0) {
+            span.begin = row;
+          } else if (row != span.begin + span.count) {
+            publish_bad_index(
+                x_, Failure::bad_send_row, rows_before[step] + span.begin + span.count, rows_before[step] + row);
+          }
+          ++span.count;
         }
-        ++count;
       }
       bulk_commit();
-      if (untold >= 0) {
+      if (unsignaled >= 0) {
+        // fault: dispatch: flag before its rows
         bulk_wait<1>();  // all but this token's
-        tell();
+        signal();
       }
       if (next.index < 0 || next.index / chunk_tokens_ != chunk) {
-        untold = chunk;
-        told_begin = begin;
-        told_count = count;
+        unsignaled = chunk;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          unsignaled_spans[step] = spans[step];
+        }
       }
       if (next.index >= 0) {
         wait_for_stage();
@@ -211,18 +238,28 @@ class Dispatch {
       token = next;
     }
     bulk_wait<0>();
-    tell();
+    signal();
     return n;
   }
 
-  // Own rows that the blocks which receive have not come to yet. `n`: records that this warp has staged before.
-  __device__ void place_rest(int n) const {
-    if (!wait_for_places()) {
+  // A chunk's flag: which rows to the reader are in it.
+  __device__ uint64_t flag_of(int begin, int count) const {
+    // fault: dispatch: row count in a flag
+    return x_.tag() | static_cast<uint64_t>(count) << kCountShift | static_cast<uint64_t>(begin);
+  }
+  __device__ static int begin_in(uint64_t flag) { return static_cast<int>(flag & (kMaxTokens - 1)); }
+  __device__ static int count_in(uint64_t flag) { return static_cast<int>(flag >> kCountShift & 0xff); }
+  static constexpr int kCountShift = 24;
+  static_assert(kMaxTokens == 1 << kCountShift);
+
+  // Own rows that the receiving blocks have not taken yet. `n`: wire rows that this warp has staged before.
+  __device__ void write_own_rows(int n) const {
+    if (!wait_for_inverse()) {
       return;
     }
     Tokens tokens(x_, a_, 1, 1);
     for (Token own = tokens.next(); own.index >= 0; own = tokens.next()) {
-      n += place_own(own, n);
+      n += write_own_row(own, n);
     }
     bulk_wait<0>();
   }
@@ -232,104 +269,131 @@ class Dispatch {
   __device__ void receive() {
     const int lane = lane_id();
     const Layout& layout = x_.layout();
-    const int received = __shfl_sync(kFullWarp, in_.end, x_.world_size() - 1);
+    const int received = in_.end.of(x_.world_size() - 1);
     if (receiver_ == 0) {
-      if (!meet_peers(x_, a_.agreed, out_.count(), in_.count(), chunks_)) {
+      if (!exchange_handshakes(x_, a_.handshake, {out_.counts(), in_.counts()}, chunks_)) {
         return;
       }
     } else if (a_.plan.expert_major) {
       invert_recv_pair(x_, a_.plan, received, receiver_ - 1, inverters());
     }
     zero_fill(received);
-    if (!wait_for_headers(x_) || !wait_for_places()) {
+    if (!wait_for_handshakes(x_) || !wait_for_inverse()) {
       return;
     }
 
-    // Lane s receives from rank s: the receiver_-th of its chunks, then, one after the other, those that no warp has
-    // taken yet. To ask for one takes most of a microsecond: not where there is none.
-    const bool is_peer = x_.is_peer(lane);
-    const int from = is_peer ? lane : a_.comm.rank;
-    const int64_t chunks =
-        is_peer ? min(static_cast<int64_t>(load_relaxed_system(&header_of_lane(x_)->chunks)), layout.max_tokens) : 0;
-    const int record_bytes = a_.record.bytes(a_.plan.num_topk);
-    int64_t chunk = receiver_;
-    int next = 0, end = 0;  // rows of the chunk before that one which have arrived
+    // Of each rank, this warp takes the receiver_-th chunk, then one after another that no warp has taken yet. Taking
+    // one costs most of a microsecond: not where there is none.
+    PerRank<int64_t> chunk, chunks;
+    PerRank<int> next, end;  // rows of the chunk before that one which have arrived
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const int from = rank_at(step);
+      chunk[step] = receiver_;
+      chunks[step] = x_.is_peer(from) ? min(announced_chunks(x_, from), layout.max_tokens) : 0;
+    }
+    const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
     int turn = 0;
     Tokens tokens(x_, a_, 1, 1);
     Token own = tokens.next();
+    const auto have_arrived = [&] {
+      RankSet ready;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        ready.words[step] = __ballot_sync(kFullWarp, next[step] < end[step]);
+      }
+      return ready;
+    };
     for (int n = 0;;) {
-      uint32_t ready = __ballot_sync(kFullWarp, next < end);
+      RankSet ready = have_arrived();
       Wait wait(x_, Phase::rows);
-      while (ready == 0) {
-        const bool waits = chunk < chunks;
+      while (!ready.any()) {
+        bool waits = false;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          waits = waits || chunk[step] < chunks[step];
+        }
         if (!__any_sync(kFullWarp, waits) && own.index < 0) {
           bulk_wait<0>();
           return;
         }
-        uint64_t word = 0;
-        if (waits) {
-          word = load_acquire_system(x_.own(layout.dispatch_flag(from, chunk)));
+        bool gives_up = false;
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          const int from = rank_at(step);
+          if (chunk[step] >= chunks[step]) {
+            continue;
+          }
+          const uint64_t flag = x_.inbox().poll_signal(layout.dispatch_flag(from, chunk[step]));
+          if (x_.is_tagged(flag)) {
+            next[step] = begin_in(flag);
+            end[step] = min(begin_in(flag) + count_in(flag), static_cast<int>(layout.max_tokens));
+            chunk[step] = take_chunk(from, chunks[step]);
+          } else {
+            gives_up = gives_up || (own.index < 0 && !wait.keep_waiting(from, flag));
+          }
         }
-        const bool news = waits && x_.is_tagged(word);
-        if (news) {
-          next = static_cast<int>(word & (kMaxTokens - 1));
-          end = min(next + static_cast<int>(word >> 24 & 0xff), static_cast<int>(layout.max_tokens));
-          chunk = receivers_ < chunks ? receivers_ + int64_t{atomicAdd(&a_.comm.state->chunks[from], 1)} : chunks;
-        }
-        ready = __ballot_sync(kFullWarp, next < end);
-        if (ready != 0) {
-          fence_async_global();  // between the flag and the bulk copies of what it tells of
+        ready = have_arrived();
+        if (ready.any()) {
+          fence_async_global();  // between the flag and the bulk copies of what it publishes
           __syncwarp();
         } else if (own.index >= 0) {
-          n += place_own(own, n);
+          n += write_own_row(own, n);
           own = tokens.next();
-        } else if (__any_sync(kFullWarp, waits && !news && !wait.again(from, word))) {
+        } else if (__any_sync(kFullWarp, gives_up)) {
           bulk_wait<0>();
           return;
         }
       }
       // Sources in turn, so that none of them is left behind.
-      const uint32_t after = ready & (kFullWarp << turn);
-      const int source = __ffs(static_cast<int>(after != 0 ? after : ready)) - 1;
-      turn = (source + 1) % kWarp;
-      const int row = __shfl_sync(kFullWarp, next, source);
-      const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, source)} + row;
-      if (lane == source) {
-        ++next;
+      const int source = ready.first_from(turn);
+      turn = (source + 1) % (kRankSteps * kWarp);
+      const int row = next.of(source);
+      const int64_t position = int64_t{in_.begin.of(source)} + row;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        next[step] += rank_at(step) == source ? 1 : 0;
       }
       wait_for_stage();
       if (lane == 0) {
-        barrier_expect(ring_.barrier(n), record_bytes);
+        barrier_expect(ring_.barrier(n), wire_row_bytes);
         bulk_load(
             ring_.stage(n),
-            x_.own(layout.dispatch_rows(source, a_.comm.rank) + row * layout.slot_bytes),
-            record_bytes,
+            x_.inbox().data(layout.dispatch_rows(source, a_.comm.rank) + row * layout.wire_row_bytes),
+            wire_row_bytes,
             ring_.barrier(n));
       }
-      const int64_t place_of_row = place_of(position);
+      const int64_t target = target_of(position);
       ring_.wait(n);
-      place(ring_.stage(n), position, place_of_row);
+      write_row(ring_.stage(n), position, target);
       bulk_commit();
       ++n;
     }
   }
 
-  // A token of this rank, if it has an expert here: 1, or else 0.
-  __device__ int place_own(const Token& token, int n) const {
+  // One thread. The next chunk of a rank that no warp has taken; beyond the first of each warp.
+  __device__ int64_t take_chunk(int from, int64_t chunks) const {
+    uint32_t* taken = &a_.comm.state->chunks[from];
+    // fault: dispatch: chunk that no warp takes
+    return receivers_ < chunks ? receivers_ + int64_t{atomicAdd(taken, 1)} : chunks;
+  }
+
+  // Warp-collective. Writes a token of this rank, if it has an expert here. Returns the rows staged: 1 or 0.
+  __device__ int write_own_row(const Token& token, int n) const {
     const int me = a_.comm.rank;
-    const int row = __shfl_sync(kFullWarp, find_slot(x_, token.entry, out_).row_to_lane, me);
+    const int row = find_rows(x_, token.entry, out_).row_to.of(me);
     if (row < 0) {
       return 0;
     }
-    const int64_t position = int64_t{__shfl_sync(kFullWarp, in_.begin, me)} + row;
+    const int64_t position = int64_t{in_.begin.of(me)} + row;
     wait_for_stage();
     if (lane_id() == 0) {
       load_token_row(token.index, n);
     }
-    const int64_t place_of_row = place_of(position);
+    const int64_t target = target_of(position);
     ring_.wait(n);
-    fill_record(ring_.stage(n), token.index, token.weight);
-    place(ring_.stage(n), position, place_of_row);
+    fill_wire_row(ring_.stage(n), token.index, token.weight);
+    write_row(ring_.stage(n), position, target);
     bulk_commit();
     return 1;
   }
@@ -354,28 +418,28 @@ class Dispatch {
   }
 
   __device__ void zero_row(int64_t row, int weights) const {
-    zero_bytes(a_.out + row * a_.record.row_stride, a_.record.row_bytes);
-    const int64_t weight_bytes = int64_t{a_.record.weight_bytes} * weights;
+    zero_bytes(a_.out + row * a_.format.row_stride, a_.format.row_bytes);
+    const int64_t weight_bytes = int64_t{a_.format.weight_bytes} * weights;
     zero_bytes(a_.out_weights + row * weight_bytes, weight_bytes);
-    zero_bytes(a_.out_scales + row * a_.record.scale_bytes, a_.record.scale_bytes);
+    zero_bytes(a_.out_scales + row * a_.format.scale_bytes, a_.format.scale_bytes);
   }
 
-  // --- both: the record of a received wire row to its places in the result ---
+  // --- both: a received wire row to its rows of the result ---
 
-  // Warps that build rows_of: all that receive but the one that meets the peers.
+  // Warps that build rows_of: all that receive, except the one that exchanges handshakes.
   __device__ int inverters() const { return receivers_ - 1; }
 
-  // Until it is known where received rows belong.
-  __device__ bool wait_for_places() const {
+  // Warp-collective. Waits until rows_of is complete.
+  __device__ bool wait_for_inverse() const {
     return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
   }
 
-  // What lane k has to know of its slot: expert_major: the row, or -1; rank_major: whether the expert is here, or -1.
-  __device__ int64_t place_of(int64_t wire_row) const {
+  // Lane k: where slot k goes. expert_major: the row of the result; rank_major: the local expert; -1: nowhere.
+  __device__ int64_t target_of(int64_t wire_row) const {
     if (a_.plan.expert_major) {
       return row_of_slot(x_, a_.plan, wire_row);
     }
-    if (a_.record.weight_bytes == 0 || wire_row >= a_.plan.rows || lane_id() >= a_.plan.num_topk) {
+    if (a_.format.weight_bytes == 0 || wire_row >= a_.plan.rows || lane_id() >= a_.plan.num_topk) {
       return -1;
     }
     const int64_t i = wire_row * a_.plan.num_topk + lane_id();
@@ -383,21 +447,21 @@ class Dispatch {
                             : static_cast<const int32_t*>(a_.plan.recv_topk_idx)[i];
   }
 
-  // The caller commits the bulk copies. `place`: of place_of, asked before the record was there.
-  __device__ void place(const char* stage, int64_t wire_row, int64_t place) const {
-    const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.record.weight_bytes;
-    const char* weights = stage + a_.record.weights_at();
-    const char* scales = stage + a_.record.scales_at(num_topk);
+  // Warp-collective. The caller commits the bulk copies. `target`: target_of, loaded before the wire row was there.
+  __device__ void write_row(const char* stage, int64_t wire_row, int64_t target) const {
+    const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
+    const char* weights = stage + a_.format.weights_at();
+    const char* scales = stage + a_.format.scales_at(num_topk);
     if (a_.plan.expert_major) {
-      if (place >= 0 && weight_bytes != 0) {
-        copy_weight(a_.out_weights + place * weight_bytes, weights + lane * weight_bytes, weight_bytes);
+      if (target >= 0 && weight_bytes != 0) {
+        copy_weight(a_.out_weights + target * weight_bytes, weights + lane * weight_bytes, weight_bytes);
       }
-      if (place >= 0) {
-        bulk_store(a_.out + place * a_.record.row_stride, stage, a_.record.row_bytes);
+      if (target >= 0) {
+        bulk_store(a_.out + target * a_.format.row_stride, stage, a_.format.row_bytes);
       }
-      if (a_.record.scale_bytes != 0) {
-        for (uint32_t left = __ballot_sync(kFullWarp, place >= 0); left != 0; left &= left - 1) {
-          place_scales(__shfl_sync(kFullWarp, place, __ffs(static_cast<int>(left)) - 1), scales);
+      if (a_.format.scale_bytes != 0) {
+        for (uint32_t left = __ballot_sync(kFullWarp, target >= 0); left != 0; left &= left - 1) {
+          write_scales(__shfl_sync(kFullWarp, target, __ffs(static_cast<int>(left)) - 1), scales);
         }
       }
       return;
@@ -406,29 +470,29 @@ class Dispatch {
       return;  // dropped
     }
     if (lane == 0) {
-      bulk_store(a_.out + wire_row * a_.record.row_stride, stage, a_.record.row_bytes);
+      bulk_store(a_.out + wire_row * a_.format.row_stride, stage, a_.format.row_bytes);
     }
     if (weight_bytes != 0 && lane < num_topk) {
       char* to = a_.out_weights + (wire_row * num_topk + lane) * weight_bytes;
-      if (place >= 0) {
+      if (target >= 0) {
         copy_weight(to, weights + lane * weight_bytes, weight_bytes);
       } else {
         zero_weight(to, weight_bytes);
       }
     }
-    if (a_.record.scale_bytes != 0) {
-      place_scales(wire_row, scales);
+    if (a_.format.scale_bytes != 0) {
+      write_scales(wire_row, scales);
     }
   }
 
-  __device__ void place_scales(int64_t row, const char* scales) const {
-    char* to = a_.out_scales + row * a_.record.scale_bytes;
-    if (a_.record.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
+  __device__ void write_scales(int64_t row, const char* scales) const {
+    char* to = a_.out_scales + row * a_.format.scale_bytes;
+    if (a_.format.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
       if (lane_id() == 0) {
-        bulk_store(to, scales, a_.record.scale_bytes);
+        bulk_store(to, scales, a_.format.scale_bytes);
       }
     } else {
-      copy_bytes(to, scales, a_.record.scale_bytes);
+      copy_bytes(to, scales, a_.format.scale_bytes);
     }
   }
 
@@ -443,15 +507,16 @@ class Dispatch {
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
     dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Dispatch(args, shape).run();
   }
 }
 
-// Tokens of a chunk, which `warps` send. Each chunk costs a fence, some microseconds of one warp; but nothing of it is
-// placed before all of it has come, and a chunk of every warp shares the links: the more there is in one, `token_bytes`
-// a token, the later the receiver starts and ends. That is worse where it has more to do than the sender.
+// Tokens per chunk; `warps` send. Each chunk costs a fence, some microseconds of one warp. But the receiver uses no row
+// of a chunk before all of it has arrived, and a chunk of every warp shares the links: the larger chunks are, with
+// `token_bytes` per token, the later the receiver starts and ends. That costs more where it has more to do than the
+// sender.
 int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   constexpr int kChunkBytes = 64 * 1024;
   if (tokens <= (expert_major ? 12 * warps : warps)) {
@@ -460,12 +525,12 @@ int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   return std::clamp(kChunkBytes / token_bytes, 1, tokens <= 16 * warps ? 2 : 4);
 }
 
-// Eight blocks fill the links of an H200, with one row after the other. Here they also wait, for flags and for the
-// first rows; and where each arrived row has one place only, the others can spare one.
+// Eight blocks fill the links of an H200 with one row after another. Here they also wait, for flags and for the first
+// rows; and where each arrived row goes to one row of the result, the receivers can spare one.
 Shape shape_of(const DispatchArgs& args) {
   const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
-  const auto stage = static_cast<int>(round_up(args.record.bytes(args.plan.num_topk), 128));
+  const auto stage = static_cast<int>(round_up(args.format.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
@@ -476,7 +541,7 @@ Shape shape_of(const DispatchArgs& args) {
 
 }  // namespace
 
-int max_record_bytes() {
+int max_wire_row_bytes() {
   return kStageMemory / 4 / 128 * 128;
 }
 

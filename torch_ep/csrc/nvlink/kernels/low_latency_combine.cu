@@ -1,9 +1,9 @@
-// ep::low_latency_combine: the experts' rows of each token, weighted and summed, back to the rank whose token it is.
-//   send      warps, each a part of one token of one rank: its rows here summed -> that rank
-//   receive   warps, each a part of one own token: what every rank sent for it summed -> result
-// Rows are summed where the experts are, so that one crosses the link for each (token, rank); the order and the width
-// of the sums are those of ep::combine. Sums of few tokens travel in packs (Note [Packed rows]), a chunk to a warp; of
-// many by bulk copies, some of their columns to a warp, followed by a flag.
+// ep::low_latency_combine: returns the experts' rows of each token, weighted and reduced, to the token's rank.
+//   send     each warp has a part of one token of one rank: the token's rows here reduced -> that rank
+//   receive  each warp has a part of one own token: what every rank sent for it reduced -> result
+// Rows are reduced where the experts are, so that one row per (token, rank) crosses the link. Order and width of the
+// sums are those of ep::combine. Small batches travel in packets (Note [LL packets]), a chunk per warp; large ones by
+// bulk copies, some columns per warp, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/low_latency.cuh"
 #include "nvlink/device/packet.cuh"
@@ -20,56 +20,57 @@ constexpr int kPieces = 7;
 constexpr int kWarpBytes = kPieces * kPieceBytes;
 constexpr int kSharedBytes = kMaxWarps * kWarpBytes;
 constexpr int kRowParts = LowLatencyLayout::kRowFlags;
-// Packed rows that a warp has on their way at once: to sum, in shared memory; to receive, in registers.
+// Rows that a warp loads at once: to send, into shared memory; to receive packets, into registers.
 constexpr int kSendAhead = 8, kReceiveAhead = 2;
 constexpr int kAheadBytes = kSendAhead * kChunkVectors * 16;
 static_assert(kMaxWarps * kAheadBytes <= kSharedBytes);
 
-// How rows travel. What receives alone learns it from its ticket.
-enum class Way { packed, bulk, either };
+// How rows travel. A receive of its own learns it from what the send returned.
+enum class Transfer { packets, bulk, either };
 
-// Of the launch.
+// What the host derives for a launch.
 struct CombineShape {
   Divisor by_ranks, by_chunks, by_local;
-  // Of few packed rows: half of the warps send and half of them receive, so that neither prepares after the other.
+  // Few rows in packets: half of the warps send and half receive, so that neither prepares after the other.
   bool has_receivers;
 };
 
-template <class T, Way way>
+template <class T, Transfer kTransfer>
 class LowLatencyCombine {
  public:
-  __device__ LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, FlightMemory& memory)
+  __device__
+  LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, LowLatencyExchangeState& memory)
       : a_(args),
         shape_(shape),
-        f_(args.comm, kCombineKind, args.part, args.ticket, memory),
+        x_(args.comm, kCombineKind, args.part, args.in_flight, memory),
         entries_{args.topk_idx, args.wide_idx},
         vectors_(args.row_bytes / 16),
-        max_tokens_(args.part == Part::receive ? static_cast<int>(args.ticket[1]) : args.max_tokens),
-        parts_(is_packed() ? chunks_of(vectors_) : kRowParts) {
+        max_tokens_(args.part == Part::receive ? static_cast<int>(args.in_flight[1]) : args.max_tokens),
+        parts_(uses_packets() ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
-    memory_ = shared + (is_packed() ? warp_id() % warps() * kAheadBytes : warp_id() * kWarpBytes);
+    memory_ = shared + (uses_packets() ? warp_id() % warps() * kAheadBytes : warp_id() * kWarpBytes);
   }
 
   __device__ void run() {
     if (warp_id() == kMaxWarps - 1) {  // the one with the least to send
-      f_.look();
+      x_.poll_state();
     }
-    if (f_.is_teller()) {
-      if (f_.begin()) {
-        f_.tell(a_.wait_ns);
+    if (x_.publishes_credits()) {
+      if (x_.begin()) {
+        x_.publish_credits(a_.wait_ns);
       }
       return;
     }
-    const bool is_sender = way != Way::either && sends();
+    const bool is_sender = kTransfer != Transfer::either && sends();
     const int first = is_sender ? kNobody : rank_of_slot(begin());  // before anything is awaited
     // All warps of a block begin at one barrier.
-    if (!(way == Way::either ? may_begin() : send(is_sender))) {
+    if (!(kTransfer == Transfer::either ? may_begin() : send(is_sender))) {
       return;
     }
     if (receives()) {
       receive(is_sender ? rank_of_slot(begin()) : first);
     }
-    f_.end();
+    x_.end();
   }
 
  private:
@@ -77,18 +78,18 @@ class LowLatencyCombine {
   __device__ bool receives() const {
     return a_.part != Part::send && (!shape_.has_receivers || warp_id() >= kMaxWarps / 2);
   }
-  // This warp's work: every so manieth of (row, part).
+  // This warp's work: every step()-th of (row, part).
   __device__ int warps() const { return shape_.has_receivers ? kMaxWarps / 2 : kMaxWarps; }
-  __device__ int begin() const { return static_cast<int>(blockIdx.x) + f_.workers() * (warp_id() % warps()); }
-  __device__ int step() const { return f_.workers() * warps(); }
-  // Of a piece of work, counted from 0.
-  __device__ int row_of(int work) const { return is_packed() ? shape_.by_chunks.quotient(work) : work / kRowParts; }
-  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
-  __device__ bool is_packed() const {
-    return way == Way::packed || (way == Way::either && max_tokens_ <= layout().packed_tokens);
+  __device__ int begin() const { return static_cast<int>(blockIdx.x) + x_.workers() * (warp_id() % warps()); }
+  __device__ int step() const { return x_.workers() * warps(); }
+  // The row of a piece of work.
+  __device__ int row_of(int work) const { return uses_packets() ? shape_.by_chunks.quotient(work) : work / kRowParts; }
+  __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
+  __device__ bool uses_packets() const {
+    return kTransfer == Transfer::packets || (kTransfer == Transfer::either && max_tokens_ <= layout().packet_tokens);
   }
 
-  // Of a row that is not packed.
+  // Part of a row that travels by bulk copies.
   struct Columns {
     int begin, count;  // vectors
   };
@@ -97,81 +98,87 @@ class LowLatencyCombine {
     return {begin, min(most, vectors_ - begin)};
   }
 
-  // On what both sides have to agree.
-  __device__ uint32_t agreed() const {
-    return static_cast<uint32_t>(max_tokens_) << kTokensShift | static_cast<uint32_t>(a_.element) << kElementShift |
-           (static_cast<uint32_t>(vectors_) & ((1U << kElementShift) - 1));
+  // What a rank publishes as it enters: what both sides have to agree on, and the number of the exchange. A packet of
+  // its own, so that nothing is awaited but what is read.
+  __device__ uint4 entered_packet() const {
+    return {
+        static_cast<uint32_t>(max_tokens_),
+        static_cast<uint32_t>(a_.handshake.hidden),
+        static_cast<uint32_t>(a_.handshake.dtype),
+        x_.tag()};
   }
-  static constexpr int kElementShift = 14, kTokensShift = 16;
+  __device__ static bool agree(const uint4& a, const uint4& b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
 
   // --- send ---
 
-  // Of a whole block, once it has asked for what it needs first.
-  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
+  // Block-collective, after the first loads have been issued.
+  __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
-  // Of a whole block, whose warps begin here, whether they send or not. False: not begun.
+  // Block-collective: all warps begin here, whether they send or not. False: the exchange did not begin.
   __device__ bool send(bool is_sender) {
-    const int work = is_sender ? f_.world_size() * max_tokens_ * parts_ : 0;
-    uint32_t ranks = 0;  // that may be written
+    const int work = is_sender ? x_.world_size() * max_tokens_ * parts_ : 0;
+    RankSet ranks;  // that may be written
     int parity = 0;
     bool has_begun = false;
     for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
       // Sources in turn: Note [Peers in turn].
-      const int token = shape_.by_ranks.quotient(pair), turn = pair - token * f_.world_size() + f_.me();
-      const int source = turn < f_.world_size() ? turn : turn - f_.world_size();
+      const int token = shape_.by_ranks.quotient(pair), turn = pair - token * x_.world_size() + x_.me();
+      const int source = turn < x_.world_size() ? turn : turn - x_.world_size();
       const int row = i < work ? row_of_lane(source, token) : -1;
       const float weight = row >= 0 ? a_.row_weights[row] : 0;
       const char* y = a_.y + int64_t{row} * a_.row_bytes;
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
-      const UnitVectors vectors(part, vectors_);
-      Unit sum;
-      if (is_packed()) {  // all that can be done before the exchange begins
-        sum = sum_of(lanes, y, weight, vectors);
+      const LaneVectors vectors(part, vectors_);
+      LanePayload sum;
+      if (uses_packets()) {  // all that can be done before the exchange begins
+        sum = reduce_lanes(lanes, y, weight, vectors);
       }
       if (!has_begun) {
         has_begun = true;
         if (!may_begin()) {
           return false;
         }
-        ranks = is_sender ? enter() : 0;
+        ranks = is_sender ? enter() : RankSet{};
       }
-      if (lanes == 0 || (ranks >> source & 1) == 0) {
+      if (lanes == 0 || !ranks.has(source)) {
         continue;
       }
-      if (!is_packed()) {
+      if (!uses_packets()) {
         send_part(source, token, part, lanes, y, weight, parity);
       } else if (vectors.any()) {
-        char* packs = f_.peer(source, layout().combine_packs(f_.half(), f_.me(), token));
-        Packs(sum, f_.tag()).send(packs + offset_of_unit(part));
+        const int64_t packets = layout().combine_packets(x_.half(), x_.me(), token);
+        Packets(sum, x_.tag()).send(x_.peer(source), packets + packet_offset(part));
       }
     }
-    if (!is_packed()) {
-      fence_async_shared();  // this memory is for sums next
+    if (!uses_packets()) {
+      fence_async_shared();  // the reduction uses this memory next
       __syncwarp();
     }
     return true;
   }
 
-  // Of a whole warp: the ranks that may be written, which are told that this one has entered.
-  __device__ uint32_t enter() const {
-    const uint32_t ranks = f_.writable();
-    if (!is_packed()) {
+  // Warp-collective. Waits for credits and publishes to the ranks that may be written that this one has entered.
+  __device__ RankSet enter() const {
+    const RankSet ranks = x_.writable();
+    if (!uses_packets()) {
       fence_async_global();  // between the credit and the bulk copies that it allows
     }
     if (blockIdx.x == 0 && warp_id() == 0) {
-      if ((ranks >> lane_id() & 1) != 0) {
-        store_relaxed_system(f_.peer(lane_id(), layout().entered(f_.half(), f_.me())), f_.word_of(agreed()));
+      for (int p = lane_id(); p < x_.world_size(); p += kWarp) {
+        if (ranks.has(p)) {
+          x_.peer(p).put_packet(layout().entered(x_.half(), x_.me()), entered_packet());
+        }
       }
       if (lane_id() == 0 && a_.part == Part::send) {
-        a_.ticket[0] = static_cast<int64_t>(f_.number());
-        a_.ticket[1] = max_tokens_;
+        a_.in_flight[0] = static_cast<int64_t>(x_.number());
+        a_.in_flight[1] = max_tokens_;
       }
     }
     return ranks;
   }
 
-  // Of the lane's slot of a token; -1: none here.
+  // Lane k: the row of slot k of a token; -1: none here.
   __device__ int row_of_lane(int source, int token) const {
     const int most = a_.num_experts * max_tokens_;
     const int64_t first = (int64_t{source} * max_tokens_ + token) * a_.num_topk;
@@ -179,11 +186,11 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // Of a whole warp: the rows of `lanes`, at `y`, summed in that order. By shared memory, though each lane sees none
-  // but its own: there are no registers for as many.
-  __device__ Unit sum_of(uint32_t lanes, const char* y, float weight, const UnitVectors& vectors) const {
+  // Warp-collective. Adds the rows of `lanes`, at `y`, in that order. Through shared memory, although each lane reads
+  // only what it loaded: there are not enough registers.
+  __device__ LanePayload reduce_lanes(uint32_t lanes, const char* y, float weight, const LaneVectors& vectors) const {
     auto* mine = reinterpret_cast<uint4*>(memory_) + lane_id();
-    Sum<T> sums[kUnitVectors];
+    Sum<T> sums[kVectorsPerLane];
 #pragma unroll 1
     while (lanes != 0) {
       uint32_t ahead = lanes;
@@ -191,38 +198,38 @@ class LowLatencyCombine {
       for (int j = 0; j < kSendAhead && ahead != 0; ++j, ahead &= ahead - 1) {
         const uint64_t from = __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(y), __ffs(static_cast<int>(ahead)) - 1);
 #pragma unroll
-        for (int i = 0; i < kUnitVectors; ++i) {
+        for (int i = 0; i < kVectorsPerLane; ++i) {
           const auto* vector = reinterpret_cast<const uint4*>(from) + vectors.at(i);
-          copy_async_if<0>(vectors.has(i), mine + (j * kUnitVectors + i) * kWarp, vector);
+          copy_async_if<0>(vectors.has(i), mine + (j * kVectorsPerLane + i) * kWarp, vector);
         }
       }
       copy_commit();
       copy_wait<0>();
 #pragma unroll 1
       for (int j = 0; lanes != ahead; ++j, lanes &= lanes - 1) {
-        Unit row;
+        LanePayload row;
 #pragma unroll
-        for (int i = 0; i < kUnitVectors; ++i) {
-          row.vectors[i] = mine[(j * kUnitVectors + i) * kWarp];
+        for (int i = 0; i < kVectorsPerLane; ++i) {
+          row.vectors[i] = mine[(j * kVectorsPerLane + i) * kWarp];
         }
-        add_unit<true>(sums, row, __shfl_sync(kFullWarp, weight, __ffs(static_cast<int>(lanes)) - 1));
+        add_payload<true>(sums, row, __shfl_sync(kFullWarp, weight, __ffs(static_cast<int>(lanes)) - 1));
       }
     }
     return rounded(sums);
   }
 
   template <bool weighted>
-  __device__ static void add_unit(Sum<T> (&sums)[kUnitVectors], const Unit& u, float weight) {
+  __device__ static void add_payload(Sum<T> (&sums)[kVectorsPerLane], const LanePayload& u, float weight) {
 #pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i) {
+    for (int i = 0; i < kVectorsPerLane; ++i) {
       sums[i].template add_term<weighted>(u.vectors[i], weight);
     }
   }
 
-  __device__ static Unit rounded(const Sum<T> (&sums)[kUnitVectors]) {
-    Unit u;
+  __device__ static LanePayload rounded(const Sum<T> (&sums)[kVectorsPerLane]) {
+    LanePayload u;
 #pragma unroll
-    for (int i = 0; i < kUnitVectors; ++i) {
+    for (int i = 0; i < kVectorsPerLane; ++i) {
       u.vectors[i] = sums[i].rounded();
     }
     return u;
@@ -230,11 +237,12 @@ class LowLatencyCombine {
 
   __device__ void send_part(int source, int token, int part, uint32_t lanes, const char* y, float weight, int& parity)
       const {
-    constexpr int kDepth = kPieces - 2;  // the last two pieces of the warp's memory hold what is leaving
+    constexpr int kDepth = kPieces - 2;  // the last two pieces hold what is being copied to peers
     char* leaving = memory_ + kDepth * kPieceBytes;
     const int lane = lane_id();
     const Columns columns = columns_of(part);
-    char* to = f_.peer(source, layout().combine_row(f_.half(), f_.me(), token)) + columns.begin * 16;
+    const Peer peer = x_.peer(source);
+    const int64_t to = layout().combine_row(x_.half(), x_.me(), token) + columns.begin * 16;
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
       bulk_wait_read<1>();
       __syncwarp();
@@ -248,15 +256,14 @@ class LowLatencyCombine {
       __syncwarp();
       if (lane == 0) {
         const int bytes = min(kPieceBytes, columns.count * 16 - piece * kPieceBytes);
-        bulk_store(to + int64_t{piece} * kPieceBytes, stage, bytes);
+        peer.put(to + int64_t{piece} * kPieceBytes, stage, bytes);
       }
       bulk_commit();
     };
-    sum_rows<T, true, kDepth>({1, 1, lanes}, y + columns.begin * 16, weight, columns.count, memory_, sink);
+    reduce_rows<T, true, kDepth>({1, 1, lanes}, y + columns.begin * 16, weight, columns.count, memory_, sink);
     bulk_wait<0>();
     if (lane == 0) {
-      fence_async_global();
-      store_release_system(f_.peer(source, layout().combine_flag(f_.half(), f_.me(), token, part)), f_.number());
+      peer.signal_copies(layout().combine_flag(x_.half(), x_.me(), token, part), x_.number());
     }
   }
 
@@ -264,8 +271,8 @@ class LowLatencyCombine {
 
   static constexpr int kNobody = -1;
 
-  // Of a whole warp: the rank whose sum for the token of this piece of work the lane awaits, the first of those that
-  // have a slot there.
+  // Warp-collective. The rank whose row for this piece of work the lane awaits: the first lane of those whose slot is
+  // on that rank.
   __device__ int rank_of_slot(int work) const {
     const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
     const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
@@ -274,13 +281,13 @@ class LowLatencyCombine {
     return first == lane_id() ? rank : kNobody;
   }
 
-  // `rank`: of the first piece of work.
+  // `rank`: rank_of_slot of the first piece of work.
   __device__ void receive(int rank) const {
     for (int i = begin(); i < a_.num_tokens * parts_;) {
       const int token = row_of(i), part = i - token * parts_;
-      const bool counts = rank != kNobody && f_.is_active(rank);
+      const bool counts = rank != kNobody && x_.is_active(rank);
       const bool going =
-          is_packed() ? receive_packed(counts, rank, token, part) : receive_part(counts, rank, token, part);
+          uses_packets() ? receive_packets(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
         return;
       }
@@ -289,43 +296,55 @@ class LowLatencyCombine {
     }
   }
 
-  // A look at what a rank says as it enters.
-  __device__ uint64_t word_of(int rank) const { return load_relaxed_system(f_.own(layout().entered(f_.half(), rank))); }
+  // One thread. What a rank published as it entered.
+  __device__ uint4 poll_entered(int rank) const { return x_.inbox().poll_packet(layout().entered(x_.half(), rank)); }
 
-  // Of a whole warp: until `rank` has entered the same exchange, where `counts`, which is false after that where it did
-  // not come. `seen`: its word, after a first look.
-  __device__ bool await_rank(bool& counts, int rank, uint64_t seen) const {
+  // Warp-collective. Waits until `rank` has entered the same exchange, on lanes where `counts`, which becomes false
+  // where the rank is absent. `entered`: a first poll. False: the exchange failed.
+  __device__ bool await_rank(bool& counts, int rank, uint4 entered) const {
     bool going = true;
     if (counts) {
-      auto outcome = Outcome::there;
-      if (!f_.is_word(seen)) {
-        outcome = f_.wait(Phase::header, rank, true, [&] {
-          seen = word_of(rank);
-          return f_.is_word(seen);
+      auto outcome = Outcome::arrived;
+      if (entered.w != x_.tag()) {
+        outcome = x_.wait(Phase::handshake, rank, true, [&] {
+          entered = poll_entered(rank);
+          return entered.w == x_.tag();
         });
       }
-      counts = outcome == Outcome::there;
+      counts = outcome == Outcome::arrived;
       going = outcome != Outcome::failed;
-      if (const auto theirs = static_cast<uint32_t>(seen); counts && theirs != agreed()) {
-        const bool of_tokens = (theirs ^ agreed()) >> kTokensShift != 0;
-        const auto shown = [&](uint32_t word) -> int64_t {
-          return of_tokens ? word >> kTokensShift : word & ((1U << kTokensShift) - 1);
-        };
-        const auto number = static_cast<int64_t>(f_.number());
-        f_.record({Failure::mismatch, Phase::header, rank, of_tokens ? 3 : 1, shown(agreed()), shown(theirs), number});
+      if (counts && !agree(entered, entered_packet())) {
+        publish_mismatch(a_.comm, x_.number(), rank, entered_packet(), entered);
         going = false;
       }
     }
     return __all_sync(kFullWarp, going) != 0;
   }
 
-  // Terms are added in the order of the lanes that they are of.
-  __device__ bool receive_packed(bool counts, int rank, int token, int chunk) const {
-    const UnitVectors vectors(chunk, vectors_);
-    Packs packs[kReceiveAhead];
+  // One thread. Cold path: Note [Cold paths]. Static, since a pointer to this object would keep it out of registers.
+  static __device__ __noinline__ void
+  publish_mismatch(const Comm& comm, uint64_t number, int rank, uint4 ours, uint4 theirs) {
+    FailureCause cause{Failure::mismatch, Phase::handshake, rank};
+    cause.their_epoch = static_cast<int64_t>(number);
+    const auto differ = [&](HandshakeField field, uint32_t mine, uint32_t other) {
+      cause.field = field;
+      cause.ours = static_cast<int32_t>(mine);
+      cause.theirs = static_cast<int32_t>(other);
+      return mine != other;
+    };
+    if (!differ(HandshakeField::hidden, ours.y, theirs.y) && !differ(HandshakeField::dtype, ours.z, theirs.z)) {
+      differ(HandshakeField::max_tokens, ours.x, theirs.x);
+    }
+    LowLatencyExchange::publish_failure(comm, kCombineKind, number, false, cause);
+  }
+
+  // Warp-collective. Terms are added in the order of their lanes.
+  __device__ bool receive_packets(bool counts, int rank, int token, int chunk) const {
+    const LaneVectors vectors(chunk, vectors_);
+    Packets packets[kReceiveAhead];
     int ranks[kReceiveAhead], count = 0;
-    // The first look at each of some, before any is waited for.
-    const auto look = [&](uint32_t lanes) {
+    // The first poll of several rows, before any is waited for.
+    const auto poll = [&](uint32_t lanes) {
       count = 0;
 #pragma unroll
       for (int j = 0; j < kReceiveAhead; ++j) {
@@ -334,70 +353,70 @@ class LowLatencyCombine {
           lanes &= lanes - 1;
           count = j + 1;
           if (vectors.any()) {
-            packs[j].look(packs_of(ranks[j], token, chunk));
+            packets[j].poll(x_.inbox(), packets_at(ranks[j], token, chunk));
           }
         }
       }
     };
     const uint32_t expected = __ballot_sync(kFullWarp, counts);
-    const uint64_t seen = counts ? word_of(rank) : 0;
-    look(expected);
+    const uint4 seen = counts ? poll_entered(rank) : uint4{};
+    poll(expected);
     if (!await_rank(counts, rank, seen)) {
       return false;
     }
     uint32_t lanes = __ballot_sync(kFullWarp, counts);
     if (lanes != expected) {
-      look(lanes);
+      poll(lanes);
     }
-    Sum<T> sums[kUnitVectors];
+    Sum<T> sums[kVectorsPerLane];
     bool is_empty = true;
     while (lanes != 0) {
 #pragma unroll
       for (int j = 0; j < kReceiveAhead; ++j) {
         if (j < count) {
           lanes &= lanes - 1;
-          auto outcome = Outcome::there;
-          if (vectors.any() && !packs[j].arrived(f_.tag())) {
-            outcome = f_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
-              packs[j].look(packs_of(ranks[j], token, chunk));
-              return packs[j].arrived(f_.tag());
+          auto outcome = Outcome::arrived;
+          if (vectors.any() && !packets[j].arrived(x_.tag())) {
+            outcome = x_.wait(Phase::rows, ranks[j], lane_id() == 0, [&] {
+              packets[j].poll(x_.inbox(), packets_at(ranks[j], token, chunk));
+              return packets[j].arrived(x_.tag());
             });
           }
           if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
             return false;
           }
-          if (outcome == Outcome::there) {
-            add_unit<false>(sums, packs[j].unit(), 1);
+          if (outcome == Outcome::arrived) {
+            add_payload<false>(sums, packets[j].payload(), 1);
             is_empty = false;
           }
         }
       }
-      look(lanes);
+      poll(lanes);
     }
-    store_unit(a_.out + int64_t{token} * a_.row_bytes, is_empty ? Unit{} : rounded(sums), vectors);
+    store_payload(a_.out + int64_t{token} * a_.row_bytes, is_empty ? LanePayload{} : rounded(sums), vectors);
     return true;
   }
 
-  __device__ const char* packs_of(int rank, int token, int chunk) const {
-    return f_.own(layout().combine_packs(f_.half(), rank, token) + offset_of_unit(chunk));
+  __device__ int64_t packets_at(int rank, int token, int chunk) const {
+    return layout().combine_packets(x_.half(), rank, token) + packet_offset(chunk);
   }
 
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
-    if (!await_rank(counts, rank, counts ? word_of(rank) : 0)) {
+    if (!await_rank(counts, rank, counts ? poll_entered(rank) : uint4{})) {
       return false;
     }
-    auto outcome = Outcome::there;
+    auto outcome = Outcome::arrived;
     if (counts) {
-      const char* flag = f_.own(layout().combine_flag(f_.half(), rank, token, part));
-      outcome = f_.wait(Phase::rows, rank, true, [&] { return load_acquire_system(flag) == f_.number(); });
+      const int64_t flag = layout().combine_flag(x_.half(), rank, token, part);
+      outcome = x_.wait(Phase::rows, rank, true, [&] { return x_.inbox().poll_signal(flag) == x_.number(); });
     }
     if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
       return false;
     }
     __syncwarp();  // what one lane acquired is there for all
-    const uint32_t terms = __ballot_sync(kFullWarp, counts && outcome == Outcome::there);
+    const uint32_t terms = __ballot_sync(kFullWarp, counts && outcome == Outcome::arrived);
     const Columns columns = columns_of(part);
-    const char* row = f_.own(layout().combine_row(f_.half(), max(rank, 0), token)) + columns.begin * 16;
+    const char* row = x_.inbox().data(layout().combine_row(x_.half(), max(rank, 0), token) + columns.begin * 16);
     char* result = a_.out + int64_t{token} * a_.row_bytes + (columns.begin + lane_id()) * 16;
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
 #pragma unroll
@@ -408,13 +427,13 @@ class LowLatencyCombine {
         }
       }
     };
-    sum_rows<T, false, kPieces>({terms, 0, 0}, row, 1, columns.count, memory_, sink);
+    reduce_rows<T, false, kPieces>({terms, 0, 0}, row, 1, columns.count, memory_, sink);
     return true;
   }
 
   const LowLatencyCombineArgs& a_;
   const CombineShape& shape_;
-  Flight f_;
+  LowLatencyExchange x_;
   const Entries entries_;
   const int vectors_;
   const int max_tokens_;  // of the dispatch
@@ -422,56 +441,56 @@ class LowLatencyCombine {
   char* memory_;          // of this warp
 };
 
-template <class T, Way way>
+template <class T, Transfer kTransfer>
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kernel(
     const __grid_constant__ LowLatencyCombineArgs args,
     const __grid_constant__ CombineShape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   await_kernels_before();
-  __shared__ FlightMemory memory;
-  LowLatencyCombine<T, way>(args, shape, memory).run();
+  __shared__ LowLatencyExchangeState memory;
+  LowLatencyCombine<T, kTransfer>(args, shape, memory).run();
 }
 
-// A warp for each part of a row, whichever way it travels, some warps to a block; and a block that tells.
+// A warp per part of a row, some warps per block; and a block that publishes credits.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
-  constexpr int kWarpsABlock = kMaxWarps / 4;
+  constexpr int kWarpsPerBlock = kMaxWarps / 4;
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;
   const int64_t to_receive = args.part == Part::send ? 0 : args.num_tokens;
   const int64_t parts = std::max(to_send, to_receive) * std::max(kRowParts, chunks_of(args.row_bytes / 16));
-  const int64_t workers = std::max<int64_t>((parts + kWarpsABlock - 1) / kWarpsABlock, 1);
+  const int64_t workers = std::max<int64_t>((parts + kWarpsPerBlock - 1) / kWarpsPerBlock, 1);
   return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 2)));
 }
 
-CombineShape shape_of(const LowLatencyCombineArgs& args, Way way, int blocks) {
+CombineShape shape_of(const LowLatencyCombineArgs& args, Transfer kTransfer, int blocks) {
   const int chunks = chunks_of(args.row_bytes / 16);
   const int64_t work = int64_t{args.comm.low_latency.world_size} * args.max_tokens * chunks;
   return {
       Divisor(args.comm.low_latency.world_size),
       Divisor(chunks),
       Divisor(args.num_experts / args.comm.low_latency.world_size),
-      way == Way::packed && args.part == Part::both && work <= int64_t{blocks - 1} * (kMaxWarps / 2)};
+      kTransfer == Transfer::packets && args.part == Part::both && work <= int64_t{blocks - 1} * (kMaxWarps / 2)};
 }
 
-Way way_of(const LowLatencyCombineArgs& args) {
+Transfer transfer_of(const LowLatencyCombineArgs& args) {
   if (args.part == Part::receive) {
-    return Way::either;
+    return Transfer::either;
   }
-  return args.max_tokens <= args.comm.low_latency.packed_tokens ? Way::packed : Way::bulk;
+  return args.max_tokens <= args.comm.low_latency.packet_tokens ? Transfer::packets : Transfer::bulk;
 }
 
-int shared_bytes(Way way, const CombineShape& shape) {
-  return way == Way::packed ? kMaxWarps / (shape.has_receivers ? 2 : 1) * kAheadBytes : kSharedBytes;
+int shared_bytes(Transfer kTransfer, const CombineShape& shape) {
+  return kTransfer == Transfer::packets ? kMaxWarps / (shape.has_receivers ? 2 : 1) * kAheadBytes : kSharedBytes;
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream) {
-  const Way way = way_of(args);
-  const auto kernel = way == Way::packed ? low_latency_combine_kernel<T, Way::packed>
-                      : way == Way::bulk ? low_latency_combine_kernel<T, Way::bulk>
-                                         : low_latency_combine_kernel<T, Way::either>;
+  const Transfer kTransfer = transfer_of(args);
+  const auto kernel = kTransfer == Transfer::packets ? low_latency_combine_kernel<T, Transfer::packets>
+                      : kTransfer == Transfer::bulk  ? low_latency_combine_kernel<T, Transfer::bulk>
+                                                     : low_latency_combine_kernel<T, Transfer::either>;
   const int blocks = blocks_of(args, multiprocessors);
-  const CombineShape shape = shape_of(args, way, blocks);
-  const int shared = shared_bytes(way, shape);
+  const CombineShape shape = shape_of(args, kTransfer, blocks);
+  const int shared = shared_bytes(kTransfer, shape);
   const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
   return launch_kernel(how, kernel, blocks, kMaxWarps * kWarp, shared, stream, args, shape);
 }
@@ -479,9 +498,9 @@ cudaError_t launch(const LowLatencyCombineArgs& args, int multiprocessors, cudaS
 template <class T>
 cudaError_t prepare() {
   for (const auto kernel :
-       {low_latency_combine_kernel<T, Way::packed>,
-        low_latency_combine_kernel<T, Way::bulk>,
-        low_latency_combine_kernel<T, Way::either>}) {
+       {low_latency_combine_kernel<T, Transfer::packets>,
+        low_latency_combine_kernel<T, Transfer::bulk>,
+        low_latency_combine_kernel<T, Transfer::either>}) {
     if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
         error != cudaSuccess) {
       return error;

@@ -1,12 +1,14 @@
-// ep::low_latency_dispatch: rows to the ranks that need them, with their plan, in one exchange.
-//   announce   the first block: which tokens go where and how many rows each expert gets, to every peer
-//   send       the other blocks, a token each, or with packs their warps, each a chunk of one: row (quantized here) and
-//              where its copies belong -> every rank it visits
-//   receive    warps of all blocks, a token each, or a chunk of one: arrived row -> its places in the result; then, an
-//              expert each: how many rows there are
-// Where a row belongs among those of its source and expert is counted by the source; the receiver adds what the ranks
-// before it send, so it has to wait for nothing but the announcements. Few tokens travel in packs (Note [Packed rows]),
-// many by bulk copies, each followed by a flag.
+// ep::low_latency_dispatch: plans and copies rows to the ranks that need them, in one exchange.
+//   announce  the first block: to every peer, which tokens visit it and how many rows each expert gets
+//   send      each other block has tokens, or with packets, each of its warps has chunks of tokens: row, quantized
+//   here, and
+//             a SlotRoute per slot -> every rank that the token visits
+//   receive   each warp of all blocks has rows, or chunks of rows: arrived row -> its rows of the result; then experts:
+//   the
+//             number of their rows
+// The source counts a row's index among its own rows for an expert. The receiver adds the rows of the ranks below it,
+// so it waits for nothing but the announcements. Small batches travel in packets (Note [LL packets]), large ones by
+// bulk copies, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/counter.cuh"
 #include "nvlink/device/low_latency_receive.cuh"
@@ -20,38 +22,38 @@ namespace {
 
 constexpr int kThreads = kDispatchThreads;
 constexpr int kMaxWarps = kDispatchWarps;
-constexpr int kLookingWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
+constexpr int kStateWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
 constexpr int kSendStages = 2;
-// Of what a block may ask for, less its variables.
+// Dynamic shared memory of a thread block, less its variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 
 constexpr int kNowhere = INT_MIN;  // no expert
 
 struct LowLatencyShared {
-  FlightMemory flight;
+  LowLatencyExchangeState flight;
   bool is_lost[kMaxRanks];
 };
 
-// `is_packed`: how rows travel. A kernel of its own for each way, which have little in common.
-template <bool is_packed>
+// `uses_packets`: how rows travel. Each has a kernel of its own, since they have little in common.
+template <bool uses_packets>
 class LowLatencyDispatch {
  public:
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        f_(args.comm, kDispatchKind, args.part, args.ticket, shared.flight),
+        x_(args.comm, kDispatchKind, args.part, args.in_flight, shared.flight),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
-        places_at_(static_cast<int>(args.places_at())),
-        record_bytes_(static_cast<int>(args.record_bytes())),
+        routes_at_(static_cast<int>(args.routes_at())),
+        wire_row_bytes_(static_cast<int>(args.wire_row_bytes())),
         shape_(shape),
         shared_(shared) {
     extern __shared__ __align__(128) char memory[];
     auto* barriers = reinterpret_cast<uint64_t*>(memory + stages_bytes(shape));
     memory_ = {memory, barriers, reinterpret_cast<int*>(barriers + kMaxWarps), shared.is_lost};
-    told_ = memory_.words + words(layout());
-    slots_ = reinterpret_cast<uint8_t*>(told_ + words(layout()));
+    published_ = memory_.words + words(layout());
+    slots_ = reinterpret_cast<uint8_t*>(published_ + words(layout()));
   }
 
   static int64_t shared_bytes(const LowLatencyShape& shape, const LowLatencyDispatchArgs& args) {
@@ -61,19 +63,19 @@ class LowLatencyDispatch {
 
   template <class T>
   __device__ void run() {
-    if (warp_id() == kLookingWarp) {
-      f_.look();
+    if (warp_id() == kStateWarp) {
+      x_.poll_state();
     }
-    if (!is_packed && lane_id() == 0) {
+    if (!uses_packets && lane_id() == 0) {
       barrier_init(&memory_.barriers[warp_id()]);
       fence_barrier_init();
     }
     if (threadIdx.x < kMaxRanks) {
       shared_.is_lost[threadIdx.x] = false;
     }
-    if (f_.is_teller()) {
-      if (f_.begin()) {
-        f_.tell(a_.wait_ns);
+    if (x_.publishes_credits()) {
+      if (x_.begin()) {
+        x_.publish_credits(a_.wait_ns);
       }
       return;
     }
@@ -81,66 +83,66 @@ class LowLatencyDispatch {
       return;
     }
     if (a_.part != Part::send) {
-      LowLatencyReceive<is_packed>(a_, shape_, f_, memory_, loads_before()).run();
+      LowLatencyReceive<uses_packets>(a_, shape_, x_, memory_, loads_before()).run();
     }
-    f_.end();
+    x_.end();
   }
 
  private:
   EP_HOST_DEVICE static int64_t stages_bytes(const LowLatencyShape& shape) {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
-    return is_packed ? 0 : int64_t{shape.stage_bytes} * stages;
+    return uses_packets ? 0 : int64_t{shape.stage_bytes} * stages;
   }
-  // What a block hears from all; what it tells, counts and visits, is less.
+  // Words of the announcements of all ranks; what this rank publishes, counts and visits takes less.
   EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
     return int64_t{layout.world_size} * layout.words;
   }
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
-  __device__ const LowLatencyLayout& layout() const { return f_.layout(); }
+  __device__ const LowLatencyLayout& layout() const { return x_.layout(); }
 
-  // Of a whole block, once it has asked for what it needs first.
-  __device__ bool may_begin() { return f_.begin() && (a_.part == Part::send || f_.is_next()); }
+  // Block-collective, after the first loads have been issued.
+  __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
   // --- announce ---
 
-  // False: not begun.
+  // Block-collective. False: the exchange did not begin.
   __device__ bool announce() {
-    const int words = layout().words, all = f_.world_size() * words;
+    const int words = layout().words, all = x_.world_size() * words;
     Entry first[kTokensAhead];
     load_entries(warp_id(), first);
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      told_[i] = 0;
+      published_[i] = 0;
     }
     __syncthreads();
-    if (const int p = lane_id() / kNumAgreed; warp_id() == kMaxWarps - 1 && p < f_.world_size()) {
-      static_assert(kMaxRanks * kNumAgreed <= kWarp);
-      told_[p * words + lane_id() % kNumAgreed] = static_cast<int>(Agreed(a_).word(lane_id() % kNumAgreed));
+    for (int i = lane_id(); warp_id() == kMaxWarps - 1 && i < x_.world_size() * Handshake::kFields; i += kWarp) {
+      const int p = i / Handshake::kFields, field = i - p * Handshake::kFields;
+      published_[p * words + field] = a_.handshake.field(field);
     }
     const bool faulty = count(first);
     if (!may_begin()) {
       return false;
     }
-    const uint32_t may_write = f_.writable();
+    const RankSet may_write = x_.writable();
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      if (const int p = shape_.by_words.quotient(i); (may_write >> p & 1) != 0) {
-        char* to = f_.peer(p, layout().announcement(f_.half(), f_.me())) + int64_t{i - p * words} * 8;
-        store_relaxed_system(to, f_.word_of(static_cast<uint32_t>(told_[i])));
+      if (const int p = shape_.by_words.quotient(i); may_write.has(p)) {
+        const int64_t to = layout().announcement(x_.half(), x_.me()) + int64_t{i - p * words} * 8;
+        x_.peer(p).put_word(to, x_.word_of(static_cast<uint32_t>(published_[i])));
       }
     }
     if (faulty) {
-      record_faults();
+      publish_faults();
     }
     if (threadIdx.x == 0 && a_.part == Part::send) {
-      *a_.ticket = static_cast<int64_t>(f_.number());
+      *a_.in_flight = static_cast<int64_t>(x_.number());
     }
     return true;
   }
 
-  static constexpr int kTokensAhead = 4;  // that a warp has on their way at once
+  static constexpr int kTokensAhead = 4;  // that a warp loads at once
 
-  // Of the warp's tokens from `first` on.
+  // Loads the entries of the warp's tokens from `first` on.
   __device__ void load_entries(int first, Entry (&entries)[kTokensAhead]) const {
 #pragma unroll
     for (int i = 0; i < kTokensAhead; ++i) {
@@ -149,7 +151,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Of a whole warp: its tokens, of which it has the first entries. Whether any is bad.
+  // Warp-collective. Counts its tokens, whose first entries are loaded. True: an entry is bad.
   __device__ bool count(Entry (&entries)[kTokensAhead]) const {
     const int words = layout().words;
     bool faulty = false;
@@ -167,10 +169,10 @@ class LowLatencyDispatch {
         }
         if (expert >= 0) {
           const int p = rank_of(expert);
-          int* told = told_ + p * words + kNumAgreed;
-          atomicAdd(&told[expert - p * num_local_], 1);
+          int* published = published_ + p * words + Handshake::kFields;
+          atomicAdd(&published[expert - p * num_local_], 1);
           atomicOr(
-              &told[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
+              &published[layout().num_local_experts + token / LowLatencyLayout::kVisitBits],
               1U << token % LowLatencyLayout::kVisitBits);
         }
         faulty = faulty || (expert < 0 && entry != -1);
@@ -179,16 +181,21 @@ class LowLatencyDispatch {
     return __any_sync(kFullWarp, faulty) != 0;
   }
 
-  // Likewise: slots whose entries are bad: out of range, or the same as that of an earlier slot.
-  __device__ void record_faults() const {
+  // Warp-collective. Reports entries that are out of range, or equal to that of an earlier slot.
+  __device__ void publish_faults() const {
 #pragma unroll 1
     for (int token = warp_id(); token < a_.num_tokens; token += kMaxWarps) {
       const int entry = entry_of(token).value();
       const int earlier = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
       const bool in_range = is_expert(entry);
       if (entry != -1 && !(in_range && earlier == lane_id())) {
-        const int64_t cause = in_range ? earlier : kOutOfRange, shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-        f_.record({Failure::bad_topk, Phase::counts, f_.me(), token * a_.num_topk + lane_id(), cause, entry, shape});
+        FailureCause cause{in_range ? Failure::duplicate_expert : Failure::bad_expert, Phase::counts, x_.me()};
+        cause.token = token;
+        cause.slot = lane_id();
+        cause.earlier_slot = earlier;
+        cause.ours = a_.num_experts;
+        cause.theirs = entry;
+        x_.publish_failure(cause);
       }
     }
   }
@@ -197,19 +204,26 @@ class LowLatencyDispatch {
 
   __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
-  // Of a whole warp, which has the entries of a token: -1 beyond the last slot. kNowhere: none, or that of an earlier
-  // slot too.
+  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNowhere: none, or that of an earlier
+  // slot.
   __device__ int expert_of(int entry) const {
     const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
     return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
   }
 
-  // Likewise: bits of the ranks that the token visits.
-  __device__ uint32_t ranks_of(int entry) const {
-    return __reduce_or_sync(kFullWarp, is_expert(entry) ? 1U << rank_of(entry) : 0);
+  // Warp-collective. The ranks that a token visits. Lane k has entry k.
+  __device__ RankSet ranks_of(int entry) const {
+    RankSet ranks;
+    const int rank = is_expert(entry) ? rank_of(entry) : -1;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const bool is_here = rank >= 0 && rank / kWarp == step;
+      ranks.words[step] = __reduce_or_sync(kFullWarp, is_here ? 1U << rank % kWarp : 0);
+    }
+    return ranks;
   }
 
-  // Of the lane's slot.
+  // The entry of the lane's slot.
   __device__ Entry entry_of(int token) const {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
   }
@@ -218,49 +232,53 @@ class LowLatencyDispatch {
     return has ? a_.topk_weights[int64_t{token} * a_.num_topk + lane_id()] : 1;
   }
 
-  // Where rows are many, all warps count; where they are few, the last one does.
-  using Counter = RowCounter<is_packed ? 1 : kMaxWarps>;
+  // Large batches are counted by all warps, small ones by the last warp.
+  using Counter = RowCounter<uses_packets ? 1 : kMaxWarps>;
 
-  // False: not begun.
+  // Block-collective. False: the exchange did not begin.
   template <class T>
   __device__ bool send() {
-    if constexpr (is_packed) {
-      return send_packed<T>();
+    if constexpr (uses_packets) {
+      return send_packets<T>();
     } else {
       return send_bulk<T>();
     }
   }
 
-  // Warps, each some chunks of tokens; but the last of a block, Places of some.
+  // Each warp has chunks of tokens; the last warp of a block has the SlotRoutes of some tokens.
   template <class T>
-  __device__ bool send_packed() {
-    const int lane = lane_id(), senders = f_.workers() - 1, chunks = shape_.parts;
+  __device__ bool send_packets() {
+    const int lane = lane_id(), senders = x_.workers() - 1, chunks = shape_.parts;
     const bool leads = Counter::leads();
     const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
     const int step = leads ? senders : senders * (kMaxWarps - 1);
     Counter counter(a_, entries_, slots_);
-    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x) + warp_id(), f_.world_size());  // of this lane
-    uint32_t may_write = 0;
+    PerRank<int> to;  // the ranks that this lane stands for
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, x_.me() + static_cast<int>(blockIdx.x) + warp_id(), x_.world_size());
+    }
+    RankSet may_write;
     bool has_begun = false;
 #pragma unroll 1
     for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
          n += step) {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
-      // What is asked for here arrives while others are waited for.
+      // What is loaded here arrives during the waits below.
       const Entry entry = n < end ? entry_of(token) : Entry{};
-      const UnitVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
+      const LaneVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
       const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
-      Unit unit;
-      Channels<T> channels[kUnitVectors];
+      LanePayload payload;
+      Channels<T> channels[kVectorsPerLane];
       float weight = 1;
       if (leads && n < end) {
         weight = weight_of(token);
         counter.load(token);
       } else if (a_.quantize == Quantize::none) {
-        unit = load_unit(reinterpret_cast<const char*>(x), vectors);
+        payload = load_payload(reinterpret_cast<const char*>(x), vectors);
       } else {
 #pragma unroll
-        for (int i = 0; i < kUnitVectors; ++i) {
+        for (int i = 0; i < kVectorsPerLane; ++i) {
           channels[i].load(x, vectors.at(i), vectors.has(i));
         }
       }
@@ -269,69 +287,83 @@ class LowLatencyDispatch {
         if (!may_begin()) {
           return false;
         }
-        may_write = f_.writable();
+        may_write = x_.writable();
       }
-      float scales[kUnitVectors] = {};
+      float scales[kVectorsPerLane] = {};
       if (!leads && a_.quantize != Quantize::none) {
-        quantize(channels, a_.quantize, unit.vectors, scales);
+        quantize(channels, a_.quantize, payload.vectors, scales);
       }
-      const int64_t packs = layout().dispatch_packs(f_.half(), f_.me(), token, shape_.packed_bytes);
-      Packs unit_packs(unit, f_.tag());
-      // One pack more: of scales, or a Place.
-      uint4 more{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), f_.tag()};
-      int64_t more_at = layout().scale_packs_at + (chunk * kChunkScalePacks + lane / kGroupVectors) * kPackBytes;
-      bool has_more = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
+      const int64_t packets = layout().dispatch_packets(x_.half(), x_.me(), token, shape_.packet_row_bytes);
+      Packets payload_packets(payload, x_.tag());
+      // One packet more: of scales, or a SlotRoute.
+      uint4 extra{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), x_.tag()};
+      int64_t extra_at =
+          layout().scale_packets_at + (chunk * kScalePacketsPerChunk + lane / kGroupVectors) * kPacketBytes;
+      bool has_extra = a_.num_scales > 0 && vectors.any() && lane % kGroupVectors == 0;
       if (leads && n < end) {
-        more = place_of(counter, token, entry.value(), weight);
-        more_at = lane * kPackBytes;
-        has_more = lane < a_.num_topk;
+        extra = route_of(counter, token, entry.value(), weight);
+        extra_at = lane * kPacketBytes;
+        has_extra = lane < a_.num_topk;
       }
-      keep_together(more);
+      keep_together(extra);
 #pragma unroll
-      for (uint4& pack : unit_packs.packs) {
-        keep_together(pack);
+      for (uint4& packet : payload_packets.packets) {
+        keep_together(packet);
       }
-      const bool visits = ((ranks_of(entry.value()) & may_write) >> to & 1) != 0;
+      const RankSet ranks = ranks_of(entry.value());
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int rank = to[step];
+        const bool visits = rank < x_.world_size() && ranks.has(rank) && may_write.has(rank);
 #pragma unroll 1
-      for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
-        char* there = f_.peer(__shfl_sync(kFullWarp, to, __ffs(static_cast<int>(lanes)) - 1), packs);
-        if (vectors.any()) {
-          unit_packs.send(there + layout().row_packs_at + offset_of_unit(chunk));
-        }
-        if (has_more) {
-          store_relaxed_system_16(there + more_at, more);
+        for (uint32_t lanes = __ballot_sync(kFullWarp, visits); lanes != 0; lanes &= lanes - 1) {
+          const Peer peer = x_.peer(__shfl_sync(kFullWarp, rank, __ffs(static_cast<int>(lanes)) - 1));
+          if (vectors.any()) {
+            payload_packets.send(peer, packets + layout().row_packets_at + packet_offset(chunk));
+          }
+          if (has_extra) {
+            peer.put_packet(packets + extra_at, extra);
+          }
         }
       }
     }
     return true;
   }
 
-  // Of a whole warp, the one that counts: the Place of the lane's slot.
-  __device__ uint4 place_of(Counter& counter, int token, int entry, float weight) const {
+  // Warp-collective, in the warp that counts. The SlotRoute of the lane's slot, as a packet.
+  __device__ uint4 route_of(Counter& counter, int token, int entry, float weight) const {
     const int expert = expert_of(entry);
     counter.begin(expert);
     Counter::sync();
     counter.count(token);
     Counter::sync();
     const int index = counter.end(expert);
-    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), f_.tag()};
+    return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), x_.tag()};
   }
 
   template <class T>
   __device__ bool send_bulk() {
-    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = f_.workers() - 1;
+    const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = x_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    const int to = rank_of_lane(f_.me() + static_cast<int>(blockIdx.x), f_.world_size());  // of this lane
-    int untold = -1;  // the token of this lane's last copy, whose flag is still to be written
-    const auto tell = [&](int token) {
-      if (token >= 0) {
-        fence_async_global();
-        store_release_system(f_.peer(to, layout().dispatch_flag(f_.half(), f_.me(), token)), f_.number());
+    // Of the ranks that this lane stands for: the token of the last copy, whose flag is still to be written.
+    PerRank<int> to, unsignaled;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      to[step] = rank_in_turn(step, x_.me() + static_cast<int>(blockIdx.x), x_.world_size());
+      unsignaled[step] = -1;
+    }
+    const auto signal = [&] {
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        if (const int token = unsignaled[step]; token >= 0) {
+          x_.peer(to[step]).signal_copies(layout().dispatch_flag(x_.half(), x_.me(), token), x_.number());
+        }
       }
     };
     Counter counter(a_, entries_, slots_);
     int n = 0;
-    bool has_begun = false, may_write = false;  // the latter: rank `to`
+    bool has_begun = false;
+    RankSet may_write;
 #pragma unroll 1
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
@@ -341,7 +373,7 @@ class LowLatencyDispatch {
         barrier_expect(&memory_.barriers[0], a_.row_bytes);
         bulk_load(stage, x, a_.row_bytes, &memory_.barriers[0]);
       }
-      // What is asked for here arrives while others are waited for.
+      // What is loaded here arrives during the waits below.
       const Entry entry = entry_of(token);
       const float weight = weight_of(token);
       Channels<T> ahead[1];
@@ -363,11 +395,11 @@ class LowLatencyDispatch {
           return false;
         }
         if (warp_id() == 0) {
-          may_write = (f_.writable() >> to & 1) != 0;
+          may_write = x_.writable();
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
-        __syncthreads();  // what was in this stage has left
+        __syncthreads();  // what was in this stage has been copied
       }
       counter.count(token);
       if (!as_is) {
@@ -377,7 +409,7 @@ class LowLatencyDispatch {
       if (Counter::leads()) {
         const int index = counter.end(expert);
         if (lane < a_.num_topk) {
-          reinterpret_cast<Place*>(stage + places_at_)[lane] = {expert, index, weight, 0};
+          reinterpret_cast<SlotRoute*>(stage + routes_at_)[lane] = {expert, index, weight, 0};
         }
       }
       fence_async_shared();
@@ -388,33 +420,42 @@ class LowLatencyDispatch {
       if (as_is) {
         barrier_wait(&memory_.barriers[0], n % 2);
       }
-      const uint32_t ranks = ranks_of(entry.value());
-      const bool visits = may_write && (ranks >> to & 1) != 0;
-      if (visits) {
-        bulk_store(f_.peer(to, layout().dispatch_row(f_.half(), f_.me(), token)), stage, record_bytes_);
+      const RankSet ranks = ranks_of(entry.value());
+      PerRank<bool> visits;
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        const int rank = to[step];
+        visits[step] = rank < x_.world_size() && ranks.has(rank) && may_write.has(rank);
+        if (visits[step]) {
+          x_.peer(rank).put(layout().dispatch_row(x_.half(), x_.me(), token), stage, wire_row_bytes_);
+        }
       }
       bulk_commit();
+      // fault: low latency: flag before its row
       bulk_wait<1>();  // all but this token's
-      tell(untold);
-      untold = visits ? token : -1;
+      signal();
+#pragma unroll
+      for (int step = 0; step < kRankSteps; ++step) {
+        unsignaled[step] = visits[step] ? token : -1;
+      }
     }
     if (warp_id() == 0) {
       bulk_wait<0>();
-      tell(untold);
+      signal();
     }
     __syncthreads();
     fence_async_shared();  // this memory is for what arrives next
     return has_begun || may_begin();
   }
 
-  // Of a whole warp: piece n of a row that is quantized, a vector a lane.
+  // Warp-collective. Piece n of a row that is quantized, a vector per lane.
   template <class T>
   __device__ void load_piece(const T* x, int n, Channels<T> (&channels)[1]) const {
     const int v = n * kWarp + lane_id();
     channels[0].load(x, v, v < a_.row_bytes / 16);
   }
 
-  // Of a whole block: into `stage`, with its scales. `channels`: the warp's first piece.
+  // Block-collective. Quantizes a row into `stage`, with its scales. `channels`: the warp's first piece.
   template <class T>
   __device__ void quantize_row(const T* x, char* stage, Channels<T> (&channels)[1]) const {
     const int vectors = a_.row_bytes / 16;
@@ -439,7 +480,7 @@ class LowLatencyDispatch {
         }
       }
     }
-    // Exponents of groups that are not there.
+    // Exponents of padding groups.
     const int groups = (vectors + kGroupVectors - 1) / kGroupVectors;
     const auto tid = static_cast<int>(threadIdx.x);
     if (a_.quantize == Quantize::fp8_ue8m0 && tid < 4 && groups + tid < a_.num_scales * 4) {
@@ -447,86 +488,86 @@ class LowLatencyDispatch {
     }
   }
 
-  // That the barrier of this warp has counted: of rows that warp 0 has sent as they are.
+  // Loads that the barrier of this warp has counted: rows that warp 0 has sent unquantized.
   __device__ int loads_before() const {
-    const int first = static_cast<int>(blockIdx.x) - 1, blocks = f_.workers() - 1;
-    const bool has_sent = !is_packed && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
+    const int first = static_cast<int>(blockIdx.x) - 1, blocks = x_.workers() - 1;
+    const bool has_sent = !uses_packets && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
                           first >= 0 && first < a_.num_tokens;
     return has_sent ? (a_.num_tokens - first + blocks - 1) / blocks : 0;
   }
 
   const LowLatencyDispatchArgs& a_;
-  Flight f_;
+  LowLatencyExchange x_;
   const Entries entries_;
   const int num_local_;
-  const int scales_at_, places_at_, record_bytes_;
+  const int scales_at_, routes_at_, wire_row_bytes_;
   const LowLatencyShape& shape_;
   LowLatencyShared& shared_;
   LowLatencyMemory memory_;
-  int* told_;       // of the block that announces
+  int* published_;  // of the block that announces
   uint8_t* slots_;  // of the Counter
 };
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 __global__ void __launch_bounds__(kThreads, 1) low_latency_dispatch_kernel(
     const __grid_constant__ LowLatencyDispatchArgs args,
     const __grid_constant__ LowLatencyShape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   await_kernels_before();
   __shared__ LowLatencyShared shared;
-  LowLatencyDispatch<is_packed>(args, shape, shared).template run<T>();
+  LowLatencyDispatch<uses_packets>(args, shape, shared).template run<T>();
 }
 
-bool is_packed(const LowLatencyDispatchArgs& args) {
-  return args.comm.low_latency.are_packed(args.max_tokens, args.row_bytes);
+bool uses_packets(const LowLatencyDispatchArgs& args) {
+  return args.comm.low_latency.use_packets(args.max_tokens, args.row_bytes);
 }
 
-template <bool is_packed>
+template <bool uses_packets>
 LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   const LowLatencyLayout& layout = args.comm.low_latency;
   LowLatencyShape shape{};
-  shape.stage_bytes = static_cast<int>(round_up(args.record_bytes(), 128));
+  shape.stage_bytes = static_cast<int>(round_up(args.wire_row_bytes(), 128));
   shape.parts = chunks_of(args.row_bytes / 16);
-  shape.packed_bytes = static_cast<int>(layout.packed_bytes_of(args.row_bytes));
+  shape.packet_row_bytes = static_cast<int>(layout.packet_row_bytes_of(args.row_bytes));
   shape.by_parts = Divisor(shape.parts);
   shape.by_tokens = Divisor(std::max(args.max_tokens, 1));
   shape.by_local = Divisor(args.num_experts / layout.world_size);
   shape.by_words = Divisor(layout.words);
   shape.by_rows = Divisor(layout.world_size * std::max(args.max_tokens, 1));
-  if (!is_packed) {
+  if (!uses_packets) {
     const int64_t rest = kSharedBytes - LowLatencyDispatch<true>::shared_bytes(LowLatencyShape{}, args);
     shape.receive_warps = static_cast<int>(std::clamp<int64_t>(rest / shape.stage_bytes, 1, kMaxWarps));
   }
   return shape;
 }
 
-// A block for each token and for each row that may come, or for some chunks of it; one that announces them; one that
-// tells.
-template <bool is_packed>
+// A block per token and per row that may come, or per some chunks of it; one that announces; one that publishes
+// credits.
+template <bool uses_packets>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;
-  constexpr int kWarpsABlock = 2;
-  const int64_t to_receive = is_packed ? (rows * shape.parts + kWarpsABlock - 1) / kWarpsABlock : rows;
+  constexpr int kWarpsPerBlock = 2;
+  const int64_t to_receive = uses_packets ? (rows * shape.parts + kWarpsPerBlock - 1) / kWarpsPerBlock : rows;
   const int64_t to_send = args.num_tokens + 1;
   const int64_t workers =
       std::max({args.part == Part::send ? 0 : to_receive, args.part == Part::receive ? 0 : to_send, int64_t{2}});
   return static_cast<int>(std::min<int64_t>(workers + 1, std::max(multiprocessors, 3)));
 }
 
-template <class T, bool is_packed>
+template <class T, bool uses_packets>
 cudaError_t launch_as(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
-  const LowLatencyShape shape = shape_of<is_packed>(args);
-  const auto shared = static_cast<int>(LowLatencyDispatch<is_packed>::shared_bytes(shape, args));
-  const int blocks = blocks_of<is_packed>(args, shape, multiprocessors);
-  const auto kernel = low_latency_dispatch_kernel<T, is_packed>;
+  const LowLatencyShape shape = shape_of<uses_packets>(args);
+  const auto shared = static_cast<int>(LowLatencyDispatch<uses_packets>::shared_bytes(shape, args));
+  const int blocks = blocks_of<uses_packets>(args, shape, multiprocessors);
+  const auto kernel = low_latency_dispatch_kernel<T, uses_packets>;
   const Launch how = args.comm.shares_device ? Launch::plain : Launch::overlapped;
   return launch_kernel(how, kernel, blocks, kThreads, shared, stream, args, shape);
 }
 
 template <class T>
 cudaError_t launch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream) {
-  return is_packed(args) ? launch_as<T, true>(args, multiprocessors, stream)
-                         : launch_as<T, false>(args, multiprocessors, stream);
+  return uses_packets(args) ? launch_as<T, true>(args, multiprocessors, stream)
+                            : launch_as<T, false>(args, multiprocessors, stream);
 }
 
 }  // namespace

@@ -1,34 +1,39 @@
 // ep::plan: who sends what where, in one kernel and one message to every peer.
-//   tell    each block checks and counts its share of this rank's tokens, and writes to every peer the counts, then the
-//           experts of the tokens
-//   hear    every block adds up what the blocks of all ranks told: how many rows go and come, and how many of them come
-//           before its own share of each rank's tokens; of expert_major, the same for every expert
-//   place   each block places its share of every rank's tokens, once these have come
-// Every rank gets the experts of all tokens, not of those alone that visit it: they are small, and so nothing has to be
-// counted before they leave. Each count is a word that holds the number of the exchange too: it waits for no flag, nor
-// for what was written before it, and so the host of an exact plan hears soon how many rows there are.
+//   publish_counts  each block checks and counts its share of this rank's tokens, and writes the counts to every peer,
+//   then
+//                   the experts of the tokens
+//   collect_counts  every block adds up the counts of all blocks of all ranks: rows to and from each rank, and how many
+//   of
+//                   them come before its own share of each rank's tokens; for expert_major, the same per expert
+//   write_plan      each block assigns rows to its share of every rank's tokens, once these have arrived
+// Every rank gets the experts of all tokens, not only of those that visit it: they are small, and nothing has to be
+// counted before they are sent. Each count is a word that also holds the number of the exchange. It needs no flag and
+// waits for nothing that was written before it, so the host of an exact plan soon knows the number of rows.
 #include "nvlink/device/exchange.cuh"
+
+#include <algorithm>
 
 namespace ep::nvlink {
 namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
-// A thread has so many on their way at once.
+// What a thread loads at once.
 constexpr int kBatch = 12;  // words
 constexpr int kAhead = 8;   // entries of topk_idx
-// These wait for others first; the last warps have the fewest entries.
-constexpr int kMeetingWarp = kWarps - 1, kCreditWarp = kWarps - 2;
+// These warps wait for peers first: the last warps have the fewest entries.
+constexpr int kHandshakeWarp = kWarps - 1, kCreditWarp = kWarps - 2;
 
-// Of the launch.
+// What the host derives for a launch.
 struct PlanShape {
   int num_local;  // experts of a rank
-  int words;      // tokens of each rank that are placed at once, kWarp in a word
-  int threads;    // of a block, that place the tokens of one rank
-  Divisor by_local, by_topk, by_blocks, by_threads, by_told, by_alignment;
+  int words;      // of kWarp tokens of each rank, which get their rows in one round
+  int groups;     // of threads of a block, each for the tokens of one rank at a time
+  int threads;    // of a group
+  Divisor by_local, by_topk, by_blocks, by_threads, by_published, by_alignment;
 };
 
-// For every expert, in shared memory.
+// Per expert, in shared memory.
 struct ExpertWords {
   int* expert_total;  // [local experts] rows
   int* expert_begin;  // [local experts] of its group in the result
@@ -49,17 +54,18 @@ struct PlanShared {
   unsigned long long first_bad;  // of all ranks: rank << 32 | status
   int rows_to[kMaxRanks];        // of this block's own tokens
   unsigned own_bad;              // index of their first bad entry
-  // Of the tokens that are placed at once: of each source, those that visit a rank; where the rows begin that a word of
-  // the own ones sends to each rank, and those that come of a word of each source.
-  uint32_t visits[kMaxRanks][kMaxRanks][kPlanWords];
+  // Of the tokens of one round: the own ones that visit each rank, and those of each source that visit
+  // this rank; where the rows begin that a word of own tokens sends to each rank, and those that come of a word of each
+  // source.
+  uint32_t sent_visits[kMaxRanks][kPlanWords], received_visits[kMaxRanks][kPlanWords];
   int sent_begin[kMaxRanks][kPlanWords], received_begin[kMaxRanks][kPlanWords];
 };
 
-// Out of the way, and with a copy of its own, so that what calls it keeps its variables in registers.
+// One thread. Cold path: Note [Cold paths], device/exchange.cuh.
 __device__ __noinline__ uint64_t await_word(Exchange x, const void* word, int rank) {
   Wait wait(x, Phase::counts);
   uint64_t seen = load_relaxed_system(word);
-  while (!x.is_tagged(seen) && wait.again(rank, seen)) {
+  while (!x.is_tagged(seen) && wait.keep_waiting(rank, seen)) {
     seen = load_relaxed_system(word);
   }
   return seen;
@@ -85,21 +91,21 @@ class PlanBlock {
   }
 
   __device__ void run() {
-    if (tell() && hear()) {
+    if (publish_counts() && collect_counts()) {
       if (block_ == 0) {
         write_totals();
       }
-      place();
+      write_plan();
     } else if (a_.capacity < 0 && block_ == 0 && threadIdx.x == 0) {
-      tell_host(a_.comm, 0, true);
+      publish_rows_to_host(a_.comm, 0, true);
     }
     end_exchange(x_, &a_.comm.state->last_plan);
   }
 
-  // One thread: the exact plan's host waits for this.
-  __device__ static void tell_host(const Comm& comm, int64_t rows, bool failed) {
-    const uint64_t word = kPlanTold | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
-    store_relaxed_system(&comm.mailbox->plan, word);
+  // One thread. The host of an exact plan waits for this.
+  __device__ static void publish_rows_to_host(const Comm& comm, int64_t rows, bool failed) {
+    const uint64_t word = kPlanReady | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
+    store_relaxed_system(&comm.host_report->plan, word);
   }
 
  private:
@@ -116,11 +122,11 @@ class PlanBlock {
 
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
 
-  // Tokens that are placed at once.
+  // Tokens that get their rows in one round.
   __device__ int round_tokens() const { return shape_.words * kWarp; }
 
-  // f(i, entry i) for this thread's share of so many entries: every `threads`-th from the `first` one on. A bad value
-  // stays bad.
+  // f(i, entry i) for this thread's share of `count` entries: every `threads`-th from the `first` one on. A value out
+  // of range stays out of range.
   template <class Int, class F>
   __device__ static void each_entry(const Int* entries, int count, int first, int threads, F f) {
     int ahead[kAhead];
@@ -145,7 +151,7 @@ class PlanBlock {
     }
   }
 
-  // Likewise, of the own entries from the `begin`-th on, each of them to a thread.
+  // f(i, entry i) for this thread's share of `count` own entries from the `begin`-th on.
   template <class F>
   __device__ void each_own_entry(int64_t begin, int count, F f) const {
     const auto tid = static_cast<int>(threadIdx.x);
@@ -156,10 +162,10 @@ class PlanBlock {
     }
   }
 
-  // --- tell ---
+  // --- publish_counts ---
 
-  // False: given up.
-  __device__ bool tell() {
+  // Block-collective. False: the exchange was aborted.
+  __device__ bool publish_counts() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const Layout& layout = x_.layout();
     const int num_tokens = a_.refused ? 0 : a_.num_tokens;
@@ -174,9 +180,8 @@ class PlanBlock {
       shared_.own_bad = kNoBad;
       shared_.first_bad = ~0ULL;
     }
-    if (meets()) {
-      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      tell_peers(x_, agreed, -1, -1);
+    if (is_handshake_warp()) {
+      publish_handshake(x_, a_.handshake, RowCounts::unknown());
     }
     const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
@@ -187,13 +192,13 @@ class PlanBlock {
       __syncthreads();
       const int64_t begin = int64_t{first} * a_.num_topk;
       const int count = min(round_tokens(), own.end - first) * a_.num_topk;
-      each_own_entry(begin, count, [&](int i, int entry) { look_at(begin, i, entry); });
+      each_own_entry(begin, count, [&](int i, int entry) { count_entry(begin, i, entry); });
       __syncthreads();
       for (int e = tid; e < a_.num_experts; e += kThreads) {
         s_.histogram[e] += tokens_in(s_.bits + e, a_.num_experts);
       }
       if (tid < world_size_) {
-        shared_.rows_to[tid] += tokens_in(shared_.visits[me_][tid], 1);
+        shared_.rows_to[tid] += tokens_in(shared_.sent_visits[tid], 1);
       }
     }
     if (!__syncthreads_and(going)) {
@@ -201,14 +206,14 @@ class PlanBlock {
     }
 
     const uint64_t status = a_.refused ? kRefused : shared_.own_bad == kNoBad ? 0 : 1 + shared_.own_bad;
-    const int told = num_local_ + Layout::kPlanSums;
-    for (int i = tid; i < world_size_ * told; i += kThreads) {
-      const int p = shape_.by_told.quotient(i), n = i - p * told;
+    const int num_words = num_local_ + Layout::kPlanSums;
+    for (int i = tid; i < world_size_ * num_words; i += kThreads) {
+      const int p = shape_.by_published.quotient(i), n = i - p * num_words;
       const uint64_t value = n < num_local_                  ? s_.histogram[p * num_local_ + n]
                              : n == word_of(Sum::rows)       ? shared_.rows_to[p]
                              : n == word_of(Sum::num_tokens) ? num_tokens
                                                              : status;
-      store_relaxed_system(x_.peer(p, layout.plan_counts(me_, block_)) + n * int64_t{8}, x_.tag() | value);
+      x_.peer(p).put_word(layout.plan_counts(me_, block_) + n * int64_t{8}, x_.tag() | value);
     }
     if (tid < world_size_) {
       store_relaxed_system(&a_.comm.state->send_rows[block_ * kMaxRanks + tid], x_.tag() | shared_.rows_to[tid]);
@@ -217,13 +222,13 @@ class PlanBlock {
     each_own_entry(begin, (own.end - own.begin) * a_.num_topk, [&](int i, int entry) {
 #pragma unroll 1
       for (int p = 0; p < world_size_; ++p) {
-        *reinterpret_cast<int*>(x_.peer(p, layout.plan_topk(me_) + (begin + i) * 4)) = entry;
+        x_.peer(p).put_value(layout.plan_topk(me_) + (begin + i) * 4, static_cast<uint32_t>(entry), sizeof(int));
       }
     });
     __syncthreads();
-    if (warp_id() == kCreditWarp && lane < world_size_) {
-      // Releases the tokens that the whole block wrote: they are ordered before this by the barrier.
-      store_release_system(x_.peer(lane, layout.plan_flag(me_, block_)), x_.epoch);
+    for (int p = lane; warp_id() == kCreditWarp && p < world_size_; p += kWarp) {
+      // Releases the tokens that the whole block wrote: the barrier orders them before this.
+      x_.peer(p).signal(layout.plan_flag(me_, block_), x_.epoch);
     }
     return true;
   }
@@ -233,12 +238,13 @@ class PlanBlock {
     for (int i = tid; of_experts && i < shape_.words * a_.num_experts; i += kThreads) {
       s_.bits[i] = 0;
     }
-    for (int i = tid; i < kMaxRanks * kMaxRanks * kPlanWords; i += kThreads) {
-      (&shared_.visits[0][0][0])[i] = 0;
+    for (int i = tid; i < kMaxRanks * kPlanWords; i += kThreads) {
+      (&shared_.sent_visits[0][0])[i] = 0;
+      (&shared_.received_visits[0][0])[i] = 0;
     }
   }
 
-  // Of words that lie `step` apart.
+  // Tokens in the words of one round, which lie `step` apart.
   __device__ int tokens_in(const uint32_t* words, int step) const {
     constexpr int kUnroll = 4;
     static_assert(kPlanWords / 2 % kUnroll == 0);
@@ -253,17 +259,17 @@ class PlanBlock {
     return sum;
   }
 
-  // The i-th entry of the tokens that are looked at together, which begin with entry `begin`: its token has this expert
-  // and visits this rank.
-  __device__ void look_at(int64_t begin, int i, int entry) const {
+  // One thread. The i-th entry of a round that begins with entry `begin`: its token has this expert and visits its
+  // rank.
+  __device__ void count_entry(int64_t begin, int i, int entry) const {
     const int t = shape_.by_topk.quotient(i);
     const uint32_t bit = 1U << t % kWarp;
     if (entry >= 0 && entry < a_.num_experts) {
-      atomicOr(&shared_.visits[me_][rank_of(entry)][t / kWarp], bit);
+      atomicOr(&shared_.sent_visits[rank_of(entry)][t / kWarp], bit);
       if ((atomicOr(&s_.bits[t / kWarp * a_.num_experts + entry], bit) & bit) == 0) {
         return;
       }
-      // The token has it twice at least, whichever slot came first here: the second one is bad.
+      // The token has it at least twice, whichever slot came first here: the second one is bad.
       i = t * a_.num_topk - 1;
 #pragma unroll 1
       for (int times = 0; times < 2;) {
@@ -277,22 +283,22 @@ class PlanBlock {
     atomicMin(&shared_.own_bad, static_cast<unsigned>(begin + i));
   }
 
-  // The warp that meets the peers.
-  __device__ bool meets() const { return block_ == 0 && warp_id() == kMeetingWarp; }
+  // The warp that exchanges handshakes with the peers.
+  __device__ bool is_handshake_warp() const { return block_ == 0 && warp_id() == kHandshakeWarp; }
 
-  // --- hear ---
+  // --- collect_counts ---
 
-  // What a block of a rank tells besides the counts of the experts.
+  // What a block of a rank publishes besides the counts of the experts.
   enum class Sum { rows, num_tokens, status };
   __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
 
-  // Of the shares of all ranks, those of rank 0 first: what the n-th block told.
-  __device__ const char* words_of(int n) const {
-    return x_.own(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
+  // What the n-th block published, counted through all blocks of all ranks.
+  __device__ const char* published_by(int n) const {
+    return x_.inbox().data(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
   }
 
-  // The value of a word, once it is there; `seen`: of the first look at it.
-  __device__ int heard(const void* word, uint64_t seen, int rank, bool& going) const {
+  // One thread. The value of a word, once it is there. `seen`: a first poll.
+  __device__ int value_of(const void* word, uint64_t seen, int rank, bool& going) const {
     if (!x_.is_tagged(seen)) {
       seen = await_word(x_, word, rank);
       going = going && x_.is_tagged(seen);
@@ -300,10 +306,10 @@ class PlanBlock {
     return static_cast<int>(seen & 0xffffffff);
   }
 
-  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `words_of`; `words`:
-  // that of block 0.
+  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `published_by`. `words`:
+  // that word of block 0.
   template <int kLanes, class F>
-  __device__ void each_heard(const char* words, int end, int first, bool& going, F f) const {
+  __device__ void each_count(const char* words, int end, int first, bool& going, F f) const {
     const int64_t step = x_.layout().counts_bytes;
     uint64_t ahead[kBatch];
 #pragma unroll 1
@@ -314,7 +320,7 @@ class PlanBlock {
           ahead[j] = i + j * kLanes < end ? load_relaxed_system(words + (i + j * kLanes) * step) : 0;
         }
       }
-      f(i, heard(words + i * step, ahead[0], shape_.by_blocks.quotient(i), going));
+      f(i, value_of(words + i * step, ahead[0], shape_.by_blocks.quotient(i), going));
 #pragma unroll
       for (int j = 1; j < kBatch; ++j) {
         ahead[j - 1] = ahead[j];
@@ -322,18 +328,17 @@ class PlanBlock {
     }
   }
 
-  // False: given up.
-  __device__ bool hear() {
+  // Block-collective. False: the exchange was aborted.
+  __device__ bool collect_counts() {
     bool going = true;
-    if (meets()) {
-      const int64_t agreed[kNumAgreed] = {a_.num_experts, a_.num_topk, 0, 0};
-      going = check_peers(x_, agreed, -1, -1);
+    if (is_handshake_warp()) {
+      going = check_handshake(x_, a_.handshake, RowCounts::unknown());
     }
-    if (warp_id() < world_size_) {
-      hear_rank(warp_id(), going);
+    for (int rank = warp_id(); rank < world_size_; rank += kWarps) {
+      collect_rank(rank, going);
     }
     if (a_.expert_major) {
-      hear_experts(going);
+      collect_experts(going);
     } else {
       for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
         const int rows = rows_of(e, world_size_ * blocks_, going);
@@ -347,17 +352,22 @@ class PlanBlock {
     }
     const int lane = lane_id();
     is_void_ = shared_.first_bad != ~0ULL;
-    if (!is_void_ && lane < world_size_) {
-      mine_ = shared_.ranks[lane];
-    } else if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
-      record_bad(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
+    if (is_void_ && block_ == 0 && threadIdx.x == 0 && !(a_.refused && a_.capacity >= 0)) {
+      publish_bad_topk(static_cast<int>(shared_.first_bad >> 32), static_cast<int64_t>(shared_.first_bad & 0xffffffff));
     }
-    sent_end_ = sum_up_to_lane<kMaxRanks>(mine_.sent);
-    received_end_ = sum_up_to_lane<kMaxRanks>(mine_.received);
-    received_ = __shfl_sync(kFullWarp, received_end_, world_size_ - 1);
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const bool counts = !is_void_ && rank_at(step) < world_size_;
+      mine_[step] = counts ? shared_.ranks[rank_at(step)] : RankCounts{};
+      sent_end_[step] = mine_[step].sent;
+      received_end_[step] = mine_[step].received;
+    }
+    sent_end_ = sum_up_to_rank(sent_end_, world_size_);
+    received_end_ = sum_up_to_rank(received_end_, world_size_);
+    received_ = received_end_.of(world_size_ - 1);
     needed_ = a_.expert_major ? add_up_experts() : received_;
     rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
-    // Where rows are dropped, `place` knows, where the capacity ends.
+    // Where rows are dropped, assign_rows finds where the capacity ends.
     if (!a_.expert_major && received_ <= rows_ && lane == 0) {
       for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
         a_.tokens_per_expert[e] = is_void_ ? 0 : s_.expert_total[e];
@@ -366,32 +376,34 @@ class PlanBlock {
     return true;
   }
 
-  // rank_major: of those whose rows this warp adds up, one of all blocks for each. The last warps have the time.
+  // rank_major: the first expert whose rows this warp adds up; one warp of all blocks per expert. The last warps have
+  // time.
   __device__ int first_expert() const { return block_ + blocks_ * (kWarps - 1 - warp_id()); }
 
-  // Of a whole warp: what all blocks of a rank told beside the experts.
-  __device__ void hear_rank(int rank, bool& going) const {
+  // Warp-collective. What all blocks of a rank published besides the experts.
+  __device__ void collect_rank(int rank, bool& going) const {
     RankCounts sums{};
     for (int b = lane_id(); b < blocks_; b += kWarp) {
-      const char* told = words_of(rank * blocks_ + b);
+      const char* published = published_by(rank * blocks_ + b);
       const void* words[] = {
           &a_.comm.state->send_rows[b * kMaxRanks + rank],
-          told + word_of(Sum::rows) * int64_t{8},
-          told + word_of(Sum::num_tokens) * int64_t{8},
-          told + word_of(Sum::status) * int64_t{8}};
+          published + word_of(Sum::rows) * int64_t{8},
+          published + word_of(Sum::num_tokens) * int64_t{8},
+          published + word_of(Sum::status) * int64_t{8}};
       uint64_t seen[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         seen[j] = load_relaxed_system(words[j]);
       }
-      const int sent = heard(words[0], seen[0], me_, going), received = heard(words[1], seen[1], rank, going);
+      const int sent = value_of(words[0], seen[0], me_, going), received = value_of(words[1], seen[1], rank, going);
       sums.sent += sent;
       sums.sent_before += b < block_ ? sent : 0;
       sums.received += received;
+      // fault: plan: rows of earlier blocks
       sums.received_before += b < block_ ? received : 0;
       sums.received_here += b == block_ ? received : 0;
-      sums.num_tokens = heard(words[2], seen[2], rank, going);  // every block tells the same
-      const auto status = static_cast<uint32_t>(heard(words[3], seen[3], rank, going));
+      sums.num_tokens = value_of(words[2], seen[2], rank, going);  // every block publishes the same
+      const auto status = static_cast<uint32_t>(value_of(words[3], seen[3], rank, going));
       if (status != 0) {
         atomicMin(&shared_.first_bad, static_cast<unsigned long long>(rank) << 32 | status);
       }
@@ -409,15 +421,15 @@ class PlanBlock {
     }
   }
 
-  // Of a whole block: for each (rank, local expert), in `before` the rows of blocks before this one; and the totals.
-  __device__ void hear_experts(bool& going) const {
+  // Block-collective. Per (rank, local expert): in `before` the rows of the blocks before this one; and the totals.
+  __device__ void collect_experts(bool& going) const {
     constexpr int kLanes = 2;  // that share the blocks
     const auto tid = static_cast<int>(threadIdx.x);
     for (int first = 0; first < a_.num_experts; first += kThreads / kLanes) {
       const int i = first + tid / kLanes, rank = rank_of(i), expert = i - rank * num_local_;
       const int begin = rank * blocks_, end = i < a_.num_experts ? begin + blocks_ : begin;
       int total = 0, before = 0;
-      each_heard<kLanes>(words_of(0) + expert * int64_t{8}, end, begin + tid % kLanes, going, [&](int n, int rows) {
+      each_count<kLanes>(published_by(0) + expert * int64_t{8}, end, begin + tid % kLanes, going, [&](int n, int rows) {
         total += rows;
         before += n < begin + block_ ? rows : 0;
       });
@@ -426,17 +438,17 @@ class PlanBlock {
         before += __shfl_xor_sync(kFullWarp, before, lanes);
       }
       if (i < a_.num_experts && tid % kLanes == 0) {
-        // Those of the ranks before: added once all totals are known.
+        // Rows of the ranks before are added once all totals are known.
         s_.before[i] = before;
         totals()[i] = total;
       }
     }
   }
 
-  // [rank][local expert]. The bits are not needed yet.
+  // [rank][local expert], in the memory of the bits, which are not needed yet.
   __device__ int* totals() const { return reinterpret_cast<int*>(s_.bits); }
 
-  // Of a whole block, expert_major. Returns the rows of all groups.
+  // Block-collective, expert_major. Returns the rows of all groups.
   __device__ int64_t add_up_experts() const {
     for (int e = static_cast<int>(threadIdx.x); e < num_local_; e += kThreads) {
       int sum = 0;
@@ -447,7 +459,7 @@ class PlanBlock {
       s_.expert_total[e] = sum;
     }
     __syncthreads();
-    // Groups begin where the groups before end, padded: each lane has some, in a row.
+    // A group begins where the one before ends, padded. Each lane has some consecutive groups.
     if (warp_id() == 0) {
       const int lane = lane_id(), share = (num_local_ + kWarp - 1) / kWarp;
       const int from = min(lane * share, num_local_), to = min(from + share, num_local_);
@@ -455,7 +467,7 @@ class PlanBlock {
       for (int e = from; e < to; ++e) {
         size += aligned(s_.expert_total[e]);
       }
-      int begin = sum_up_to_lane<kWarp>(size) - size;
+      int begin = sum_up_to_lane(size) - size;
       for (int e = from; e < to; ++e) {
         s_.expert_begin[e] = begin;
         begin += aligned(s_.expert_total[e]);
@@ -466,14 +478,14 @@ class PlanBlock {
   }
 
   __device__ int aligned(int n) const { return shape_.by_alignment.quotient(n + a_.alignment - 1) * a_.alignment; }
-  // Of the group of an expert.
+  // The end of an expert's group.
   __device__ int64_t end_of(int expert) const {
     return int64_t{s_.expert_begin[expert]} + aligned(s_.expert_total[expert]);
   }
 
-  // One thread. `status`: of what the rank told, not 0.
-  __device__ void record_bad(int rank, int64_t status) const {
-    int64_t value = 0, cause = kTooManyTokens;
+  // One thread. `status`: what the rank published, not 0.
+  __device__ void publish_bad_topk(int rank, int64_t status) const {
+    FailureCause cause{Failure::too_many_tokens, Phase::counts, rank};
     if (status != kRefused) {
       bool going = true;
       for (int b = 0; b < blocks_; ++b) {
@@ -482,29 +494,33 @@ class PlanBlock {
       if (!going) {
         return;
       }
-      const int* entries = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(rank)));
-      const int64_t bad = status - 1, token = bad / a_.num_topk;
-      value = entries[bad];
-      cause = kOutOfRange;
-      for (int64_t i = token * a_.num_topk; cause == kOutOfRange && i < bad; ++i) {
-        cause = entries[i] == value ? i % a_.num_topk : kOutOfRange;
+      const int* entries = topk_of(rank);
+      const auto bad = static_cast<int>(status - 1);
+      cause.kind = Failure::bad_expert;
+      cause.token = bad / a_.num_topk;
+      cause.slot = bad % a_.num_topk;
+      cause.ours = a_.num_experts;
+      cause.theirs = entries[bad];
+      for (int i = bad - cause.slot; cause.kind == Failure::bad_expert && i < bad; ++i) {
+        if (entries[i] == entries[bad]) {
+          cause.kind = Failure::duplicate_expert;
+          cause.earlier_slot = i % a_.num_topk;
+        }
       }
     }
-    // Tensors of other shapes may have been planned for before the host reads this.
-    const int64_t shape = int64_t{a_.num_topk} << 32 | a_.num_experts;
-    record(x_, {Failure::bad_topk, Phase::counts, rank, status - 1, cause, value, shape});
+    publish_failure(x_, cause);
   }
 
-  // Rows of an expert that find a place.
+  // Rows of an expert that are not dropped.
   __device__ int kept(int expert) const {
     return static_cast<int>(min(max(rows_ - s_.expert_begin[expert], int64_t{0}), int64_t{s_.expert_total[expert]}));
   }
 
-  // Of the first block.
+  // The first block.
   __device__ void write_totals() const {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     if (tid == 0 && a_.capacity < 0) {
-      tell_host(a_.comm, rows_, is_void_);
+      publish_rows_to_host(a_.comm, rows_, is_void_);
     }
     if (warp_id() == 1) {
       int64_t dropped = max(needed_ - rows_, int64_t{0});
@@ -519,11 +535,14 @@ class PlanBlock {
         *a_.num_dropped = static_cast<int>(dropped);
       }
     }
-    if (tid < world_size_) {
-      a_.send_counts[tid] = mine_.sent;
-      a_.recv_counts[tid] = mine_.received;
-      if (!a_.expert_major) {
-        a_.offsets[tid] = static_cast<int>(min(int64_t{received_end_}, rows_));
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      if (const int rank = rank_at(step); warp_id() == 0 && rank < world_size_) {
+        a_.send_counts[rank] = mine_[step].sent;
+        a_.recv_counts[rank] = mine_[step].received;
+        if (!a_.expert_major) {
+          a_.offsets[rank] = static_cast<int>(min(int64_t{received_end_[step]}, rows_));
+        }
       }
     }
     for (int e = tid; a_.expert_major && e < num_local_; e += kThreads) {
@@ -532,30 +551,35 @@ class PlanBlock {
     }
   }
 
-  // --- place ---
+  // --- write_plan ---
 
-  // A thread: until it can read what a block of a rank wrote of its tokens.
+  // One thread. Waits until it can read the experts of the tokens of a block of a rank.
   __device__ bool wait_for_tokens(int rank, int block) const {
-    const void* flag = x_.own(x_.layout().plan_flag(rank, block));
+    const int64_t flag = x_.layout().plan_flag(rank, block);
     Wait wait(x_, Phase::counts);
-    uint64_t seen = load_acquire_system(flag);
+    uint64_t seen = x_.inbox().poll_signal(flag);
     while (seen != x_.epoch) {
-      if (!wait.again(rank, seen)) {
+      if (!wait.keep_waiting(rank, seen)) {
         return false;
       }
-      seen = load_acquire_system(flag);
+      seen = x_.inbox().poll_signal(flag);
     }
     return true;
   }
 
-  __device__ void place() {
+  __device__ void write_plan() {
     const auto tid = static_cast<int>(threadIdx.x);
     const bool waits = tid < world_size_ && !is_void_;
     if (!__syncthreads_and(!waits || wait_for_tokens(tid, block_))) {
       return;
     }
-    const int most = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(mine_.num_tokens)));
-    place_tokens(share_of(most));
+    int max_tokens = 0;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      max_tokens = max(max_tokens, mine_[step].num_tokens);
+    }
+    max_tokens = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(max_tokens)));
+    assign_rows(share_of(max_tokens));
     if (is_void_ && !a_.refused) {
       const Range own = tokens_of(a_.num_tokens);
       for (int i = own.begin * a_.num_topk + tid; i < own.end * a_.num_topk; i += kThreads) {
@@ -565,22 +589,26 @@ class PlanBlock {
     clear_rest();
   }
 
-  // Of a whole block: its share of every rank's tokens, of the longest one `share` tokens.
-  __device__ void place_tokens(int share) {
+  // Block-collective. Its share of every rank's tokens: at most `share` tokens of a rank.
+  __device__ void assign_rows(int share) {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
-    const int source = shape_.by_threads.quotient(tid), thread = tid - source * shape_.threads;
-    const bool has_source = source < world_size_;  // the same for a whole warp
-    const Range own = tokens_of(__shfl_sync(kFullWarp, mine_.num_tokens, source));
-    const int* topk = reinterpret_cast<const int*>(x_.own(x_.layout().plan_topk(has_source ? source : 0)));
-    // Lane r: where the rows to rank r begin, and those from rank r. First those before this block's share.
-    int sent = sent_end_ - mine_.sent + mine_.sent_before;
-    int received = received_end_ - mine_.received + mine_.received_before;
-    // rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
-    const uint32_t ends = __ballot_sync(kFullWarp, received <= rows_ && rows_ < received + mine_.received_here);
-    const bool counts_kept = !a_.expert_major && ends != 0;
-    const int ends_in = __ffs(static_cast<int>(ends)) - 1;
+    const int group = shape_.by_threads.quotient(tid), thread = tid - group * shape_.threads;
+    // Of the ranks that this lane stands for: where the rows to and from each begin; first, those before this block's
+    // share. rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
+    PerRank<int> sent, received;
+    RankSet ends;
+#pragma unroll
+    for (int step = 0; step < kRankSteps; ++step) {
+      const RankCounts& mine = mine_[step];
+      sent[step] = sent_end_[step] - mine.sent + mine.sent_before;
+      received[step] = received_end_[step] - mine.received + mine.received_before;
+      const bool ends_here = received[step] <= rows_ && rows_ < received[step] + mine.received_here;
+      ends.words[step] = __ballot_sync(kFullWarp, ends_here);
+    }
+    const bool counts_kept = !a_.expert_major && ends.any();
+    const int ends_in = counts_kept ? ends.first_from(0) : -1;
     if (counts_kept) {
-      bool going = true;  // all of this has been heard, but for an exchange that ends anyway
+      bool going = true;  // all of this has been collected, unless the exchange ends anyway
       for (int e = warp_id(); e < num_local_; e += kWarps) {
         const int rows = rows_of(e, ends_in * blocks_ + block_, going);
         if (lane == 0) {
@@ -592,9 +620,12 @@ class PlanBlock {
     for (int done = 0; done < share; done += round_tokens()) {
       if (done != 0) {
         __syncthreads();  // what is cleared next has been read
-        if (lane < world_size_) {
-          sent += tokens_in(shared_.visits[me_][lane], 1);
-          received += tokens_in(shared_.visits[lane][me_], 1);
+#pragma unroll
+        for (int step = 0; step < kRankSteps; ++step) {
+          if (const int rank = rank_at(step); rank < world_size_) {
+            sent[step] += tokens_in(shared_.sent_visits[rank], 1);
+            received[step] += tokens_in(shared_.received_visits[rank], 1);
+          }
         }
         for (int i = tid; a_.expert_major && i < a_.num_experts; i += kThreads) {
           const int rank = rank_of(i);
@@ -604,33 +635,47 @@ class PlanBlock {
       }
       clear_bits(a_.expert_major);
       __syncthreads();
-      const int first = own.begin + done;
-      const int* entries = topk + int64_t{first} * a_.num_topk;
-      const int count = has_source ? min(round_tokens(), own.end - first) * a_.num_topk : 0;
-      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
-        const int t = shape_.by_topk.quotient(i), rank = expert >= 0 ? rank_of(expert) : -1;
-        if (rank == me_ || (rank >= 0 && source == me_)) {
-          atomicOr(&shared_.visits[source][rank][t / kWarp], 1U << t % kWarp);
+      // f(source, its first token of this round, i, entry i) for the sources of this group of threads.
+      const auto each_entry_of_sources = [&](auto f) {
+        for (int source = group; source < world_size_; source += shape_.groups) {  // the same for a whole warp
+          const Range tokens = tokens_of(shared_.ranks[source].num_tokens);
+          const int first = tokens.begin + done;
+          const int* entries = topk_of(source) + int64_t{first} * a_.num_topk;
+          const int count = is_void_ ? 0 : min(round_tokens(), tokens.end - first) * a_.num_topk;
+          each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) { f(source, first, i, expert); });
         }
-        if (a_.expert_major && rank == me_) {
-          atomicOr(bits_of(source, t, expert - me_ * num_local_), 1U << t % kWarp);
+      };
+      each_entry_of_sources([&](int source, int /*first*/, int i, int expert) {
+        const int t = shape_.by_topk.quotient(i), rank = expert >= 0 ? rank_of(expert) : -1;
+        const uint32_t bit = 1U << t % kWarp;
+        if (rank >= 0 && source == me_) {
+          atomicOr(&shared_.sent_visits[rank][t / kWarp], bit);
+        }
+        if (rank == me_) {
+          atomicOr(&shared_.received_visits[source][t / kWarp], bit);
+          if (a_.expert_major) {
+            atomicOr(bits_of(source, t, expert - me_ * num_local_), bit);
+          }
         }
       });
       __syncthreads();
-      if (const int w = tid % kPlanWords, r = tid / kPlanWords % kMaxRanks; tid < 2 * kMaxRanks * kPlanWords) {
-        const bool is_sent = tid < kMaxRanks * kPlanWords;
-        int begin = __shfl_sync(kFullWarp, is_sent ? sent : received, r);
-        const uint32_t* visits = is_sent ? shared_.visits[me_][r] : shared_.visits[r][me_];
+      constexpr int kBegins = kMaxRanks * kPlanWords;  // a multiple of a warp's threads
+      static_assert(kBegins % kWarp == 0);
+      for (int i = tid; i < 2 * kBegins; i += kThreads) {
+        const int w = i % kPlanWords, r = i / kPlanWords % kMaxRanks;
+        const bool is_sent = i < kBegins;
+        int begin = (is_sent ? sent : received).of(r);
+        const uint32_t* visits = is_sent ? shared_.sent_visits[r] : shared_.received_visits[r];
 #pragma unroll 1
-        for (int i = 0; i < w; ++i) {
-          begin += __popc(visits[i]);
+        for (int before = 0; before < w; ++before) {
+          begin += __popc(visits[before]);
         }
         (is_sent ? shared_.sent_begin : shared_.received_begin)[r][w] = begin;
       }
       __syncthreads();
-      each_entry(entries, count, thread, shape_.threads, [&](int i, int expert) {
+      each_entry_of_sources([&](int source, int first, int i, int expert) {
         const int t = shape_.by_topk.quotient(i), k = i - t * a_.num_topk;
-        place_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
+        assign_slot(source, t, first + t, k, expert, counts_kept && source == ends_in);
       });
     }
     if (counts_kept) {
@@ -641,24 +686,29 @@ class PlanBlock {
     }
   }
 
-  // Tokens that have an expert, of the word of a source's t-th token.
+  // The experts of a rank's tokens, as they arrived.
+  __device__ const int* topk_of(int rank) const {
+    return reinterpret_cast<const int*>(x_.inbox().data(x_.layout().plan_topk(rank)));
+  }
+
+  // The word of tokens that have an expert, with a source's t-th token.
   __device__ uint32_t* bits_of(int source, int t, int local) const {
     return &s_.bits[(source * shape_.words + t / kWarp) * num_local_ + local];
   }
 
-  // Slot k of a source's token, the t-th of those that are placed at once. `counts`: what the expert keeps.
-  __device__ void place_slot(int source, int t, int token, int k, int expert, bool counts) const {
+  // One thread. Slot k of a source's token, the t-th of this round. `counts`: count what the expert keeps.
+  __device__ void assign_slot(int source, int t, int token, int k, int expert, bool counts) const {
     const int w = t / kWarp;
     const uint32_t bit = 1U << t % kWarp, below = bit - 1;
     const int rank = expert >= 0 ? rank_of(expert) : -1;
     if (source == me_) {
       int row = -1;
       if (rank >= 0) {
-        row = shared_.sent_begin[rank][w] + __popc(shared_.visits[me_][rank][w] & below);
+        row = shared_.sent_begin[rank][w] + __popc(shared_.sent_visits[rank][w] & below);
       }
       a_.send_row[int64_t{token} * a_.num_topk + k] = row;
     }
-    const uint32_t visits = shared_.visits[source][me_][w];
+    const uint32_t visits = shared_.received_visits[source][w];
     if ((visits & bit) == 0) {
       return;
     }
@@ -674,14 +724,14 @@ class PlanBlock {
       }
     } else if (local >= 0) {
       const uint32_t* bits = bits_of(source, 0, local);
-      int place = s_.expert_begin[local] + s_.before[source * num_local_ + local];
+      int row_of_expert = s_.expert_begin[local] + s_.before[source * num_local_ + local];
 #pragma unroll 1
       for (int i = 0; i < w; ++i) {
-        place += __popc(bits[i * num_local_]);
+        row_of_expert += __popc(bits[i * num_local_]);
       }
-      place += __popc(bits[w * num_local_] & below);
-      if (place < rows_) {
-        static_cast<int32_t*>(a_.recv_map)[place] = static_cast<int>(slot);
+      row_of_expert += __popc(bits[w * num_local_] & below);
+      if (row_of_expert < rows_) {
+        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(slot);
       }
     }
   }
@@ -694,15 +744,15 @@ class PlanBlock {
     }
   }
 
-  // Of a whole warp: rows of an expert of this rank in the first n shares, counted as in `words_of`.
+  // Warp-collective. Rows of a local expert in the first n shares, counted as in `published_by`.
   __device__ int rows_of(int expert, int n, bool& going) const {
     int sum = 0;
-    each_heard<kWarp>(
-        words_of(0) + expert * int64_t{8}, n, lane_id(), going, [&](int /*block*/, int rows) { sum += rows; });
+    each_count<kWarp>(
+        published_by(0) + expert * int64_t{8}, n, lane_id(), going, [&](int /*block*/, int rows) { sum += rows; });
     return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(sum)));
   }
 
-  // Places of the result that no token takes.
+  // Rows of the result that no token takes.
   __device__ void clear_rest() const {
     const auto tid = static_cast<int64_t>(threadIdx.x);
     const int64_t threads = int64_t{blocks_} * kThreads, thread = int64_t{block_} * kThreads + tid;
@@ -735,9 +785,9 @@ class PlanBlock {
   ExpertWords s_;
   const int world_size_, me_, block_, blocks_, num_local_;
   bool is_void_ = false;  // some rank's values are bad: a plan of no rows, everywhere
-  // Lane r: what rank r told, and where the wire rows to it and from it end.
-  RankCounts mine_{};
-  int sent_end_ = 0, received_end_ = 0;
+  // Per rank: what it published, and where the wire rows to it and from it end.
+  RankCounts mine_[kRankSteps];
+  PerRank<int> sent_end_, received_end_;
   int64_t received_ = 0;  // wire rows
   int64_t needed_ = 0;    // rows of the result if nothing is dropped
   int64_t rows_ = 0;      // of the result
@@ -745,13 +795,13 @@ class PlanBlock {
 
 __global__ void __launch_bounds__(kThreads, 1)
     plan_kernel(const __grid_constant__ PlanArgs args, const __grid_constant__ PlanShape shape) {
-  ask_for(args);
+  prefetch_arguments(args);
   extern __shared__ int words[];
   __shared__ PlanShared shared;
   if (!has_failed(args.comm)) {
     PlanBlock(args, shape, shared, words).run();
   } else if (args.capacity < 0 && blockIdx.x == 0 && threadIdx.x == 0) {
-    PlanBlock::tell_host(args.comm, 0, true);
+    PlanBlock::publish_rows_to_host(args.comm, 0, true);
   }
 }
 
@@ -760,12 +810,13 @@ PlanShape shape_of(const PlanArgs& args) {
   PlanShape shape{};
   shape.num_local = args.num_experts / layout.world_size;
   shape.words = plan_words(layout.world_size);
-  shape.threads = kWarps / layout.world_size * kWarp;
+  shape.groups = std::min(layout.world_size, kWarps);
+  shape.threads = kWarps / shape.groups * kWarp;
   shape.by_local = Divisor(shape.num_local);
   shape.by_topk = Divisor(args.num_topk);
   shape.by_blocks = Divisor(layout.num_blocks);
   shape.by_threads = Divisor(shape.threads);
-  shape.by_told = Divisor(shape.num_local + Layout::kPlanSums);
+  shape.by_published = Divisor(shape.num_local + Layout::kPlanSums);
   shape.by_alignment = Divisor(args.alignment);
   return shape;
 }
@@ -773,7 +824,7 @@ PlanShape shape_of(const PlanArgs& args) {
 }  // namespace
 
 int64_t plan_shared_bytes(int num_experts, int world_size) {
-  return num_experts / world_size * plan_words_an_expert(world_size) * static_cast<int64_t>(sizeof(int));
+  return num_experts / world_size * plan_words_per_expert(world_size) * static_cast<int64_t>(sizeof(int));
 }
 
 cudaError_t prepare_plan() {

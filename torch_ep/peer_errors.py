@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import _C  # type: ignore[attr-defined]
 from .comm import resolve
 
-__all__ = ["tells_peers"]
+__all__ = ["reports_to_peers"]
 
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
 
-def tells_peers(
+def reports_to_peers(
     op: str, position: int, name: str
 ) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
     """For a public function that ends in the exchange of `op`. Compiled graphs have the operators' own checks alone.
@@ -40,7 +40,7 @@ def tells_peers(
                 # Once the exchange has begun, the operator has told. Within a mode there may be no exchange at all.
                 if _C.exchanges_begun() == begun and _get_current_dispatch_mode() is None:
                     source = args[position] if position < len(args) else kwargs.get(name)
-                    torch.ops.ep._tell(op, _group_name(source), str(error))
+                    torch.ops.ep._report_failure(op, _group_name(source), str(error))
                 raise
 
         return told

@@ -1,0 +1,50 @@
+// The wire row of the low-latency pair on backends that are composed of local kernels and an exchange.
+#pragma once
+
+#include "core/types.h"
+
+namespace ep {
+
+inline int64_t ceil_div(int64_t n, int64_t by) {
+  return (n + by - 1) / by;
+}
+
+// Channels that share a scale.
+constexpr int64_t kScaleGroup = 128;
+
+// What one rank sends of one token to another, as bytes: the row, its scales, int32 [1 + num_topk] (the token, then its
+// experts as the destination rank numbers them, -1 for none) and float32 [num_topk] weights. Parts begin at multiples
+// of 16 bytes.
+struct LowLatencyWireRow {
+  explicit LowLatencyWireRow(const LowLatencyOptions& options)
+      : row_type(options.quantize == Quantize::none ? options.dtype : at::kFloat8_e4m3fn),
+        row_bytes(options.hidden * static_cast<int64_t>(c10::elementSize(row_type))),
+        scale_type(options.quantize == Quantize::fp8_ue8m0 ? at::kInt : at::kFloat) {
+    const int64_t groups = ceil_div(options.hidden, kScaleGroup);
+    num_scales = options.quantize == Quantize::none        ? 0
+                 : options.quantize == Quantize::fp8_ue8m0 ? ceil_div(groups, 4)
+                                                           : groups;
+    scales_at = aligned(row_bytes);
+    topk_at = aligned(scales_at + 4 * num_scales);
+    topk_bytes = 4 * (1 + options.num_topk);
+    weights_at = aligned(topk_at + topk_bytes);
+    weight_bytes = 4 * options.num_topk;
+    bytes = aligned(weights_at + weight_bytes);
+  }
+
+  // One part of all wire rows.
+  static at::Tensor part(const at::Tensor& wire, int64_t at, int64_t bytes, at::ScalarType type) {
+    return wire.narrow(1, at, bytes).contiguous().view(type);
+  }
+  at::Tensor topk(const at::Tensor& wire) const { return part(wire, topk_at, topk_bytes, at::kInt); }
+
+  static int64_t aligned(int64_t n) { return ceil_div(n, 16) * 16; }
+
+  at::ScalarType row_type;
+  int64_t row_bytes;
+  at::ScalarType scale_type;
+  int64_t num_scales;  // of scale_type, per token
+  int64_t scales_at, topk_at, topk_bytes, weights_at, weight_bytes, bytes;
+};
+
+}  // namespace ep
