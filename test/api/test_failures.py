@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.forked import TIMEOUT, Launcher, Rank, attempt
+from support.forked import TIMEOUT, Launcher, Rank, attempt, signal_within
 from support.harness import LIMIT_S
 from torch import Tensor
 
@@ -275,7 +275,7 @@ def _interrupted(r: Rank) -> tuple[str, str]:
         r.await_marks("told", range(LAST))
     if r.rank == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        signal_within(signal.SIGINT)
     answer = attempt(exchange)
     r.mark(f"told {r.rank}")
     return answer
@@ -294,7 +294,7 @@ def _handled_signal(r: Rank) -> tuple[str, str]:
     seen = []
     if r.rank == 0:
         signal.signal(signal.SIGUSR1, lambda *_: (seen.append(1), r.mark("seen 0")))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        signal_within(signal.SIGUSR1)
     torch_ep.init(timeout=timedelta(hours=1))
     if r.rank == LAST:
         r.await_mark("seen 0")

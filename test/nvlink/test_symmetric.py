@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from support.harness import LIMIT_S, PATIENCE, World, free_port, world
+from support.harness import LIMIT_S, PATIENCE, World, free_port, short_timeout, world
 
 from torch_ep import symmetric
 
@@ -101,20 +101,23 @@ def test_too_many_ranks() -> None:
     assert reason == "it takes at most 16 ranks, and there are 17"
 
 
-def one_does_not_come(rank: int, world_size: int) -> str:
+def one_does_not_come(rank: int, world_size: int, timeout: timedelta) -> str:
     group = dist.new_group([0, 1, 2])
     if rank == 1:
         return ""
     with pytest.raises(dist.DistError) as error:
-        symmetric.peer_access(group, torch.device("cpu"), timeout=timedelta(seconds=5))
+        symmetric.peer_access(group, torch.device("cpu"), timeout=timeout)
     return str(error.value)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    first, _, last = world(3).run(one_does_not_come)
+    timeout = short_timeout()
+    first, _, last = world(3).run(one_does_not_come, timeout)
     for message in (first, last):
         assert message.startswith("torch_ep: symmetric memory: rank ")
-        assert "(timeout 0:00:05) for rank 1, not heard of since: dead, stalled, or running something else" in message
+        assert (
+            f"(timeout {timeout}) for rank 1, not heard of since: dead, stalled, or running something else" in message
+        )
 
 
 # --- what ranks agree on ---

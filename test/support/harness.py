@@ -38,6 +38,15 @@ def process_context() -> Any:
     return context
 
 
+def short_timeout() -> timedelta:
+    """A timeout for tests in which a rank is missing: they wait for all of it.
+
+    The ranks that are there must meet within it, so it is 5 to 20 seconds, by how many processes share a core.
+    """
+    sharing = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return timedelta(seconds=round(5 * min(max(1.0, sharing), 4.0)))
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
