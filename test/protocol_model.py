@@ -1,4 +1,4 @@
-"""The signals of the low-latency pair as a formal model, and a search through everything that may happen.
+"""The signals of the nvlink kernels as a formal model, and a search through everything that may happen.
 
 The protocol is what `program` says: a few kinds of steps on words of symmetric memory. Every rank has a word of a name
 in every rank's memory, its own included: rank s writes, the rank p in whose memory it lies reads. Words hold the number
@@ -13,6 +13,9 @@ of the exchange that they were written in, which stands for the data too; at fir
     take ==, take >=
                 the same of words that hold number and data: what is found and passes is what is read
     read        what `ranks` wrote here. That takes its time, which ends with the step.
+
+The low-latency pair is `Kernel`: exchanges of two kinds, each in two halves of its memory, two in flight. `ep::plan`,
+`ep::dispatch` and `ep::combine` are `Exchange`: counted together, one at a time, each in memory of its own.
 
 Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins: `done` is told in a
 kernel after that of the reads, and writes follow the acquire of their credit. What a rank writes into its own memory it
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 STALE = "stale or torn read"
@@ -43,7 +46,8 @@ BACK = "a signal went back"
 TOO_MANY = "more in flight than credits allow"
 STUCK = "stuck"
 
-KINDS = ("dispatch", "combine")  # each has its own words and numbers
+KINDS = ("dispatch", "combine")  # of the low-latency pair: each has its own words and numbers
+OPS = ("plan", "dispatch", "combine")  # of Exchange: each has its own rows
 IN_FLIGHT = 2
 MOST_ROWS = 2  # of a rank for a peer in one exchange
 ANNOUNCED = 2  # words of an announcement
@@ -67,6 +71,11 @@ class Rules(NamedTuple):
     self_validating: bool = True  # words of announcements; else a flag beside them that releases nothing
     flag_released: bool = True  # after its row
     exact: bool = True  # numbers are compared for equality; else for >=
+    # Of Exchange:
+    headers: int = 2  # of each source, used in turn
+    handshake: bool = True  # no exchange ends before every peer has entered it
+    last_use: bool = True  # rows wait for the credit of the exchange that used their memory last; else for none
+    done_last: bool = True  # after the last read
 
 
 class Kernel(NamedTuple):
@@ -75,6 +84,13 @@ class Kernel(NamedTuple):
     kind: str
     n: int
     parts: tuple[str, ...] = ("send", "recv")
+
+
+class Exchange(NamedTuple):
+    """One kernel of `ep::plan`, `ep::dispatch` or `ep::combine`."""
+
+    op: str
+    n: int
 
 
 class Step(NamedTuple):
@@ -167,18 +183,56 @@ def tell(rank: int, world_size: int, kernel: Kernel, before: list[Step], rules: 
             yield Step("write", f"{kind} done", received, tuple(p for p in range(world_size) if p != rank))
 
 
-def program(rank: int, world_size: int, kernels: list[Kernel], rules: Rules) -> list[Step]:
+def exchange(rank: int, world_size: int, op: str, n: int, last_use: int, rules: Rules) -> Iterator[Step]:
+    """`last_use`: the last exchange of that operator before."""
+    peers = tuple(p for p in range(world_size) if p != rank)
+    done = Step("write", "exchange done", n, peers)
+    header = f"exchange header[{n % rules.headers}]"
+    sign = "==" if rules.exact else ">="
+    yield Step("write", f"{header} fields", n, peers)
+    yield Step("write", header, n, peers, f"{header} fields")
+    if rules.last_use:
+        yield Step("await >=", "exchange done", last_use, peers)
+    for t in range(MOST_ROWS):
+        visited = tuple(p for p in peers if t < num_rows(rank, p, n))
+        row = f"exchange {op} row[{t}]"
+        if op == "plan":
+            yield Step("write", f"exchange counts[{t}]", n, peers)  # a word that holds its number
+        yield Step("write", row, n, visited)
+        yield Step("write", f"exchange {op} flag[{t}]", n, visited, row if rules.flag_released else "")
+    if rules.handshake:
+        yield Step("await >=", header, n, peers)
+        yield Step("read", f"{header} fields", n, peers)
+    if not rules.done_last:
+        yield done
+    for t in range(MOST_ROWS):
+        visitors = tuple(p for p in peers if t < num_rows(p, rank, n))
+        if op == "plan":
+            yield Step(f"take {sign}", f"exchange counts[{t}]", n, peers)
+        yield Step(f"await {sign}", f"exchange {op} flag[{t}]", n, visitors)
+        yield Step("read", f"exchange {op} row[{t}]", n, visitors)
+    yield Step("write", "exchange received", n, (rank,))
+    if rules.done_last:
+        yield done
+
+
+def program(rank: int, world_size: int, kernels: Sequence[Kernel | Exchange], rules: Rules) -> list[Step]:
     steps: list[Step] = []
+    last_use = dict.fromkeys(OPS, 0)
     for kernel in kernels:
-        exchange = world_size, kernel.kind, kernel.n, rules
+        if isinstance(kernel, Exchange):
+            steps += exchange(rank, world_size, kernel.op, kernel.n, last_use[kernel.op], rules)
+            last_use[kernel.op] = kernel.n
+            continue
+        numbers = world_size, kernel.kind, kernel.n, rules
         told = [*tell(rank, world_size, kernel, steps, rules)]
         allowed: list[Step] = []
         if "send" in kernel.parts:
-            waits, entered = [*wait_for_credits(rank, *exchange)], [*enter(*exchange)]
+            waits, entered = [*wait_for_credits(rank, *numbers)], [*enter(*numbers)]
             allowed = [*entered, *waits] if rules.entered_early else [*waits, *entered]
         steps += [*told, *allowed] if rules.told_first else [*allowed, *told]
         for part in kernel.parts:
-            steps += {"send": send, "recv": recv}[part](rank, *exchange)
+            steps += {"send": send, "recv": recv}[part](rank, *numbers)
     return [step for step in steps if step.ranks]
 
 

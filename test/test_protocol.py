@@ -1,12 +1,26 @@
-"""The signals of the low-latency pair: in the formal model nothing goes wrong, and what is left out of it does."""
+"""The signals of the nvlink kernels: in the formal model nothing goes wrong, and what is left out of it does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import protocol_model
 import pytest
-from protocol_model import BACK, KINDS, OVERWRITTEN, STALE, STUCK, TOO_MANY, Kernel, Outcome, Rules, program, search
+from protocol_model import (
+    BACK,
+    KINDS,
+    OPS,
+    OVERWRITTEN,
+    STALE,
+    STUCK,
+    TOO_MANY,
+    Exchange,
+    Kernel,
+    Outcome,
+    Rules,
+    program,
+    search,
+)
 
 EXCHANGES = 6  # of each kind
 
@@ -91,7 +105,9 @@ def three_sends() -> list[Kernel]:
     return [*sends("dispatch", 1, 2, 3), *recvs("dispatch", 1, 2, 3)]
 
 
-def outcome(kernels: list[list[Kernel]], rules: Rules = THE_PROTOCOL, follow_arrivals: bool = False) -> Outcome:
+def outcome(
+    kernels: Sequence[Sequence[Kernel | Exchange]], rules: Rules = THE_PROTOCOL, follow_arrivals: bool = False
+) -> Outcome:
     """`kernels`: of each rank."""
     programs = [program(rank, len(kernels), own, rules) for rank, own in enumerate(kernels)]
     return search(programs, follow_arrivals)
@@ -196,6 +212,60 @@ def test_three_sends_of_one_rank_alone_need_its_own_credit(world_size: int) -> N
     assert STALE in found.broken, found
 
 
+# --- plan, dispatch and combine ---
+
+
+def exchanges(*ops: str) -> list[Exchange]:
+    return [Exchange(op, n) for n, op in enumerate(ops, 1)]
+
+
+def layers(count: int = 2) -> list[Exchange]:
+    return exchanges(*OPS * count)
+
+
+def one_op(op: str = "dispatch", count: int = EXCHANGES - 1) -> list[Exchange]:
+    return exchanges(*[op] * count)
+
+
+def cached_plan() -> list[Exchange]:
+    return exchanges("plan", "dispatch", "combine", "dispatch", "dispatch", "combine")
+
+
+def both_pairs() -> list[Kernel | Exchange]:
+    """Between the halves of the low-latency pair too."""
+    return [
+        *sends("dispatch", 1), Exchange("plan", 1), *sends("dispatch", 2), Exchange("dispatch", 2),
+        *recvs("dispatch", 1), Exchange("combine", 3), *sends("dispatch", 3), Exchange("dispatch", 4),
+        *recvs("dispatch", 2, 3),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("shape", [layers, one_op, cached_plan, both_pairs], ids=lambda f: f.__name__)
+def test_nothing_goes_wrong_with_exchanges(shape: Callable[[], list[Kernel | Exchange]], world_size: int) -> None:
+    found = outcome([shape()] * world_size)
+    assert not found.broken, found
+    assert found.states > EXCHANGES
+
+
+EXCHANGE_MUTATIONS = {
+    "no credit": (Rules(last_use=False), {OVERWRITTEN}),
+    "one header": (Rules(headers=1), {OVERWRITTEN}),
+    "no handshake": (Rules(handshake=False), {TOO_MANY}),
+    "done before the last read": (Rules(done_last=False), {OVERWRITTEN}),
+    "flag not released after its row": (Rules(flag_released=False), {STALE}),
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("mutation", EXCHANGE_MUTATIONS)
+def test_a_mutation_of_exchanges_is_found(mutation: str, world_size: int) -> None:
+    rules, broken = EXCHANGE_MUTATIONS[mutation]
+    # Of one operator, credits alone keep ranks together.
+    found = outcome([layers() if mutation == "no handshake" else one_op()] * world_size, rules)
+    assert found.broken.keys() == broken, found
+
+
 TO_THE_THIRD_SEND = [combined_late()[:5], combined_early()[:5]]
 
 SMALL = {
@@ -209,6 +279,8 @@ SMALL = {
     "told of one kind": (TO_THE_THIRD_SEND, Rules(told_of_both=False)),
     "out of order": ([[*out_of_order(2), Kernel("dispatch", 3)]] * 2, THE_PROTOCOL),
     "three sends": ([three_sends()] * 2, THE_PROTOCOL),
+    "exchanges": ([one_op(count=3)] * 2, THE_PROTOCOL),
+    **{f"exchanges: {name}": ([one_op(count=3)] * 2, rules) for name, (rules, _) in EXCHANGE_MUTATIONS.items()},
     "three sends of one rank": ([three_sends(), staggered(3)], THE_PROTOCOL),
     "three sends of one rank, without its credit": (
         [three_sends(), staggered(3)],
