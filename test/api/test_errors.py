@@ -1845,7 +1845,7 @@ def test_a_ticket_of_nothing_in_flight() -> None:
             case.op(**{key: on("cuda", value) for key, value in case.arguments.items()})
             assert re.match(
                 r"ep::low_latency_(dispatch|combine): expected exchange 1 of group '' to be received next, "
-                rf"got the ticket of exchange {case.arguments['status'][0].item()}: ",
+                rf"got the status of exchange {case.arguments['status'][0].item()}: ",
                 what_comes_later("cuda"),
             )
             torch_ep.reset()

@@ -49,7 +49,7 @@ class Ranks:
 
     def __init__(self, device: str, world_size: int) -> None:
         self._ranks = world(world_size) if device == "cpu" else None
-        self._gpus = None if device == "cpu" else open_world(f"gpus-{world_size}")
+        self._gpus = None if device == "cpu" else open_world(f"gpus-{world_size}", may_share=False)
 
     def run(self, fn: Callable, *args: Any, **kwargs: Any) -> list[Any]:
         if self._ranks is not None:

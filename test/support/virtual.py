@@ -429,11 +429,11 @@ def _without_gpu(world_size: int) -> World:
         return World(world_size, **limits(world_size))
 
 
-def open_world(name: str) -> Ranks:
+def open_world(name: str, may_share: bool = True) -> Ranks:
     """ "virtual-N": N virtual ranks. "gpus-N": N processes over nvlink. "gloo-N": N processes without a GPU.
 
-    Processes over nvlink have a GPU each where there are as many, and share the GPUs under MPS where there are fewer.
-    Skips the test that asks where that is not possible either.
+    Processes over nvlink have a GPU each where there are as many. Where there are fewer they share them under MPS, if the
+    test says that they may; where that is not possible the test is skipped.
     """
     kind, _, count = name.partition("-")
     world_size = int(count)
@@ -443,6 +443,8 @@ def open_world(name: str) -> Ranks:
         return ProcessRanks(world_size, name, lambda: _without_gpu(world_size))
     if torch.cuda.device_count() >= world_size:
         return ProcessRanks(world_size, name, lambda: gpu_world(world_size))
+    if not may_share:
+        pytest.skip(f"expected {world_size} GPUs, got {torch.cuda.device_count()}")
     if torch.cuda.device_count() == 0 or MPS is None or importlib.util.find_spec("nvshmem") is None:
         pytest.skip(f"expected {world_size} GPUs, or NVIDIA MPS and nvshmem4py, got {torch.cuda.device_count()} GPUs")
     return ProcessRanks(world_size, name, lambda: shared_gpu_world(world_size))

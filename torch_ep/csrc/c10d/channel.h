@@ -60,7 +60,7 @@ struct Header {
   std::array<char, kMaxMessage> message;
   int64_t arrived;  // kArrived once the whole header has been received: bytes arrive in order
 };
-static_assert(sizeof(Header) == 344, "bytes per peer, whatever the number of ranks: docs/algorithms.md says so");
+static_assert(sizeof(Header) == 344, "bytes per peer, whatever the number of ranks: docs/protocol.md says so");
 
 // Messages in flight.
 class Transfers {

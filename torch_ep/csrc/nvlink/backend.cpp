@@ -416,6 +416,44 @@ class Nvlink final : public Backend {
     Stream().copy(comm_.state->masked_by_host, masked_, sizeof(masked_));
   }
 
+  // Throws what a kernel reported since the last call. After a timeout every call throws, until a reset.
+  void throw_failure() {
+    if (!fatal_.empty()) {
+      C10_THROW_ERROR(DistError, fatal_);
+    }
+    const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
+    std::atomic_ref<Failure> reported(host_report_->failure.kind);
+    const Failure kind = reported.load(std::memory_order_acquire);
+    if (kind == Failure::none) {
+      if (stopped != 0) {
+        std::ostringstream message;
+        message << "torch_ep: a wait timed out in exchange " << stopped << " of group '" << group_name_
+                << "', after a failure that was raised before: torch_ep.reset(group) on every rank makes the group "
+                   "usable again";
+        fatal_ = message.str();
+        C10_THROW_ERROR(DistError, fatal_);
+      }
+      return;
+    }
+    const FailureReport report = host_report_->failure;
+    if (is_fatal(kind)) {
+      fatal_ = describe(group_name_, comm_, report);
+      C10_THROW_ERROR(DistError, fatal_);
+    }
+    reported.store(Failure::none, std::memory_order_release);
+    // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
+    const bool too_many = kind == Failure::too_many_tokens;
+    const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
+    const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
+    const bool own_argument =
+        kind == Failure::bad_send_row || kind == Failure::bad_recv_pair || all_refused || own_topk;
+    if (!own_argument) {
+      C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
+    }
+    TORCH_CHECK_VALUE(!too_many, refusal(last_tokens_, last_most_tokens_));
+    TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
+  }
+
   // Whether no kernel of it runs any more, so that its memory may go.
   bool is_idle() const {
     const c10::cuda::CUDAGuard guard(device_);
@@ -560,44 +598,6 @@ class Nvlink final : public Backend {
     return message.str();
   }
 
-  // Throws what a kernel reported since the last call. After a timeout every call throws, until a reset.
-  void throw_failure() {
-    if (!fatal_.empty()) {
-      C10_THROW_ERROR(DistError, fatal_);
-    }
-    const int64_t stopped = std::atomic_ref<int64_t>(host_report_->stopped).load(std::memory_order_acquire);
-    std::atomic_ref<Failure> reported(host_report_->failure.kind);
-    const Failure kind = reported.load(std::memory_order_acquire);
-    if (kind == Failure::none) {
-      if (stopped != 0) {
-        std::ostringstream message;
-        message << "torch_ep: a wait timed out in exchange " << stopped << " of group '" << group_name_
-                << "', after a failure that was raised before: torch_ep.reset(group) on every rank makes the group "
-                   "usable again";
-        fatal_ = message.str();
-        C10_THROW_ERROR(DistError, fatal_);
-      }
-      return;
-    }
-    const FailureReport report = host_report_->failure;
-    if (is_fatal(kind)) {
-      fatal_ = describe(group_name_, comm_, report);
-      C10_THROW_ERROR(DistError, fatal_);
-    }
-    reported.store(Failure::none, std::memory_order_release);
-    // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
-    const bool too_many = kind == Failure::too_many_tokens;
-    const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
-    const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
-    const bool own_argument =
-        kind == Failure::bad_send_row || kind == Failure::bad_recv_pair || all_refused || own_topk;
-    if (!own_argument) {
-      C10_THROW_ERROR(DistError, describe(group_name_, comm_, report));
-    }
-    TORCH_CHECK_VALUE(!too_many, refusal(last_tokens_, last_most_tokens_));
-    TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
-  }
-
   const std::string group_name_;
   const bool is_groupless_;
   const Layout layout_;
@@ -663,6 +663,7 @@ find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const 
   // the link kernels.
   const bool is_low_latency = op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine;
   if (group_name.empty() && !is_low_latency) {
+    backend->throw_failure();
     return nullptr;
   }
   if (!backend->is_groupless()) {

@@ -58,11 +58,11 @@ const char* field_name(HandshakeField field) {
     case HandshakeField::quantize:
       return "quantize (0: none, 1: fp8, 2: fp8_pow2, 3: fp8_ue8m0)";
     case HandshakeField::weight_bytes:
-      return "bytes of topk_weights a token";
+      return "bytes of topk_weights per token";
     case HandshakeField::weight_dtype:
       return "dtype of topk_weights";
     case HandshakeField::scale_bytes:
-      return "bytes of scales a token";
+      return "bytes of scales per token";
     case HandshakeField::scale_dtype:
       return "dtype of scales";
     case HandshakeField::op:
@@ -144,7 +144,7 @@ std::vector<int> absent(const Comm& comm, const FailureReport& report) {
 std::string describe_order(const std::string& group_name, const FailureReport& report) {
   std::ostringstream message;
   message << op_name(report.op) << ": expected exchange " << report.ours << " of group '" << group_name
-          << "' to be received next, got the ticket of exchange " << report.theirs
+          << "' to be received next, got the status of exchange " << report.theirs
           << ": exchanges are received in the order in which they were sent, each once. torch_ep.reset(group) on "
              "every rank makes the group usable again";
   return message.str();

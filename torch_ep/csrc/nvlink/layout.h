@@ -1,5 +1,5 @@
 // The layout of a rank's symmetric buffer, for host and device. Every rank has the same, so an offset is valid in every
-// peer's buffer. docs/design.md has the table of signals.
+// peer's buffer. docs/protocol.md has the table of signals.
 #pragma once
 
 #include <cstdint>

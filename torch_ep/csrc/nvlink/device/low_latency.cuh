@@ -5,7 +5,7 @@
 // the buffers. A rank sends once its peers have received what that half held before: so exchange n may be sent while
 // n - 1 is still to be received, but no third. A send needs nothing from the peers but credits, so it may be a kernel
 // of its own, and the receive another one, later. Nothing is cleaned: words and flags hold the number, and only the
-// expected number counts. docs/design.md has the table of signals.
+// expected number counts. docs/protocol.md has the table of signals.
 //
 // Note [Latency]
 // With few tokens these kernels are a chain of trips to memory and to peers, a quarter to half a microsecond each, and
