@@ -79,7 +79,7 @@ kinds = pytest.mark.parametrize("combine", [False, True], ids=["dispatch", "comb
 def ranks_of(name: str) -> Ranks:
     if name.startswith("virtual"):
         open_world("virtual-1").run(each_kernel_alone)
-    return open_world(name, may_share=False)
+    return open_world(name)
 
 
 def no_differences(name: str, fn: Callable, *args: Any, limit_s: float = LIMIT_S) -> None:
@@ -680,7 +680,7 @@ def in_own_world(name: str, fn: Callable, *args: Any, **changes: Any) -> list[An
     kind, _, count = name.partition("-")
     if kind == "virtual":
         return ranks_of("virtual-1").run(_on_own_virtual_ranks, int(count), fn, args, changes)[0]
-    return ranks_of(name).run(_after_another_init, fn, args, changes)
+    return open_world(name, may_share=False).run(_after_another_init, fn, args, changes)
 
 
 def _on_own_virtual_ranks(

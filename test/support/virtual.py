@@ -432,8 +432,8 @@ def _without_gpu(world_size: int) -> World:
 def open_world(name: str, may_share: bool = True) -> Ranks:
     """ "virtual-N": N virtual ranks. "gpus-N": N processes over nvlink. "gloo-N": N processes without a GPU.
 
-    Processes over nvlink have a GPU each where there are as many. Where there are fewer they share them under MPS, if the
-    test says that they may; where that is not possible the test is skipped.
+    Processes over nvlink have a GPU each where there are as many. Where there are fewer they share them under MPS, if
+    the test says that they may; where that is not possible the test is skipped.
     """
     kind, _, count = name.partition("-")
     world_size = int(count)
