@@ -32,6 +32,8 @@ _MAX_RANKS = 16
 _MAX_TOPK = 32
 _MIN_SMS = 2  # some send, some receive
 _MAX_SMS = 128
+# How long a rank with a bad argument waits for the other ranks, to tell them.
+_MAX_REPORT = timedelta(seconds=30)
 # Longer ones overflow the clocks of gloo and of stores, in nanoseconds.
 _MAX_TIMEOUT = timedelta(days=365)
 # Making buffers takes longer than an exchange may.
@@ -74,7 +76,14 @@ _virtual: set[str] = set()
 
 
 def process_group(group_name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type] # a NewType of str
+    try:
+        return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[arg-type] # a NewType of str
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"torch_ep: expected the name of a process group, got '{group_name}', which there is not, or no longer: "
+            "after torch.distributed.destroy_process_group create a group anew, call torch_ep.init(group) on every "
+            "rank, and make plans and layers with it"
+        ) from error
 
 
 def resolve(group: Group) -> tuple[str, int]:
@@ -187,27 +196,16 @@ def init(
         low_latency_tokens=low_latency_tokens, timeout=timeout, backend=backend, num_sms=num_sms, provider=provider,
         on_timeout=on_timeout,
     )  # fmt: skip
-    limits = {name: arguments[name] for name in _LIMITS}
-    for name, limit in {**limits, "low_latency_tokens": low_latency_tokens}.items():
-        if limit is not None and not isinstance(limit, Integral):
-            raise TypeError(f"torch_ep.init: expected {name} to be an int or None, got {type(limit).__name__}")
-        if limit is not None and limit <= 0:
-            raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
-    if not isinstance(timeout, timedelta):
-        raise TypeError(f"torch_ep.init: expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
-    if not timedelta() < timeout <= _MAX_TIMEOUT:
-        raise ValueError(f"torch_ep.init: expected a timeout above 0 and of at most {_MAX_TIMEOUT}, got {timeout}")
-    if backend not in _BACKENDS:
-        raise ValueError(f"torch_ep.init: expected backend 'auto', 'c10d' or 'nvlink', got {backend!r}")
-    if provider not in _PROVIDERS:
-        raise ValueError(f"torch_ep.init: expected provider 'torch' or 'nvshmem', got {provider!r}")
-    if on_timeout not in _ON_TIMEOUT:
-        raise ValueError(f"torch_ep.init: expected on_timeout 'raise' or 'mask', got {on_timeout!r}")
-    if not _MIN_SMS <= num_sms <= _MAX_SMS:
-        raise ValueError(f"torch_ep.init: expected num_sms from {_MIN_SMS} to {_MAX_SMS}, got {num_sms}")
     _forget_orphans()
     group_name, world_size = resolve(group)
     process = process_group(group_name) if world_size > 1 else None
+    try:
+        _check_arguments(arguments)
+    except (TypeError, ValueError) as error:
+        if process is not None:
+            _report_failure(process, str(error))
+        raise
+    limits = {name: arguments[name] for name in _LIMITS}
     rank = 0 if process is None else process.rank()
     if process is not None:
         _refuse_fake(process)
@@ -247,6 +245,39 @@ def init(
     return communicator
 
 
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Of `init`, without the group."""
+    for name in (*_LIMITS, "low_latency_tokens"):
+        limit = arguments[name]
+        if limit is not None and not isinstance(limit, Integral):
+            raise TypeError(f"torch_ep.init: expected {name} to be an int or None, got {type(limit).__name__}")
+        if limit is not None and limit <= 0:
+            raise ValueError(f"torch_ep.init: expected a positive {name} or None, got {limit}")
+    timeout, backend, provider = arguments["timeout"], arguments["backend"], arguments["provider"]
+    on_timeout, num_sms = arguments["on_timeout"], arguments["num_sms"]
+    if not isinstance(timeout, timedelta):
+        raise TypeError(f"torch_ep.init: expected timeout to be a datetime.timedelta, got {type(timeout).__name__}")
+    if not timedelta() < timeout <= _MAX_TIMEOUT:
+        raise ValueError(f"torch_ep.init: expected a timeout above 0 and of at most {_MAX_TIMEOUT}, got {timeout}")
+    if backend not in _BACKENDS:
+        raise ValueError(f"torch_ep.init: expected backend 'auto', 'c10d' or 'nvlink', got {backend!r}")
+    if provider not in _PROVIDERS:
+        raise ValueError(f"torch_ep.init: expected provider 'torch' or 'nvshmem', got {provider!r}")
+    if on_timeout not in _ON_TIMEOUT:
+        raise ValueError(f"torch_ep.init: expected on_timeout 'raise' or 'mask', got {on_timeout!r}")
+    if not _MIN_SMS <= num_sms <= _MAX_SMS:
+        raise ValueError(f"torch_ep.init: expected num_sms from {_MIN_SMS} to {_MAX_SMS}, got {num_sms}")
+
+
+def _report_failure(process: dist.ProcessGroup, failure: str) -> None:
+    """Tells the other ranks, which are in `init` or will come to it, that this rank has a bad argument."""
+    name = process.group_name
+    if torch.ops.ep._is_connected(name):
+        torch.ops.ep._report_failure("torch_ep.init", name, failure)
+    else:
+        rendezvous.report_failure(process, "torch_ep.init", failure, _MAX_REPORT)
+
+
 def _refuse_fake(process: dist.ProcessGroup) -> None:
     if "fake" in dist.get_backend_config(process):
         raise RuntimeError(
@@ -261,7 +292,11 @@ def _agree(process: dist.ProcessGroup, timeout: timedelta, arguments: Mapping[st
 
     Returns whether they had to connect.
     """
-    options = {**arguments, "timeout_ms": _milliseconds(timeout)}
+    options = {
+        **arguments,
+        "timeout_ms": _milliseconds(timeout),
+        "global_ranks": dist.get_process_group_ranks(process),
+    }
     del options["timeout"]
     name = process.group_name
     if torch.ops.ep._init(name, "", **options):

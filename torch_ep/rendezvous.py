@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _register_process_group, _unregister_process_group
 
-__all__ = ["all_gather", "connect"]
+__all__ = ["all_gather", "connect", "report_failure"]
 
 T = TypeVar("T")
 
 # Ranks must run the same protocol (csrc/c10d/channel.h, exchange.h). Raise it with every change of a message.
-PROTOCOL = 2
+PROTOCOL = 3
 
 # What rank 0 waits less than the others, so that they hear from it who did not come.
 _VERDICT = timedelta(seconds=2)
@@ -61,7 +61,9 @@ def _names(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def all_gather(group: dist.ProcessGroup, op: str, value: str, timeout: timedelta) -> list[str]:
+def all_gather(
+    group: dist.ProcessGroup, op: str, value: str, timeout: timedelta, *, failure: str | None = None
+) -> list[str]:
     """Every rank's value, by group rank. Collective; no rank gets them before all have come. O(world_size) requests.
 
     Rank 0 collects the values and answers each rank under the random name that it gave.
@@ -71,10 +73,11 @@ def all_gather(group: dist.ProcessGroup, op: str, value: str, timeout: timedelta
         op: whom an error names.
         value: this rank's.
         timeout: how long to wait for the other ranks.
+        failure: why this rank cannot go on: raised on every rank instead.
 
     Raises:
-        torch.distributed.DistError: a rank did not come in time, the store does not answer, or ranks run different
-            versions of torch_ep.
+        torch.distributed.DistError: a rank did not come in time or failed, the store does not answer, or ranks run
+            different versions of torch_ep.
     """
     rank, world_size = group.rank(), group.size()
     store = dist.PrefixStore("torch_ep/rendezvous", group.get_group_store())
@@ -112,13 +115,16 @@ def all_gather(group: dist.ProcessGroup, op: str, value: str, timeout: timedelta
         for key in keys:
             store.delete_key(key)
         protocols = [entry["protocol"] for entry in entries]
-        answer = json.dumps({"protocols": protocols, "values": [entry["value"] for entry in entries]})
+        failures = [entry.get("failure") for entry in entries]
+        answer = json.dumps(
+            {"protocols": protocols, "failures": failures, "values": [entry["value"] for entry in entries]}
+        )
         shared = uuid.uuid4().hex
         store.set(shared, answer)
         names = [entry["name"] for entry in entries[1:]]
         for name in names:
             store.set(name, json.dumps({"shared": shared}))
-        if len({*protocols}) > 1:
+        if len({*protocols}) > 1 or any(failures):
             linger(names)
         return check(answer, shared)
 
@@ -152,10 +158,13 @@ def all_gather(group: dist.ProcessGroup, op: str, value: str, timeout: timedelta
                     f"{op}: expected the same version of torch_ep on every rank, got protocol {PROTOCOL} on rank "
                     f"{rank} and {protocol} on rank {other}: install one version everywhere"
                 )
+        for other, failure in enumerate(both["failures"]):
+            if failure is not None:
+                raise dist.DistError(f"{op}: rank {other} failed before it: {failure}")
         return both["values"]
 
     def exchange() -> list[str]:
-        store.set(keys[rank], json.dumps({"name": mine, "protocol": PROTOCOL, "value": value}))
+        store.set(keys[rank], json.dumps({"name": mine, "protocol": PROTOCOL, "value": value, "failure": failure}))
         try:
             return collect() if rank == 0 else receive()
         except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -168,6 +177,13 @@ def all_gather(group: dist.ProcessGroup, op: str, value: str, timeout: timedelta
             raise
 
     return _bounded(op, timeout + 2 * _VERDICT, exchange)
+
+
+def report_failure(group: dist.ProcessGroup, op: str, failure: str, timeout: timedelta) -> None:
+    """Tells the other ranks, which are in `all_gather` or will come to it, that this rank failed before."""
+    # Raised are the failure itself, or that a rank does not come: the caller's error says more.
+    with suppress(dist.DistError):
+        all_gather(group, op, "", timeout, failure=failure)
 
 
 @contextmanager

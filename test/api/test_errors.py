@@ -995,7 +995,9 @@ def test_integers_of_numpy_are_integers() -> None:
 
 
 def test_init_timeout() -> None:
-    with pytest.raises(ValueError, match=r"torch_ep.init: expected a positive timeout, got 0:00:00"):
+    with pytest.raises(
+        ValueError, match=r"torch_ep.init: expected a timeout above 0 and of at most 365 days, 0:00:00, got 0:00:00"
+    ):
         torch_ep.init(timeout=timedelta())
 
 

@@ -226,6 +226,52 @@ def test_a_new_process_group_of_an_old_name_wants_init_again() -> None:
         own.close()
 
 
+def _init_with_a_bad_argument(rank: int, world_size: int, connected: bool) -> str:
+    group = dist.new_group()
+    if connected:
+        torch_ep.init(group, timeout=TIMEOUT)
+    try:
+        torch_ep.init(group, timeout=TIMEOUT, hidden=-1 if rank == 1 else None)
+        message = ""
+    except (ValueError, dist.DistError) as error:
+        message = str(error).splitlines()[0]
+    torch_ep.init(group, timeout=TIMEOUT)
+    torch_ep.destroy(group)
+    return message
+
+
+@pytest.mark.parametrize("connected", [False, True], ids=["first", "again"])
+def test_a_bad_argument_of_init_on_one_rank_reaches_the_others(connected: bool) -> None:
+    first, second, third = world(3).run(_init_with_a_bad_argument, connected)
+    own = "torch_ep.init: expected a positive hidden or None, got -1"
+    assert second == own
+    assert first == third and f": {own}" in first and "rank 1 failed before" in first
+
+
+def _late_in_a_part(rank: int, world_size: int) -> str:
+    group = dist.new_group([1, 2])
+    if rank == 0:
+        return ""
+    torch_ep.init(group, hidden=4)
+    plan = torch_ep.plan(torch.zeros(1, 1, dtype=torch.int64), 2, group)
+    try:
+        torch_ep.dispatch(torch.zeros(1, 3 + rank), plan)
+    except (ValueError, dist.DistError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def test_errors_of_a_part_of_the_ranks_say_which_global_ranks_they_are() -> None:
+    _, one, two = world(3).run(_late_in_a_part)
+    assert "expected at most hidden = 4" in two
+    assert one.endswith("(ranks 0 to 1 of this group are global ranks [1, 2])"), one
+
+
+def test_a_group_that_is_gone_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"expected the name of a process group, got 'gone', which there is not"):
+        torch_ep.plan(torch.zeros(1, 1, dtype=torch.int64), 2, "gone")
+
+
 def test_two_hosts_on_loopback() -> None:
     """What two hosts would run, a torchrun on each."""
     tests = Path(__file__).parents[1]

@@ -491,8 +491,8 @@ def test_gradients_are_refused(name: str) -> None:
     with pytest.raises(RuntimeError) as raised:
         call()
     assert str(raised.value).splitlines()[0] == (
-        f"ep::{name}: expected no argument to require a gradient: this operator is for inference only: use "
-        "torch_ep.plan, dispatch and combine for training"
+        f"ep::{name}: expected no argument to require a gradient: this operator is for inference only: call it "
+        "under torch.no_grad(); for training use torch_ep.plan, dispatch and combine"
     )
     with torch.no_grad():
         assert not any(t.requires_grad for t in tree_leaves(call()) if isinstance(t, Tensor))

@@ -77,7 +77,8 @@ bool init(
     std::string backend,
     int64_t num_sms,
     std::string provider,
-    std::string on_timeout) {
+    std::string on_timeout,
+    at::IntArrayRef global_ranks) {
   return init_communicator(
       group_name,
       connections,
@@ -90,7 +91,8 @@ bool init(
        backend,
        num_sms,
        provider,
-       on_timeout});
+       on_timeout,
+       global_ranks.vec()});
 }
 
 void destroy(std::string group_name) {
@@ -110,7 +112,8 @@ void set_init_hint(std::string hint) {
 TORCH_LIBRARY_FRAGMENT(ep, m) {
   m.def(
       "_init(str group_name, str connections, *, int timeout_ms, int? max_tokens_per_rank, int? hidden, int? num_topk, "
-      "int? num_experts, int? low_latency_tokens, str backend, int num_sms, str provider, str on_timeout) -> bool",
+      "int? num_experts, int? low_latency_tokens, str backend, int num_sms, str provider, str on_timeout, "
+      "int[] global_ranks) -> bool",
       &init);
   m.def("_is_connected(str group_name) -> bool", &is_connected_to_all);
   m.def("_orphaned() -> str[]", &orphaned_communicators);

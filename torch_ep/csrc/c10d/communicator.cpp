@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <map>
 #include <mutex>
+#include <sstream>
 
 namespace ep {
 namespace {
@@ -53,6 +54,18 @@ int64_t index_in(std::initializer_list<std::string_view> choices, const std::str
   return found - choices.begin();
 }
 
+std::string note_of(const std::vector<int64_t>& global_ranks) {
+  std::ostringstream note;
+  for (size_t rank = 0; rank < global_ranks.size(); ++rank) {
+    if (global_ranks[rank] != static_cast<int64_t>(rank)) {
+      note << " (ranks 0 to " << global_ranks.size() - 1 << " of this group are global ranks "
+           << at::IntArrayRef(global_ranks) << ")";
+      break;
+    }
+  }
+  return note.str();
+}
+
 bool is_current(const Communicator& comm) {
   const auto group = comm.group.lock();
   return group && resolve(comm.group_name) == group;
@@ -81,7 +94,8 @@ bool init_communicator(const std::string& group_name, const std::string& connect
       .timeout = milliseconds(options.timeout_ms),
       .max_hidden = options.hidden.value_or(kNoLimit),
       .max_topk = options.num_topk.value_or(kNoLimit),
-      .max_experts = options.num_experts.value_or(kNoLimit)});
+      .max_experts = options.num_experts.value_or(kNoLimit),
+      .rank_note = note_of(options.global_ranks)});
   const std::vector<Agreed> agreed{
       {"max_tokens_per_rank", options.max_tokens_per_rank.value_or(kNoLimit)},
       {"hidden", options.hidden.value_or(kNoLimit)},

@@ -26,6 +26,8 @@ struct Communicator {
   std::chrono::milliseconds timeout;
   // Limits of `init`; -1: none. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
   int64_t max_hidden, max_topk, max_experts;
+  // For errors about a part of the job's ranks: which global ranks the group's are. "" where they are the same.
+  std::string rank_note;
 };
 
 // What the ranks agree on in torch_ep.init.
@@ -35,6 +37,7 @@ struct InitOptions {
   std::string backend;
   int64_t num_sms;
   std::string provider, on_timeout;
+  std::vector<int64_t> global_ranks;  // of each rank of the group, in torch.distributed
 };
 
 // Collective. Throws unless every rank of the group passes the same options. `connections`: the name of a process group

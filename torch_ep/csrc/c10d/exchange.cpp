@@ -142,7 +142,7 @@ std::vector<int64_t> Exchange::confirm() {
   // All ranks come to the same verdict, so none of them goes on to the rows: the channel stays open.
   const auto disagree = [&] {
     is_over_ = true;
-    C10_THROW_ERROR(DistError, message.str());
+    C10_THROW_ERROR(DistError, message.str() + comm_->rank_note);
   };
 
   for (int peer = 0; peer < world_size; ++peer) {
@@ -158,7 +158,8 @@ std::vector<int64_t> Exchange::confirm() {
     if (peer != rank && (h.op != static_cast<int64_t>(op_) || h.sequence != sequence_)) {
       message << "ranks issued different sequences of operators on group '" << comm_->group_name << "': rank " << rank
               << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << peer << " in "
-              << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence << ")";
+              << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence
+              << "): call the same operators in the same order on every rank";
       disagree();
     }
   }
@@ -342,7 +343,7 @@ void Exchange::fail(Phase phase, const Failure& failure, const std::string& caus
   if (!cause.empty()) {
     message << " (" << cause.substr(0, cause.find('\n')) << ")";
   }
-  message << ". To go on with all ranks, call torch_ep.reset(group) on each of them";
+  message << comm_->rank_note << ". To go on with all ranks, call torch_ep.reset(group) on each of them";
   close(message.str(), blamed);
   C10_THROW_ERROR(DistError, message.str());
 }

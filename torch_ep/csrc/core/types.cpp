@@ -24,7 +24,7 @@ const char* name_of(OpKind op) {
 }
 
 OpKind kind_of(const std::string& name) {
-  for (const auto op : {OpKind::plan, OpKind::dispatch, OpKind::combine, OpKind::low_latency_dispatch}) {
+  for (const auto op : {OpKind::init, OpKind::plan, OpKind::dispatch, OpKind::combine, OpKind::low_latency_dispatch}) {
     if (name == name_of(op)) {
       return op;
     }

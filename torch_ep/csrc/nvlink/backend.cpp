@@ -682,8 +682,8 @@ find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const 
 }
 
 // The kernels of the other ranks wait on the device; their own timeout ends them.
-bool report_failure(OpKind /*op*/, const std::string& group_name, const std::string& /*failure*/) {
-  return registered(group_name) != nullptr;
+bool report_failure(OpKind op, const std::string& group_name, const std::string& /*failure*/) {
+  return op != OpKind::init && registered(group_name) != nullptr;
 }
 
 const BackendRegistration registration(

@@ -135,7 +135,9 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
     }
     const auto& t = argument.toTensor();
     constexpr const char* instead =
-        ": this operator is for inference only: use torch_ep.plan, dispatch and combine for training";
+        ": this operator is for inference only: call it under torch.no_grad(); for training use torch_ep.plan, "
+        "dispatch and "
+        "combine";
     TORCH_CHECK(
         !at::GradMode::is_enabled() || !t.requires_grad(),
         op.schema().name(),
