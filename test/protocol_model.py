@@ -17,14 +17,14 @@ of the exchange that they were written in, which stands for the data too; at fir
 The low-latency pair is `Kernel`: exchanges of two kinds, each in two halves of its memory, two in flight. `ep::plan`,
 `ep::dispatch` and `ep::combine` are `Exchange`: counted together, one at a time, each in memory of its own.
 
-Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins: `done` is published
-after the reads, by the next kernel or at the end of the same, and writes follow the acquire of their credit. What a rank
-writes into its own memory it sees at once.
+Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins. `done` is published
+after the reads, by the next kernel or at the end of the same one, and writes follow the acquire of their credit. A rank
+sees at once what it writes into its own memory.
 
-A program is what one rank does, in this order: its kernels follow one another, and what blocks do side by side may as
-well happen in turn, since what one of them has found stays as it is until the next kernel begins, and the credits that the
-first one publishes for earlier kernels may arrive late anyway. These must hold, in whatever order steps of different ranks and
-arrivals happen:
+A program is what one rank does, in this order: its kernels follow one another. What blocks do side by side may as well
+happen in turn, since what one of them has found stays as it is until the next kernel begins, and the credits that the
+first one publishes for earlier kernels may arrive late anyway. These must hold, in whatever order steps of different
+ranks and arrivals happen:
 
     STALE       a read or take sees exactly the exchange that it is for
     OVERWRITTEN nothing arrives at a peer in place of what that peer still has to read, or to compare for equality

@@ -594,10 +594,10 @@ class Run {
       const Wanted& w = wanted_[r];
       if (capacity_ < 0) {
         const uint64_t told = a.comm.host_report->plan;
-        if (told != (kPlanReady | static_cast<uint64_t>(w.rows))) {
+        if (told != (kPlanRowsReady | static_cast<uint64_t>(w.rows))) {
           fail(
               "exact plan of rank " + std::to_string(r) + ": expected " + std::to_string(w.rows) + " rows, got " +
-              ((told & kPlanReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
+              ((told & kPlanRowsReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
               ((told & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
