@@ -17,14 +17,14 @@ of the exchange that they were written in, which stands for the data too; at fir
 The low-latency pair is `Kernel`: exchanges of two kinds, each in two halves of its memory, two in flight. `ep::plan`,
 `ep::dispatch` and `ep::combine` are `Exchange`: counted together, one at a time, each in memory of its own.
 
-Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins: `done` is told in a
-kernel after that of the reads, and writes follow the acquire of their credit. What a rank writes into its own memory it
-sees at once.
+Only arrivals are late. Awaits, takes and reads are over when the next step of their rank begins. `done` is published
+after the reads, by the next kernel or at the end of the same one, and writes follow the acquire of their credit. A rank
+sees at once what it writes into its own memory.
 
-A program is what one rank does, in this order: its kernels follow one another, and what blocks do side by side may as
-well happen in turn, since what one of them has found stays as it is until the next kernel begins, and what the first
-one tells peers of earlier kernels may come late anyway. These must hold, in whatever order steps of different ranks and
-arrivals happen:
+A program is what one rank does, in this order: its kernels follow one another. What blocks do side by side may as well
+happen in turn, since what one of them has found stays as it is until the next kernel begins, and the credits that the
+first one publishes for earlier kernels may arrive late anyway. These must hold, in whatever order steps of different
+ranks and arrivals happen:
 
     STALE       a read or take sees exactly the exchange that it is for
     OVERWRITTEN nothing arrives at a peer in place of what that peer still has to read, or to compare for equality
@@ -63,10 +63,10 @@ class Rules(NamedTuple):
     halves: int = IN_FLIGHT
     credit: int | None = 2  # send n waits for done >= n - credit; None: not at all
     own_credit: bool = True  # it looks at what the own rank has received too
-    told_first: bool = True  # `done`, by every kernel; else after the wait for credits
-    told_of_both: bool = True  # else of the kernel's own kind alone
-    told_ahead: bool = False  # what the kernel is about to receive
-    told_early: bool = False  # by the kernel that receives it too, before its rows are read
+    credits_first: bool = True  # every kernel publishes `done` first; else after the wait for credits
+    credits_of_both_kinds: bool = True  # else of the kernel's own kind alone
+    credits_ahead: bool = False  # for what the kernel is about to receive
+    credits_early: bool = False  # by the kernel that receives too, before it reads the rows
     entered_early: bool = False  # before the wait for credits
     self_validating: bool = True  # words of announcements; else a flag beside them that releases nothing
     flag_released: bool = True  # after its row
@@ -157,7 +157,7 @@ def recv(rank: int, world_size: int, kind: str, n: int, rules: Rules) -> Iterato
         else:
             yield Step(f"await {sign}", f"{kind} announced flag[{half}][{w}]", n, everyone)
             yield Step("read", word, n, everyone)
-    if rules.told_early:
+    if rules.credits_early:
         yield Step("write", f"{kind} done", n, tuple(p for p in everyone if p != rank))
     if kind == "combine":
         expected = tuple(s for s in everyone if num_rows(s, rank, n) > 0)
@@ -172,12 +172,12 @@ def recv(rank: int, world_size: int, kind: str, n: int, rules: Rules) -> Iterato
     yield Step("write", f"{kind} received", n, (rank,))
 
 
-def tell(rank: int, world_size: int, kernel: Kernel, before: list[Step], rules: Rules) -> Iterator[Step]:
-    """What kernels before this one have received; not what peers were told already, which none of them could notice."""
+def publish_credits(rank: int, world_size: int, kernel: Kernel, before: list[Step], rules: Rules) -> Iterator[Step]:
+    """For what kernels before this one have received; not again what was published already, which changes nothing."""
     written = {step.word: step.value for step in before if step.do == "write"}
-    for kind in KINDS if rules.told_of_both else (kernel.kind,):
+    for kind in KINDS if rules.credits_of_both_kinds else (kernel.kind,):
         received = written.get(f"{kind} received", 0)
-        if rules.told_ahead and kind == kernel.kind and "recv" in kernel.parts:
+        if rules.credits_ahead and kind == kernel.kind and "recv" in kernel.parts:
             received = kernel.n
         if received != written.get(f"{kind} done", 0):
             yield Step("write", f"{kind} done", received, tuple(p for p in range(world_size) if p != rank))
@@ -225,12 +225,12 @@ def program(rank: int, world_size: int, kernels: Sequence[Kernel | Exchange], ru
             last_use[kernel.op] = kernel.n
             continue
         numbers = world_size, kernel.kind, kernel.n, rules
-        told = [*tell(rank, world_size, kernel, steps, rules)]
+        credits = [*publish_credits(rank, world_size, kernel, steps, rules)]
         allowed: list[Step] = []
         if "send" in kernel.parts:
             waits, entered = [*wait_for_credits(rank, *numbers)], [*enter(*numbers)]
             allowed = [*entered, *waits] if rules.entered_early else [*waits, *entered]
-        steps += [*told, *allowed] if rules.told_first else [*allowed, *told]
+        steps += [*credits, *allowed] if rules.credits_first else [*allowed, *credits]
         for part in kernel.parts:
             steps += {"send": send, "recv": recv}[part](rank, *numbers)
     return [step for step in steps if step.ranks]
@@ -250,7 +250,7 @@ class _Words(NamedTuple):
 
 
 class Model:
-    """Programs of all ranks, with what can be told from them alone."""
+    """Programs of all ranks, with what follows from them alone."""
 
     def __init__(self, programs: list[list[Step]]) -> None:
         self.programs = programs

@@ -68,7 +68,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "plan: rows of earlier blocks": Fault("virtual_ranks", "b < block_", "b <= block_"),
-    "dispatch: row count in a flag": Fault("virtual_ranks", r"static_cast<uint64_t>\(\w+\) << 24", "uint64_t{1} << 24"),
+    "dispatch: row count in a flag": Fault("virtual_ranks", r"static_cast<uint64_t>\(count\)", "uint64_t{1}"),
     "combine: rows of the own rank": Fault("virtual_ranks", r"terms\.own_rows", "terms.own_rows & -terms.own_rows"),
     "combine: columns of a part": Fault(
         "virtual_ranks", r"\(part \+ 1\) \* pieces\(\) / cut\.parts", "part * pieces() / cut.parts + 1"

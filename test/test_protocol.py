@@ -151,8 +151,8 @@ MUTATIONS = {
     "credit of n - 3": (Rules(credit=3), {OVERWRITTEN, TOO_MANY}),
     "credit of n - 3, with room for it": (Rules(credit=3, halves=3), {TOO_MANY}),
     "one half": (Rules(halves=1), {OVERWRITTEN}),
-    "told ahead": (Rules(told_ahead=True), {OVERWRITTEN, TOO_MANY}),
-    "told before the last read": (Rules(told_early=True), {OVERWRITTEN, TOO_MANY}),
+    "credits ahead": (Rules(credits_ahead=True), {OVERWRITTEN, TOO_MANY}),
+    "credits before the last read": (Rules(credits_early=True), {OVERWRITTEN, TOO_MANY}),
     "announced beside the words": (Rules(self_validating=False), {STALE}),
     "flag not released after its row": (Rules(flag_released=False), {STALE}),
 }
@@ -177,14 +177,14 @@ def test_who_enters_waits_for_credits_first(shape: Callable[[int, str], list[Ker
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_credits_given_after_the_wait_for_those_of_others_come_too_late(world_size: int) -> None:
     """Where no kernel lies between a receive and the send that needs it of the peers."""
-    found = outcome([staggered()] * world_size, Rules(told_first=False))
+    found = outcome([staggered()] * world_size, Rules(credits_first=False))
     assert found.broken.keys() == {STUCK}, found
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_kernels_of_the_other_kind_give_credits_too(world_size: int) -> None:
     """Else a rank that combines before it sends again would keep a credit from one that sends before it combines."""
-    found = outcome(UNEVEN["both kinds"][:world_size], Rules(told_of_both=False))
+    found = outcome(UNEVEN["both kinds"][:world_size], Rules(credits_of_both_kinds=False))
     assert found.broken.keys() == {STUCK}, found
 
 
@@ -274,9 +274,9 @@ SMALL = {
     "the protocol": ([staggered(3)] * 2, THE_PROTOCOL),
     "combine": ([staggered(3, "combine")] * 2, THE_PROTOCOL),
     "entered early": ([staggered(3, "combine")] * 2, Rules(entered_early=True)),
-    "told too late": ([staggered(3)] * 2, Rules(told_first=False)),
+    "credits too late": ([staggered(3)] * 2, Rules(credits_first=False)),
     "both kinds": (TO_THE_THIRD_SEND, THE_PROTOCOL),
-    "told of one kind": (TO_THE_THIRD_SEND, Rules(told_of_both=False)),
+    "credits of one kind": (TO_THE_THIRD_SEND, Rules(credits_of_both_kinds=False)),
     "out of order": ([[*out_of_order(2), Kernel("dispatch", 3)]] * 2, THE_PROTOCOL),
     "three sends": ([three_sends()] * 2, THE_PROTOCOL),
     "exchanges": ([one_op(count=3)] * 2, THE_PROTOCOL),

@@ -1,11 +1,11 @@
 // Just enough of CUDA to run the kernels of torch_ep/csrc on a CPU: slowly, but where there is no GPU.
 //
-// A block is an operating system's thread, and each of its CUDA threads a fiber in it, so blocks run side by side as
-// they please, and shared memory is thread-local. A row of a grid is a rank, whose kernels follow each other as if in a
-// stream of its own. A fiber gives way where it waits for others: at barriers, at operations of a warp, and whenever it
-// looks at a word that others write. Bulk and asynchronous copies are done at once or as late as what waits for them
-// allows, at random: so what is told, read or overwritten too early shows. What this cannot find is what a weaker
-// memory model would do.
+// A thread block is a thread of the operating system, and each of its CUDA threads a fiber in it. So blocks run side by
+// side, and shared memory is thread-local. A row of a grid is a rank, whose kernels follow each other as if in a stream
+// of its own. A fiber yields where it waits for others: at barriers, at warp-collective operations, and whenever it
+// polls a word that others write. Bulk and asynchronous copies are done at once, or as late as the waits for them
+// allow, at random: this finds what is published, read or overwritten too early. It does not find what a weaker memory
+// model would do.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -116,7 +116,7 @@ class Groups {
   std::deque<Group> groups_;
 };
 
-// Stacks are used again: to map and fault in new ones takes longer than most of what runs on them.
+// Stacks are reused: mapping and faulting in new ones takes longer than most of what runs on them.
 class Stacks {
  public:
   std::unique_ptr<char[]> take() {
@@ -287,8 +287,8 @@ inline void run_block(const std::function<void()>& body, uint3 index, dim3 grid,
   block = nullptr;
 }
 
-// What is launched: in each row of a grid, that of a rank, one kernel after another; rows side by side, as ranks are
-// that wait for nobody but each other. So one may be some kernels ahead.
+// Kernels in each row of a grid, a rank, run one after another. Rows run side by side, so a rank may be some kernels
+// ahead.
 class Device {
  public:
   void launch(unsigned row, std::function<void()> kernel) {

@@ -1,4 +1,4 @@
-// Takes the place of core/device/launch.cuh: here kernels run one after the other.
+// Stands in for core/device/launch.cuh: here the kernels of a rank run one after another.
 #pragma once
 
 namespace ep::nvlink {

@@ -8,7 +8,7 @@ namespace ep::nvlink {
 
 template <class T>
 T load_word(const void* p) {
-  emulator::yield();  // who looks may have to wait
+  emulator::yield();  // a poll may have to be repeated
   return std::atomic_ref<T>(*static_cast<T*>(const_cast<void*>(p))).load(std::memory_order_acquire);
 }
 
@@ -152,8 +152,8 @@ inline void fence_async_global() {
   __threadfence_system();
 }
 
-// Processor time of the calling block's thread, not wall-clock time. A waiting block polls, so on a busy machine its clock
-// runs as slowly as the peer that it waits for, and load is no timeout. Scaled up, since blocks share cores.
+// Processor time of the block's thread. A waiting block polls, so on a busy machine its clock runs as slowly as the
+// peer that it waits for: load is no timeout. Scaled up, since blocks share cores.
 inline uint64_t global_timer_ns() {
   constexpr uint64_t kBlocksPerCore = 8;
   timespec t;

@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = Path("torch_ep/csrc")
 PROGRAMS = Path("test/sanitizer")
 
-# What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
+#What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
 CHANGES = [
-    # kernel<<<grid, threads, shared[, stream]>>>(arguments);
+#kernel < < < grid, threads, shared[, stream]>>>(arguments);
     (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([=] { \1(\3); }, \2);"),
     (r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
      r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());"),

@@ -3,8 +3,8 @@
 //   nvcc -arch=sm_90a -std=c++20 -O3 -lineinfo -Xcompiler -ffp-contract=off low_latency.cu -o low_latency
 //   compute-sanitizer --tool memcheck --error-exitcode 1 ./low_latency --cases 24
 //
-// Random problems go through dispatch and combine, whole and in halves, two on their way at once; results are compared,
-// bit by bit, with what the lines below work out on the host as torch_ep/reference.py does.
+// Random problems go through dispatch and combine, whole and in halves, up to two in flight. Results are compared bit
+// by bit with those that the host computes below, as torch_ep/reference.py does.
 #include "common.cuh"
 
 #include <climits>
@@ -100,17 +100,16 @@ namespace {
 // --- ranks ---
 
 constexpr int kMostTokens = 24;
-constexpr int kPacketTokens = 4;  // of the longest rows; of the shortest not as many as kMostTokens either
+constexpr int kPacketTokens = 4;  // fewer than kMostTokens, also of the shortest rows
 constexpr int kMostLocal = 9;
 constexpr int64_t kWireRowBytes = 10240;
-// Of exchanges that are to time out; those of ranks that come are not, though emulated threads wait long for each
-// other.
+// The timeout of exchanges that are to time out. Others must not, although emulated threads wait long for each other.
 constexpr int64_t kShortNs = 4'000'000'000;
 constexpr int kMultiprocessors = 5;  // of each rank, so that blocks have more than one token
 
 class World {
  public:
-  // `number`: of the last exchange of each kind, as if there had been so many.
+  // `number`: of the last exchange of each kind, as if there had been as many.
   explicit World(int world_size, bool masks = false, int64_t timeout_ns = default_timeout_ns(), uint64_t number = 0) {
     const LowLatencyLayout layout(256, world_size, kMostTokens, kMaxTopk, kMostLocal, kWireRowBytes, kPacketTokens);
     for (int r = 0; r < world_size; ++r) {
@@ -149,7 +148,7 @@ class World {
   const Comm& comm(int rank) const { return comms_[rank]; }
   int size() const { return static_cast<int>(comms_.size()); }
 
-  // Waits for everything that was started: nothing may have failed, unless `failure` is what is expected of rank 0.
+  // Waits for all kernels. None may have failed, except with `failure` on rank 0.
   void settle(Failure failure = Failure::none) const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
@@ -306,8 +305,8 @@ class Run {
     }
   }
 
-  // Two entries of a token that are the same are an error of their rank; in the exchange the second one counts as none,
-  // also where later tokens have that expert.
+  // Two equal entries of a token are an error on their rank. In the exchange the second one counts as none, also where
+  // later tokens have that expert.
   void spoil() {
     topk_[0][0] = topk_[0][1] = topk_[0][c_.num_topk] = 0;
     topk_[0][c_.num_topk + 1] = 1;
@@ -493,7 +492,7 @@ class Run {
     expect("recv_pair", r, fetch(a.recv_pair, recv_pair_[r].size()), recv_pair_[r]);
     expect("recv_row", r, fetch(a.recv_row, recv_row_[r].size()), recv_row_[r]);
     for (int e = 0; e < c_.num_local; ++e) {
-      // Rows of an expert are packed, and nothing is ever written after them: that is not fetched, for initcheck.
+      // Nothing is written after the rows of an expert: that is not fetched, for initcheck.
       const size_t begin = size_t{1} * e * c_.rows(), count = totals[e];
       const auto rows = fetch(a.rows + begin * row_bytes_, count * row_bytes_);
       const auto weights = fetch(a.row_weights + begin, count);
@@ -573,7 +572,7 @@ class Run {
   vector<LowLatencyCombineArgs> combines_;
 };
 
-// One rank never comes: the others notice by their timeout, and go on without it, from then on at once.
+// One rank never comes. The others mask it after the timeout, and never wait for it again.
 void lose_a_rank(int world_size) {
   World world(world_size, true, kShortNs);
   for (int i = 0; i < 6; ++i) {
@@ -597,7 +596,7 @@ void lose_a_rank(int world_size) {
   }
 }
 
-// What is sent is received in that order, and at most two exchanges are on their way.
+// Exchanges are received in the order in which they were sent, and at most two are in flight.
 void misuse(int world_size, Failure failure) {
   World world(world_size, false, kShortNs);
   Random random(0);
@@ -639,8 +638,7 @@ void divide() {
   }
 }
 
-// Batches of one shape one after another, each sent before the one before is received: a rank may be ahead by as much
-// as credits allow.
+// Batches of one shape, each sent before the one before is received: a rank may be as far ahead as credits allow.
 template <class T>
 void run_many(World& world, const Case& c, Random& random) {
   constexpr int kBatches = 4;
@@ -678,7 +676,7 @@ void run_as(World& world, const Case& c, Random& random) {
     world.settle();
     run.check_results();
   } else {
-    // Two batches of one shape on their form at once.
+    // Two batches of one shape in flight.
     Run<T> first(world, c, random), second(world, c, random);
     first.dispatch(Part::send);
     second.dispatch(Part::send);
@@ -722,7 +720,7 @@ int main(int argc, char** argv) {
       run_case(world, draw(random, 1 + w), random);
     }
     if (w >= 4) {
-      continue;  // more ranks make no difference to errors
+      continue;  // errors do not depend on the number of ranks
     }
     Random fixed(static_cast<uint64_t>(w));
     Case c;
@@ -735,7 +733,7 @@ int main(int argc, char** argv) {
       lose_a_rank(world.size());
     }
   }
-  // Words and packs hold the lower 32 bits of the number.
+  // Words and packets hold the lower 32 bits of the number, which wrap around here.
   World old(2, false, default_timeout_ns(), (uint64_t{1} << 32) - 5);
   for (int i = 0; i < 8; ++i) {
     Random random(static_cast<uint64_t>(i));

@@ -1,17 +1,16 @@
-// Several ranks of the nvlink kernels on one GPU, all of them in each launch: for compute-sanitizer, some tools of
-// which run kernels one after another, so that ranks which are kernels of their own would wait for each other for ever.
+// Several ranks of the nvlink kernels on one GPU, all in one launch. Some tools of compute-sanitizer run kernels one
+// after another: ranks with kernels of their own would wait for each other forever.
 //
 //   nvcc -arch=sm_90a -std=c++20 -O3 -lineinfo -Xcompiler -ffp-contract=off virtual_ranks.cu -o virtual_ranks
 //   compute-sanitizer --tool memcheck --error-exitcode 1 ./virtual_ranks --cases 24
 //
-// Random problems go through plan, dispatch and combine; results are compared, bit by bit, with the few lines below
-// that work them out on the host as torch_ep/reference.py does. Results are not initialized before, for initcheck. That
-// of compute-sanitizer before 2025.4 does not see what bulk copies write (release notes): --fill initializes that, no
-// more.
+// Random problems go through plan, dispatch and combine. Results are compared bit by bit with those that the host
+// computes below, as torch_ep/reference.py does. Their memory is not initialized before, for initcheck. Before 2025.4
+// initcheck does not see what bulk copies write (release notes): --fill initializes that memory, and nothing else.
 #include "common.cuh"
 
-// The kernels' bodies, which know of blockIdx.x and gridDim.x alone: here blockIdx.y is the rank. A namespace for each
-// file, since some of their names are the same.
+// The kernels' bodies, which use only blockIdx.x and gridDim.x: here blockIdx.y is the rank. Each file has a namespace
+// of its own, since some names occur in several files.
 namespace plan_file {
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/plan.cu"
@@ -99,7 +98,7 @@ namespace {
 
 // --- ranks ---
 
-constexpr int kMostTokens = 640;  // more than a block of ep::plan places at once, also where there are two of them
+constexpr int kMostTokens = 640;  // more than one round of ep::plan, also with two blocks
 constexpr int kMostLocalExperts = 9;
 constexpr int64_t kWireRowBytes = 10240;
 constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to time out
@@ -140,7 +139,7 @@ class World {
   const Comm& comm(int rank) const { return comms_[rank]; }
   void count_exchange() { ++epoch_; }
 
-  // Waits for all exchanges that were started. Their results are to be there, and no failure.
+  // Waits for all kernels. None may have failed.
   void settle() const {
     check(cudaDeviceSynchronize());
     for (const Comm& comm : comms_) {
@@ -257,7 +256,7 @@ vector<int> draw_topk(Random& r, const Case& c, int rank, int chosen) {
 
 // --- what is expected ---
 
-// What a rank's plan is to be.
+// The expected plan of a rank.
 struct Wanted {
   vector<int32_t> send_row, send_counts, recv_counts, offsets, tokens_per_expert;
   vector<int64_t> map;  // recv_pair, or recv_topk_idx
@@ -381,7 +380,7 @@ void each_copy(const Case& c, const Wanted& w, F f) {
   }
 }
 
-// The i-th received wire row of `y`, as it goes home. `weights`: of y's rows, or empty.
+// The i-th received wire row of `y`, as combine returns it. `weights`: of the rows of y, or empty.
 template <class T>
 vector<T> reduce_row(
     const Case& c,
@@ -457,8 +456,8 @@ class Run {
     }
   }
 
-  // Ranks 0 and 1 expect different numbers of rows from each other, all others agree with both: those two are told, the
-  // others end the exchange too, and the next one is as good as any.
+  // Ranks 0 and 1 expect different numbers of rows from each other; all others agree with both. Those two report a
+  // mismatch, the others end the exchange too, and the next exchange works.
   void disagree() {
     plan();
     auto counts = fetch(plans_[1].recv_counts, world_size());
@@ -470,7 +469,7 @@ class Run {
     settle_mismatch();
   }
 
-  // The last rank does not come: all others name it, whoever noticed first, and no later exchange waits again.
+  // The last rank does not come. All others name it, whichever noticed first, and no later exchange waits.
   void lose() {
     plan();
     auto ranks = dispatch_of_all();
@@ -499,7 +498,7 @@ class Run {
   void run() {
     plan();
     dispatch();
-    // Without a look from the host between them.
+    // The host does not wait between them.
     const auto y = draw_rows();
     const auto sums = combine(y, {}, true);
     const auto weighted = combine(y, draw_row_weights(), false);
@@ -595,10 +594,10 @@ class Run {
       const Wanted& w = wanted_[r];
       if (capacity_ < 0) {
         const uint64_t told = a.comm.host_report->plan;
-        if (told != (kPlanReady | static_cast<uint64_t>(w.rows))) {
+        if (told != (kPlanRowsReady | static_cast<uint64_t>(w.rows))) {
           fail(
               "exact plan of rank " + std::to_string(r) + ": expected " + std::to_string(w.rows) + " rows, got " +
-              ((told & kPlanReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
+              ((told & kPlanRowsReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
               ((told & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
@@ -774,7 +773,7 @@ class Run {
     return ranks;
   }
 
-  // (sums, weights that came home) of rank r.
+  // (sums, returned weights) of rank r.
   std::pair<vector<T>, vector<char>> wanted_of_combine(
       int r,
       const vector<vector<T>>& y,
@@ -838,7 +837,7 @@ class Run {
     }
   }
 
-  // Of any type: they are widened without loss, and signs of zeros stay.
+  // Widened without loss; zeros keep their sign.
   static vector<Wide> as_numbers(const vector<T>& values) {
     vector<Wide> result;
     for (const T v : values) {
@@ -857,7 +856,7 @@ class Run {
   Memory memory_;
   vector<PlanView> plans_;
   vector<vector<Wide>> row_weights_;
-  vector<vector<char>> back_;  // weights that combine takes home
+  vector<vector<char>> back_;  // weights that combine returns
 };
 
 void run_case(World& world, const Case& c, Random& random) {
@@ -883,7 +882,7 @@ void run_case(World& world, const Case& c, Random& random) {
   std::fflush(stdout);
 }
 
-// More tokens than are placed, or travel, at once.
+// More tokens than a plan takes in one round, or than travel at once.
 Case many_tokens(int world_size, bool expert_major) {
   Case c;
   c.tokens.assign(world_size, kMostTokens - 41);
@@ -896,7 +895,7 @@ Case many_tokens(int world_size, bool expert_major) {
   return c;
 }
 
-// Rows of which ep::combine cuts those of one rank into more parts than those of another.
+// ep::combine cuts the rows of one rank into more parts than those of another.
 Case few_tokens(int world_size, bool expert_major) {
   Case c = many_tokens(world_size, expert_major);
   c.tokens.assign(world_size, 40);
@@ -943,7 +942,7 @@ int main(int argc, char** argv) {
       run_case(world, draw(random, world_size), random);
     }
   }
-  // Of more ranks, ep::plan places fewer tokens of each at once.
+  // With more ranks, ep::plan takes fewer tokens of each in one round.
   World world(kMostRanks, kLeastBlocks);
   Random fixed(kWorlds);
   for (const bool expert_major : {false, true}) {

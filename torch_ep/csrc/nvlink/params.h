@@ -52,14 +52,14 @@ struct FailureReport {
 // In page-locked host memory, written by kernels, read by the host.
 struct HostReport {
   FailureReport failure;
-  // Of the exact plan that the host waits for, which has set it to 0: kPlanReady | its number of rows, and kPlanFailed
-  // where `failure` says why, or will.
+  // Of the exact plan that the host waits for, which has set it to 0: kPlanRowsReady | its number of rows, and
+  // kPlanFailed where `failure` says why, or will.
   uint64_t plan;
   // Not 0: the exchange with a fatal failure. `failure` may hold an earlier one.
   int64_t stopped;
 };
 
-constexpr uint64_t kPlanReady = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
+constexpr uint64_t kPlanRowsReady = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
 
 constexpr int64_t kVector = 16;  // bytes: rows are copied in these
 constexpr int kMaxBlocks = 256;

@@ -104,7 +104,7 @@ class PlanBlock {
 
   // One thread. The host of an exact plan waits for this.
   __device__ static void publish_rows_to_host(const Comm& comm, int64_t rows, bool failed) {
-    const uint64_t word = kPlanReady | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
+    const uint64_t word = kPlanRowsReady | (failed ? kPlanFailed : 0) | static_cast<uint64_t>(rows);
     store_relaxed_system(&comm.host_report->plan, word);
   }
 
