@@ -276,7 +276,7 @@ def odd_tensors(rng: random.Random, t: Tensor) -> list[Callable[[], Any]]:
         lambda: torch._efficientzerotensor(t.shape, dtype=t.dtype),
         lambda: (freed.untyped_storage().resize_(0), freed)[1],
         lambda: t.clone().requires_grad_(t.is_floating_point()),
-        lambda: t.numpy(),
+        lambda: t.detach().numpy(),
         lambda: t.tolist(),
     ]
 
