@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.forked import TIMEOUT, Launcher, Rank, attempt, signal_within
-from support.harness import LIMIT_S
+from support.harness import LIMIT_S, process_context
 from torch import Tensor
 
 import torch_ep
@@ -541,13 +541,13 @@ def hosts() -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def _on_host(rank: int, namespace: str, folder: str) -> None:
+def _on_host(rank: int, namespace: str, folder: str, timeout: timedelta) -> None:
     with open(f"/var/run/netns/{namespace}") as f:
         assert ctypes.CDLL(None).setns(f.fileno(), CLONE_NEWNET) == 0
     os.environ["GLOO_SOCKET_IFNAME"] = f"ep{rank}"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method="tcp://10.91.0.1:29400", rank=rank, world_size=2)
-    torch_ep.init(timeout=TIMEOUT)
+    torch_ep.init(timeout=timeout)
     exchange()
     open(f"{folder}/ready {rank}", "w").close()
     answers = [attempt(exchange_until_error), attempt(exchange)]
@@ -565,8 +565,10 @@ def _await(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
 
 def test_hosts_whose_link_is_cut(hosts: list[str], tmp_path: Any) -> None:
     """The side without the store, too, raises by its own timeout."""
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_on_host, args=(k, hosts[k], str(tmp_path)), daemon=True) for k in range(2)]
+    context = process_context()
+    ranks = [
+        context.Process(target=_on_host, args=(k, hosts[k], str(tmp_path), TIMEOUT), daemon=True) for k in range(2)
+    ]
     try:
         for process in ranks:
             process.start()

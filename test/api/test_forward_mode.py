@@ -218,8 +218,8 @@ def low_latency_calls(x: Tensor) -> dict[str, Callable]:
 @pytest.mark.parametrize("name", low_latency_calls(torch.ones(2, 3)))
 def test_the_low_latency_pair_refuses_tangents(name: str) -> None:
     message = (
-        f"ep::{name}: expected no argument to have a tangent (forward mode): this operator is for inference only: call it "
-        "under torch.no_grad(); for training use torch_ep.plan, dispatch and combine"
+        f"ep::{name}: expected no argument to have a tangent (forward mode): this operator is for inference only: "
+        "call it under torch.no_grad(); for training use torch_ep.plan, dispatch and combine"
     )
     x = torch.ones(2, 3)
     with forward_ad.dual_level(), pytest.raises(RuntimeError) as raised:

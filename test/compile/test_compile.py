@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from support.compiling import DIVIDES_BY_NO_ROWS, artifacts, inductor_cache, padded_products
+from support.compiling import DIVIDES_BY_NO_ROWS, InductorGraphs, artifacts, inductor_cache, padded_products
 from support.devices import Ranks, needs_cuda, one_rank_on
 from support.harness import random_topk, seeded
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 
 import torch_ep
 
@@ -76,10 +76,10 @@ def graph_breaks() -> int:
 
 
 @each_mode
-def test_aot_eager_fullgraph_equals_eager(device: str, mode: dict[str, Any]) -> None:
+def test_fullgraph_equals_eager_with_a_fixed_number_of_tokens(device: str, mode: dict[str, Any]) -> None:
     layer = make_layer(device, **mode)
     x = tokens(device, 9)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=InductorGraphs())
     assert_same(run_layer(compiled, layer, x), run_layer(layer, layer, x))
 
 
@@ -118,14 +118,6 @@ def test_inductor_fullgraph_equals_eager_for_every_number_of_tokens(device: str,
             with pytest.raises(ZeroDivisionError) if fails and count == 0 else contextlib.nullcontext():
                 assert_same(run_layer(compiled, layer, x), run_layer(layer, layer, tokens(device, count)))
     assert backend.frame_count == 1
-
-
-def test_inductor_fullgraph_equals_eager_with_a_fixed_number_of_tokens(device: str) -> None:
-    layer = make_layer(device, **MODES["rank_major-exact"])
-    x = tokens(device, 9)
-    with inductor_cache(artifacts()):
-        got = run_layer(torch.compile(layer, fullgraph=True), layer, x)
-    assert_same(got, run_layer(layer, layer, x))
 
 
 def test_no_graph_break_without_fullgraph_where_data_dependent_sizes_are_captured(device: str) -> None:
@@ -339,7 +331,7 @@ def test_a_dynamic_graph_leaves_a_limit_to_the_kernel_which_tells_the_other_rank
     assert [right for _, right in results] == [True, True]
 
 
-def _one_rank_then_two(rank: int, world_size: int, device: str) -> list[bool]:
+def _one_rank_then_two(rank: int, world_size: int, device: str, cache: str) -> list[bool]:
     """The same code for a group of one, then for the default group: are both right?"""
     torch._dynamo.reset()
 
@@ -349,7 +341,7 @@ def _one_rank_then_two(rank: int, world_size: int, device: str) -> list[bool]:
 
     x, topk_idx = tokens(device, 6, rank), random_topk(6, TOPK, EXPERTS, seeded(rank)).to(device)
     right = []
-    with fresh_cache():
+    with inductor_cache(cache):
         for group in ("", None):
             y = torch.compile(fn, fullgraph=True)(x, topk_idx, group)
             (grad,) = torch.autograd.grad(y.square().sum(), x)
@@ -360,5 +352,5 @@ def _one_rank_then_two(rank: int, world_size: int, device: str) -> list[bool]:
     return right
 
 
-def test_artifacts_of_a_smaller_world_are_not_taken_for_a_larger_one(device: str) -> None:
-    assert Ranks(device, 2).run(_one_rank_then_two, device) == [[True, True]] * 2
+def test_artifacts_of_a_smaller_world_are_not_taken_for_a_larger_one(device: str, tmp_path: Path) -> None:
+    assert Ranks(device, 2).run(_one_rank_then_two, device, str(tmp_path)) == [[True, True]] * 2

@@ -1,4 +1,4 @@
-"""The nvlink kernels under compute-sanitizer, several ranks in each launch: the programs of test/sanitizer."""
+"""The nvlink kernels under compute-sanitizer, several ranks in each launch: the programs of test/kernels/sanitizer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.builds import CSRC
 from support.harness import LIMIT_S
-from test_cuda_sources import CSRC
 from torch.utils import cpp_extension
 
 SOURCES = Path(__file__).parent / "sanitizer"

@@ -1,7 +1,7 @@
 """One rank on a GPU, without `init`: the kernels of torch_ep/csrc/local give the bits of the CPU's.
 
 Each test runs whole operators of one rank and, as "parts", the same kernels in the steps that an exchange between ranks
-is made of. Kernels alone, plans with entries that lead anywhere, and compute-sanitizer: test/sanitizer/permute.cu.
+is made of. Kernels alone, plans with entries that lead anywhere, and compute-sanitizer: sanitizer/permute.cu.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ NVCC = shutil.which("nvcc")
 
 KERNELS = sorted(CSRC.rglob("*.cu"))
 # Programs of tests, no part of the package.
-PROGRAMS = sorted((ROOT / "test" / "sanitizer").glob("*.cu"))
+PROGRAMS = sorted((ROOT / "test" / "kernels" / "sanitizer").glob("*.cu"))
 # What kernels and the host share.
 KERNEL_HEADERS = [NVLINK / "params.h", CSRC / "local" / "permute_kernels.h"]
 DEVICE_HEADERS = sorted(CSRC.rglob("*.cuh"))

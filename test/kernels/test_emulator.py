@@ -1,6 +1,6 @@
 """The nvlink kernels on a CPU, several ranks side by side: what they compute is right, bit by bit.
 
-Runs the programs that compute-sanitizer runs on a GPU (test/sanitizer), made C++ by emulator/translate.py.
+Runs the programs that compute-sanitizer runs on a GPU (test/kernels/sanitizer), made C++ by emulator/translate.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from emulator.translate import KERNELS, ROOT, translate
 from support.harness import LIMIT_S
-from test_cuda_sources import cuda_include_folders, needs_nvcc
+
+from kernels.emulator.translate import KERNELS, ROOT, translate
+from kernels.test_cuda_sources import cuda_include_folders, needs_nvcc
 
 # CUDA's headers come with nvcc, which itself is not needed here.
 pytestmark = needs_nvcc
@@ -29,7 +30,7 @@ CASES = {"virtual_ranks": 48, "low_latency": 40, "permute": 60}
 def build(
     name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text, optimize: str = "-O1"
 ) -> Path:
-    """A program of test/sanitizer. `change(file name, text)`: what to compile instead."""
+    """A program of test/kernels/sanitizer. `change(file name, text)`: what to compile instead."""
     source = translate(name, folder, change)
     program = folder / name
     flags = ["-x", "c++", "-std=c++20", optimize, "-w", "-pthread", "-ffp-contract=off"]

@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 KERNELS = Path("torch_ep/csrc")
-PROGRAMS = Path("test/sanitizer")
+PROGRAMS = Path("test/kernels/sanitizer")
 
-#What is CUDA's own syntax. Everything else is macros and functions in emulator.h.
+# CUDA's own syntax. Everything else is macros and functions in emulator.h.
 CHANGES = [
-#kernel < < < grid, threads, shared[, stream]>>>(arguments);
+    # kernel<<<grid, threads, shared[, stream]>>>(arguments);
     (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([=] { \1(\3); }, \2);"),
     (r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
      r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import protocol_model
 import pytest
-from protocol_model import (
+
+from kernels import protocol_model
+from kernels.protocol_model import (
     BACK,
     KINDS,
     OPS,

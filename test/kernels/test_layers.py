@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "torch_ep" / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "torch_ep" / "csrc"
 # What a file of each folder may include, besides files of its own folder.
 BELOW: dict[str, set[str]] = {
     "core": set(),
