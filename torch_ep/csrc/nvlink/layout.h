@@ -15,13 +15,15 @@ namespace ep::nvlink {
 // Note [How many ranks]
 // The world size is a run-time value. kMaxRanks bounds arrays that have an element per rank; nothing else depends on
 // it. What a larger bound costs, and would cost 72 ranks, one NVL72 domain:
-//   - kernel arguments: 8 bytes per rank, the peers' buffers. With 72 ranks about 1.2 KB of the 4 KB there are;
+//   - kernel arguments: 8 bytes per rank, the peers' buffers. 656 bytes at most now; with 72 ranks 1.1 KB of 4 KB, and
+//     beyond 1 KB prefetch_arguments (device/exchange.cuh) needs more than one line per warp;
 //   - registers: one per 32 ranks for each value that a warp keeps per rank (Note [Ranks and lanes], device/ranks.cuh);
-//   - shared memory of ep::plan: plan_words_per_expert(72) words, so at most 119 local experts;
-//   - shared memory of ep::low_latency_dispatch: two announcements per rank, with 4 local experts and 128 tokens 11 KB;
+//   - shared memory of ep::plan: plan_words_per_expert(72) words per local expert, so at most 117 of them;
+//   - shared memory of ep::low_latency_dispatch: two announcements per rank, with 4 local experts and 128 tokens 10 KB;
 //   - symmetric memory: two buffers of (world_size - 1) * max_tokens wire rows. With 4096 tokens of 7168 elements, 72
-//     ranks take 7.8 GiB, so fewer tokens have to do;
-//   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks.
+//     ranks take 7.8 GiB each, so fewer tokens have to do;
+//   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks;
+//   - abort signals have 7 bits for a rank.
 constexpr int kMaxRanks = 16;
 constexpr int kWarpLanes = 32;
 constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // ranks that a lane stands for

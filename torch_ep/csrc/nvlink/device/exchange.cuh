@@ -6,8 +6,7 @@
 // on the device, and every rank counts the same. Nothing is cleaned between exchanges. A rank that enters exchange e
 //   - publishes its handshake to every peer and checks theirs: same exchange, same operator, same sizes;
 //   - waits, before it writes into a peer's buffer, for that peer's credit: the peer has finished the exchange that
-//   used
-//     the buffer last. In steady state the credit came long ago;
+//     used the buffer last. In steady state the credit came long ago;
 //   - writes rows in chunks, and then each chunk's flag, released at system scope, with e in its upper half;
 //   - publishes to every peer that it has finished e, once all of its blocks have read what came for it.
 #pragma once

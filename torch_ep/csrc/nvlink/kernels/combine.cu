@@ -1,8 +1,7 @@
 // ep::combine: returns rows to the ranks of their tokens and reduces them on both sides.
-//   send    some blocks, chunks of every peer's rows: rows of one token reduced -> shared memory -> peer
-//   reduce  the other blocks, and the senders when they are done, this rank's tokens: arrived and own rows -> result.
-//   The
-//           first of these warps exchanges handshakes.
+//   send    Some blocks have chunks of every peer's rows: rows of one token reduced -> shared memory -> peer.
+//   reduce  The other blocks, and the senders when they are done, have this rank's tokens: arrived and own rows ->
+//           result. The first of these warps exchanges handshakes.
 // Few rows are cut by columns, so that every warp has some: one warp for a whole row would be the last to finish.
 // Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction. What
 // crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.

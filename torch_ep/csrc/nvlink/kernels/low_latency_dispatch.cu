@@ -1,11 +1,9 @@
 // ep::low_latency_dispatch: plans and copies rows to the ranks that need them, in one exchange.
-//   announce  the first block: to every peer, which tokens visit it and how many rows each expert gets
-//   send      each other block has tokens, or with packets, each of its warps has chunks of tokens: row, quantized
-//   here, and
-//             a SlotRoute per slot -> every rank that the token visits
-//   receive   each warp of all blocks has rows, or chunks of rows: arrived row -> its rows of the result; then experts:
-//   the
-//             number of their rows
+//   announce  The first block tells every peer which tokens visit it and how many rows each expert gets.
+//   send      Each other block has tokens; with packets, each of its warps has chunks of tokens. A row, quantized here,
+//             and a SlotRoute per slot go to every rank that the token visits.
+//   receive   Each warp of all blocks has rows, or chunks of rows: arrived row -> its rows of the result. Then each has
+//             experts, and writes the number of their rows.
 // The source counts a row's index among its own rows for an expert. The receiver adds the rows of the ranks below it,
 // so it waits for nothing but the announcements. Small batches travel in packets (Note [LL packets]), large ones by
 // bulk copies, each followed by a flag.

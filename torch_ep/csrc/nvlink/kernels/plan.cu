@@ -1,11 +1,9 @@
 // ep::plan: who sends what where, in one kernel and one message to every peer.
-//   publish_counts  each block checks and counts its share of this rank's tokens, and writes the counts to every peer,
-//   then
-//                   the experts of the tokens
-//   collect_counts  every block adds up the counts of all blocks of all ranks: rows to and from each rank, and how many
-//   of
-//                   them come before its own share of each rank's tokens; for expert_major, the same per expert
-//   write_plan      each block assigns rows to its share of every rank's tokens, once these have arrived
+//   publish_counts  Each block checks and counts its share of this rank's tokens. It writes the counts to every peer,
+//                   then the experts of the tokens.
+//   collect_counts  Every block adds up the counts of all blocks of all ranks: rows to and from each rank, and those
+//                   before its own share of each rank's tokens; for expert_major, the same per expert.
+//   write_plan      Each block assigns rows to its share of every rank's tokens, once these have arrived.
 // Every rank gets the experts of all tokens, not only of those that visit it: they are small, and nothing has to be
 // counted before they are sent. Each count is a word that also holds the number of the exchange. It needs no flag and
 // waits for nothing that was written before it, so the host of an exact plan soon knows the number of rows.
