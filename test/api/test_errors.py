@@ -910,6 +910,14 @@ PYTHON_TYPES: dict[str, tuple[Callable, type[Exception], str]] = {
         TypeError,
         "ep::low_latency_dispatch: expected statistics to be a torch_ep.LowLatencyStatistics or None, got tuple",
     ),
+    "low_latency-statistics-expanded": (
+        lambda: low_latency_rows(
+            torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics(torch.zeros(1).long().expand(4), WAIT_NS)
+        ),
+        ValueError,
+        "ep::low_latency_dispatch: expected statistics.tokens_per_expert to be a contiguous tensor that can be added to "
+        "in place: make it by torch_ep.LowLatencyStatistics.zeros",
+    ),
     "low_latency-statistics-shape": (
         lambda: low_latency_rows(torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics.zeros(2)),
         ValueError,
