@@ -51,7 +51,10 @@ def random_case(seed: int, rank: int, world_size: int) -> str:
     g = torch.Generator().manual_seed(seed * 100 + rank)
     experts = world_size * shared.choice([1, 2, 5, 16])
     num_topk = shared.randint(1, min(experts, 8))
-    tokens_of = [random.Random(f"{seed} {r}").choice([0, 1, 3, 17, 40] if world_size == 1 else [1, 3, 17, 40]) for r in range(world_size)]
+    tokens_of = [
+        random.Random(f"{seed} {r}").choice([0, 1, 3, 17, 40] if world_size == 1 else [1, 3, 17, 40])
+        for r in range(world_size)
+    ]
     tokens = tokens_of[rank]
     hidden = shared.choice([1, 7, 16, 64, 129])
     dtype, layout = shared.choice(DTYPES), shared.choice(["rank_major", "expert_major"])
@@ -133,7 +136,9 @@ def main() -> int:
     wrong = 0
     for ranks, before in json.loads(args.file.read_text()).items():
         now = digests(int(ranks), len(before[0]))
-        differing = sorted({i for old, new in zip(before, now, strict=True) for i in range(len(old)) if old[i] != new[i]})
+        differing = sorted(
+            {i for old, new in zip(before, now, strict=True) for i in range(len(old)) if old[i] != new[i]}
+        )
         wrong += len(differing)
         print(f"{ranks} ranks: {len(before[0])} cases, {len(differing)} differ: {differing[:10]}")
     return int(wrong > 0)

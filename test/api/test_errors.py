@@ -195,6 +195,7 @@ def combine_recv(message: str, *, error: type[Exception] = ValueError, fake: boo
     return Case(ops.low_latency_combine_recv.default, given, error, f"ep::low_latency_combine_recv: {message}", fake)
 
 
+EXPANDED = torch.zeros(1, dtype=torch.int64).expand(4)
 FLOATS = "dtype Double, Float, BFloat16 or Half"
 
 CASES = {
@@ -912,11 +913,11 @@ PYTHON_TYPES: dict[str, tuple[Callable, type[Exception], str]] = {
     ),
     "low_latency-statistics-expanded": (
         lambda: low_latency_rows(
-            torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics(torch.zeros(1).long().expand(4), WAIT_NS)
+            torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics(EXPANDED, torch.zeros(1).long())
         ),
         ValueError,
-        "ep::low_latency_dispatch: expected statistics.tokens_per_expert to be a contiguous tensor that can be added to "
-        "in place: make it by torch_ep.LowLatencyStatistics.zeros",
+        "ep::low_latency_dispatch: expected statistics.tokens_per_expert to be a contiguous tensor that can be added "
+        "to in place: make it by torch_ep.LowLatencyStatistics.zeros",
     ),
     "low_latency-statistics-shape": (
         lambda: low_latency_rows(torch.ones(3, 4), topk(), statistics=torch_ep.LowLatencyStatistics.zeros(2)),

@@ -334,3 +334,32 @@ def test_ddp_leaves_every_ranks_experts_alone() -> None:
     want = _full_state(0, 1, "cpu")
     for name, a, b in zip(EXPERTS_OF_MODEL, first, second, strict=True):
         assert torch.equal(torch.cat([a, b]), want[name])
+
+
+def _gather_what_differs(rank: int, world_size: int, change: str) -> tuple[str, list[float]]:
+    t = torch.ones(2, 4)
+    if rank == 1:
+        t = {"dtype": t.bfloat16(), "shape": torch.ones(2, 2, dtype=torch.float64), "dim": torch.ones(8)}[change]
+    try:
+        gather_experts(t)
+        message = ""
+    except dist.DistError as error:
+        message = str(error)
+    return message, gather_experts(torch.full((1,), float(rank))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "got"), [("dtype", "bfloat16 [2, 4]"), ("shape", "float64 [2, 2]"), ("dim", "float32 [8]")]
+)
+def test_what_ranks_gather_has_one_dtype_and_shape(change: str, got: str) -> None:
+    op = "torch_ep.nn.gather_experts: expected tensors of one dtype and shape on every rank"
+    (first, after), (second, _) = world(2).run(_gather_what_differs, change)
+    assert first == f"{op}, got float32 [2, 4] on rank 0 and {got} on rank 1"
+    assert second == f"{op}, got {got} on rank 1 and float32 [2, 4] on rank 0"
+    assert after == [0.0, 1.0]
+
+
+def test_a_load_of_another_shape_is_refused() -> None:
+    layer = MoE(**SHAPE, selection_bias=True)
+    with pytest.raises(ValueError, match=r"expected tokens_per_expert of shape \[8\].*, got \[3\]"):
+        layer.update_selection_bias(torch.ones(3))

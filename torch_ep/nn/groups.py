@@ -14,6 +14,8 @@ from ..comm import Group, process_group, resolve
 
 __all__ = ["RankGroup", "data_parallel_groups", "groups_of"]
 
+_DESCRIPTION_BYTES = 128  # of a dtype and a shape, as text
+
 
 class RankGroup:
     """A process group, by its name.
@@ -68,6 +70,25 @@ class RankGroup:
         reduced = self.on_device(t.clone())
         dist.all_reduce(reduced, op, group=process_group(self.name))
         return reduced.to(t.device)
+
+    def check_same(self, op: str, t: Tensor) -> None:
+        """Raises on every rank unless all pass tensors of one dtype and shape. Collective.
+
+        gloo ends the process, or returns garbage, where ranks gather tensors of different sizes.
+        """
+        own = f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}"[:_DESCRIPTION_BYTES]
+        described = torch.zeros(_DESCRIPTION_BYTES, dtype=torch.uint8)
+        described[: len(own)] = torch.tensor(list(own.encode()), dtype=torch.uint8)
+        described = self.on_device(described)
+        parts = [torch.empty_like(described) for _ in range(self.size)]
+        dist.all_gather(parts, described, group=process_group(self.name))
+        for rank, part in enumerate(parts):
+            other = bytes(part.tolist()).rstrip(b"\0").decode()
+            if other != own:
+                raise dist.DistError(
+                    f"{op}: expected tensors of one dtype and shape on every rank, got {own} on rank {self.rank} and "
+                    f"{other} on rank {rank}"
+                )
 
     def _check(self) -> None:
         try:

@@ -577,9 +577,19 @@ class MoE(nn.Module):
                 the data-parallel group, or a DeviceMesh of any number of dimensions; it may include the layer's own
                 group. "": no other ranks. "auto": the dimensions whose names begin with "dp" of the DeviceMesh of
                 which the layer's group is another dimension.
+
+        Raises:
+            ValueError: tokens_per_expert has another shape. Raised on this rank alone: the others wait for it.
+            RuntimeError: the layer has no selection bias.
         """
         if self.selection_bias is None:
             raise RuntimeError("torch_ep.nn.MoE: expected a layer made with selection_bias=True")
+        if tokens_per_expert.shape != self.selection_bias.shape:
+            raise ValueError(
+                f"torch_ep.nn.MoE.update_selection_bias: expected tokens_per_expert of shape "
+                f"{list(self.selection_bias.shape)}, one per expert of all ranks, got {list(tokens_per_expert.shape)}: "
+                "pass tokens_per_expert of the layer's RouterStats"
+            )
         replicas = self._replicas if group == "auto" else groups_of(group)
         load = tokens_per_expert.to(torch.float32)
         for ranks in (self._group, *replicas):

@@ -32,6 +32,9 @@ def gather_experts(t: Tensor, group: Group = None, *, dim: int = 0) -> Tensor:
     """Joins every rank's `[num_local_experts, ...]` to `[num_experts, ...]`, along `dim`. Collective.
 
     A DTensor that is sharded over the group comes back whole, as a plain tensor.
+
+    Raises:
+        torch.distributed.DistError: ranks pass tensors of different dtypes or shapes.
     """
     ranks = RankGroup(group)
     spans = spans_group("t", t, Mark(ranks, dim, None))
@@ -39,6 +42,7 @@ def gather_experts(t: Tensor, group: Group = None, *, dim: int = 0) -> Tensor:
         t = full_tensor(t)
     if spans or ranks.size == 1:
         return t
+    ranks.check_same("torch_ep.nn.gather_experts", t)
     own = ranks.on_device(t.contiguous())
     parts = [torch.empty_like(own) for _ in range(ranks.size)]
     dist.all_gather(parts, own, group=process_group(ranks.name))
