@@ -391,6 +391,9 @@ def _workers(name: str, make: Callable[[], Workers]) -> Workers:
 def _close_all() -> None:
     for workers in _running.values():
         workers.close()
+    if _mps_environment:  # the daemon ends once its last client has
+        environment = {**os.environ, **_mps_environment}
+        subprocess.run([str(MPS)], env=environment, input=b"quit\n", stdout=subprocess.DEVNULL, timeout=60)
 
 
 def gpu_world(world_size: int, timeout: timedelta = TIMEOUT) -> Watched:
@@ -420,7 +423,6 @@ def _start_mps() -> dict[str, str]:
             os.makedirs(path)
         environment = {**os.environ, **_mps_environment}
         subprocess.run([str(MPS), "-d"], env=environment, check=True)
-        atexit.register(subprocess.run, [str(MPS)], env=environment, input=b"quit\n", stdout=subprocess.DEVNULL)
     return _mps_environment
 
 
