@@ -3,7 +3,7 @@
     python docs/diagrams.py        writes docs/images/*.svg
 
 Numbers in the diagrams come from `torch_ep.reference`, so that they cannot differ from what the operators do.
-`test/test_docs.py` fails if a committed diagram is not what this script draws.
+`test/e2e/test_docs.py` fails if a committed diagram is not what this script draws.
 """
 
 from __future__ import annotations
