@@ -186,7 +186,8 @@ def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: in
     for name, size in sizes.items():
         counters = getattr(statistics, name)
         check_tensors(op, {f"statistics.{name}": counters})
-        if not torch.compiler.is_compiling() and (counters._is_zerotensor() or not counters.is_contiguous()):
+        is_zero = not torch.compiler.is_compiling() and counters._is_zerotensor()
+        if is_zero or not counters.is_contiguous():
             refuse(
                 ValueError,
                 f"{op}: expected statistics.{name} to be a contiguous tensor that can be added to in place: make it by "

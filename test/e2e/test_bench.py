@@ -224,11 +224,12 @@ def test_a_rank_that_fails_ends_the_run_with_its_error() -> None:
 
 
 def _peak(rank: int, world_size: int) -> int:
+    # Above 32 MiB glibc takes every block from the system: what tests before have freed does not count.
     def call() -> torch.Tensor:
-        first = torch.ones(8 * MIB, dtype=torch.uint8)
-        second = torch.ones(16 * MIB, dtype=torch.uint8)
+        first = torch.ones(40 * MIB, dtype=torch.uint8)
+        second = torch.ones(48 * MIB, dtype=torch.uint8)
         del first
-        third = torch.ones(24 * MIB, dtype=torch.uint8)
+        third = torch.ones(56 * MIB, dtype=torch.uint8)
         del second
         return third
 
@@ -241,7 +242,7 @@ def _peak(rank: int, world_size: int) -> int:
 def test_peak_counts_what_lives_at_one_time() -> None:
     for peak in world(RANKS).run(_peak):
         # The kernel counts resident pages for each core apart and adds them up late: some MiB with many cores.
-        assert peak == pytest.approx(40 * MIB, abs=4 * MIB)
+        assert peak == pytest.approx(104 * MIB, abs=4 * MIB)
 
 
 def _sides(rank: int, layout: str, dtype: torch.dtype) -> tuple[Any, Any]:

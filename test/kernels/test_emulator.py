@@ -24,7 +24,7 @@ from kernels.test_cuda_sources import cuda_include_folders, needs_nvcc
 pytestmark = needs_nvcc
 
 # Random ones of each program, besides fourteen larger ones of virtual_ranks that are always run.
-CASES = {"virtual_ranks": 48, "low_latency": 40, "permute": 60}
+CASES = {"virtual_ranks": 20, "low_latency": 16, "permute": 30}
 
 
 def build(
