@@ -43,6 +43,7 @@ VOCABULARY = 256  # bytes
 OUT = Path("runs/moe")
 CHECKPOINT, FIGURES, CURVES, SAMPLE = "checkpoint.pt", "figures.json", "curves.png", "sample.txt"
 CHECKPOINT_FORMAT = 2
+MAX_GRADIENT_NORM = 1.0
 PEER_TIMEOUT = timedelta(minutes=10)  # ranks do not compile equally fast
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,44 +264,19 @@ class Ranks:
         return values
 
 
-def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those that are spread over the ranks, by name."""
-    return {
-        f"{prefix}.{name}": getattr(layer, name)
-        for prefix, layer in model.named_modules()
-        if isinstance(layer, torch_ep.nn.MoE)
-        for name in layer.EXPERT_PARAMETERS
-    }
-
-
-class Gradients:
-    """Makes every rank's gradients those of the loss averaged over ranks, and clips them together."""
-
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        experts = expert_parameters(model)
-        self.ranks = ranks
-        self.experts = list(experts.values())
-        self.replicated = [p for name, p in model.named_parameters() if name not in experts]
-
-    @torch.no_grad()
-    def reduce(self) -> None:
-        if self.ranks.world_size == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in self.replicated])
-        dist.all_reduce(flat)
-        for p, grad in zip(self.replicated, flat.split([p.numel() for p in self.replicated]), strict=True):
-            p.grad.copy_(grad.view_as(p))
-        # An expert's gradient is already the sum over all ranks' tokens: the exchanges' backward brought them here.
-        torch._foreach_div_([p.grad for p in (*self.replicated, *self.experts)], self.ranks.world_size)
-
-    @torch.no_grad()
-    def clip(self, max_norm: float) -> Tensor:
-        """Scales all gradients so that their norm over all ranks is at most `max_norm`; the norm before that."""
-        shared = nn.utils.get_total_norm([p.grad for p in self.replicated])
-        own = nn.utils.get_total_norm([p.grad for p in self.experts])
-        norm = (shared.square() + self.ranks.sum(own.square())).sqrt()
-        nn.utils.clip_grads_with_norm_([*self.replicated, *self.experts], max_norm, norm)
-        return norm
+@torch.no_grad()
+def average_gradients(model: nn.Module, ranks: Ranks) -> None:
+    """Turns every rank's gradients into those of the mean of all ranks' losses. Collective."""
+    if ranks.world_size == 1:
+        return
+    experts = set(torch_ep.nn.expert_parameter_names(model))
+    replicated = [p.grad for name, p in model.named_parameters() if name not in experts]
+    flat = torch.cat([grad.flatten() for grad in replicated])
+    dist.all_reduce(flat)
+    for grad, summed in zip(replicated, flat.split([grad.numel() for grad in replicated]), strict=True):
+        grad.copy_(summed.view_as(grad))
+    # The gradient of an expert is already the sum over the tokens of all ranks.
+    torch._foreach_div_([p.grad for p in model.parameters()], ranks.world_size)
 
 
 def make_optimizer(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -328,7 +304,7 @@ def save_checkpoint(
     path: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, ranks: Ranks, step: int, **more: Any
 ) -> None:
     """Collective; rank 0 writes. The file is complete or absent, never half written."""
-    experts = expert_parameters(model)
+    experts = set(torch_ep.nn.expert_parameter_names(model))
     moments: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
@@ -369,7 +345,7 @@ def read_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 def restore(checkpoint: dict[str, Any], model: MoETransformer, optimizer: torch.optim.Optimizer) -> None:
     """Each rank takes its experts, and their optimizer moments, out of the full ones."""
     model.load_state_dict(checkpoint["model"])
-    experts = expert_parameters(model)
+    experts = set(torch_ep.nn.expert_parameter_names(model))
     for name, parameter in model.named_parameters():
         full = checkpoint["optimizer"][name]
         take = torch_ep.nn.shard_experts if name in experts else (lambda t: t)
@@ -411,7 +387,6 @@ class Trainer:
         capacity = capacity_rows(self.config, args.layout, args.capacity, tokens_per_rank, ranks.world_size)
         self.model = MoETransformer(self.config, args.layout, capacity).to(ranks.device)
         self.optimizer = make_optimizer(self.model, args.lr)
-        self.gradients = Gradients(self.model, ranks)
         self.history, self.step = History(), 0
         if args.resume:
             checkpoint = read_checkpoint(args.out / CHECKPOINT)
@@ -443,8 +418,8 @@ class Trainer:
         aux_weight = self.args.aux_weight if self.config.balance == "aux" else 0.0
         self.optimizer.zero_grad()
         (loss + aux_weight * output.aux_loss).backward()
-        self.gradients.reduce()
-        self.gradients.clip(1.0)
+        average_gradients(self.model, self.ranks)
+        torch_ep.nn.clip_grad_norm_(self.model, MAX_GRADIENT_NORM)
         self.optimizer.step()
         if self.config.balance == "bias":
             for layer, load in zip(self.model.moe_layers(), output.load, strict=True):
@@ -550,12 +525,9 @@ class Progress:
 
 
 def num_parameters(model: MoETransformer) -> int:
-    """With the experts of all ranks."""
-    experts = expert_parameters(model)
-    copies = {
-        name: model.config.experts // p.shape[0] if name in experts else 1 for name, p in model.named_parameters()
-    }
-    return sum(p.numel() * copies[name] for name, p in model.named_parameters())
+    """Counts the experts of all ranks."""
+    experts, world_size = set(torch_ep.nn.expert_parameter_names(model)), model.moe_layers()[0].world_size
+    return sum(p.numel() * (world_size if name in experts else 1) for name, p in model.named_parameters())
 
 
 def summary(trainer: Trainer, communicator: torch_ep.Communicator, seconds: float) -> dict[str, Any]:
