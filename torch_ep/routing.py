@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from .checks import check_int, check_tensors, refuse
 
 __all__ = ["from_sentinel", "to_sentinel"]
 
@@ -16,7 +19,11 @@ def to_sentinel(topk_idx: Tensor, sentinel: int) -> Tensor:
 
     Returns:
         A new tensor of the shape and dtype of `topk_idx`.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type, or the dtype cannot hold the sentinel.
     """
+    _check("to_sentinel", topk_idx, sentinel)
     return topk_idx.masked_fill(topk_idx == -1, sentinel)
 
 
@@ -25,4 +32,15 @@ def from_sentinel(topk_idx: Tensor, sentinel: int) -> Tensor:
 
     Args, Returns: as `to_sentinel`.
     """
+    _check("from_sentinel", topk_idx, sentinel)
     return topk_idx.masked_fill(topk_idx == sentinel, -1)
+
+
+def _check(name: str, topk_idx: Tensor, sentinel: int) -> None:
+    op = f"torch_ep.{name}"
+    check_tensors(op, {"topk_idx": topk_idx})
+    check_int(op, "sentinel", sentinel)
+    if topk_idx.dtype not in (torch.int32, torch.int64):
+        refuse(TypeError, f"{op}: expected topk_idx of dtype int32 or int64, got {topk_idx.dtype}")
+    if not torch.iinfo(topk_idx.dtype).min <= sentinel <= torch.iinfo(topk_idx.dtype).max:
+        refuse(ValueError, f"{op}: expected a sentinel that {topk_idx.dtype} holds, got {sentinel}")

@@ -102,3 +102,18 @@ def test_compiled_nothing_waits_for_the_host(device: str, name: str) -> None:
         targets = [str(node.target) for gm in backend.fw_graphs for node in gm.graph.nodes]
         assert targets and not [t for t in targets if "_local_scalar_dense" in t or "nonzero" in t]
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("topk_idx", "sentinel", "message"),
+    [
+        (torch.zeros(2), 4, "expected topk_idx of dtype int32 or int64, got torch.float32"),
+        (torch.zeros(2, dtype=torch.int32), 2**40, "expected a sentinel that torch.int32 holds, got 1099511627776"),
+        ([0, 1], 4, "expected topk_idx to be a Tensor, got list: pass torch.tensor(...)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["to_sentinel", "from_sentinel"])
+def test_a_bad_sentinel_is_refused(name: str, topk_idx: Any, sentinel: int, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(torch_ep, name)(topk_idx, sentinel)
+    assert str(raised.value) == f"torch_ep.{name}: {message}"

@@ -359,6 +359,12 @@ def test_what_ranks_gather_has_one_dtype_and_shape(change: str, got: str) -> Non
     assert after == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("bad", [-1.0, float("nan")])
+def test_a_norm_that_is_none_is_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"clip_grad_norm_: expected max_norm of at least 0, got"):
+        clip_grad_norm_(MoE(**SHAPE), bad)
+
+
 def test_a_load_of_another_shape_is_refused() -> None:
     layer = MoE(**SHAPE, selection_bias=True)
     with pytest.raises(ValueError, match=r"expected tokens_per_expert of shape \[8\].*, got \[3\]"):

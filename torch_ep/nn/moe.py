@@ -579,7 +579,8 @@ class MoE(nn.Module):
                 which the layer's group is another dimension.
 
         Raises:
-            ValueError: tokens_per_expert has another shape. Raised on this rank alone: the others wait for it.
+            ValueError: tokens_per_expert has another shape, or rate is not finite. Raised on this rank alone: the
+                others wait for it.
             RuntimeError: the layer has no selection bias.
         """
         if self.selection_bias is None:
@@ -590,6 +591,8 @@ class MoE(nn.Module):
                 f"{list(self.selection_bias.shape)}, one per expert of all ranks, got {list(tokens_per_expert.shape)}: "
                 "pass tokens_per_expert of the layer's RouterStats"
             )
+        if not math.isfinite(rate):
+            raise ValueError(f"torch_ep.nn.MoE.update_selection_bias: expected a finite rate, got {rate}")
         replicas = self._replicas if group == "auto" else groups_of(group)
         load = tokens_per_expert.to(torch.float32)
         for ranks in (self._group, *replicas):

@@ -165,8 +165,11 @@ def clip_grad_norm_(module: nn.Module, max_norm: float) -> Tensor:
         that it is the sum of are `torch.nn.utils.get_total_norm`'s, in the dtype of the gradients.
 
     Raises:
-        ValueError: FSDP2 has sharded or replicated experts over ranks that hold different ones.
+        ValueError: max_norm is negative or NaN; or FSDP2 has sharded or replicated experts over ranks that hold
+            different ones.
     """
+    if not max_norm >= 0:
+        raise ValueError(f"torch_ep.nn.clip_grad_norm_: expected max_norm of at least 0, got {max_norm}")
     parameters, experts = list(module.parameters()), _experts(module)
     # By the groups over which squares are summed. A group's ranks all sum, also one that has no gradients.
     parts: dict[tuple[str, ...], list[Tensor]] = {(): []}
