@@ -1,4 +1,4 @@
-"""What is measured: the operators of torch_ep, and the same work written by hand on top of `all_to_all_single`.
+"""What is measured: the operators of torch_ep, and the same work on top of `all_to_all_single`.
 
 Both sides are objects with the same three steps: `route` (who sends what where), `dispatch` and `combine`. To measure
 another device add a platform (platforms.py); to compare with another implementation write one more such class.

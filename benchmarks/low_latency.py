@@ -36,7 +36,7 @@ from torch_ep.low_latency import Quantize
 SIGNAL_US = 2.35
 # About 200 us at 2 GHz: longer than anything measured here is on its way.
 PAUSE_CYCLES = 400_000
-# us, of the shape below on 4 GPUs: op, tokens a rank.
+# us, of the shape below on 4 GPUs: op, tokens per rank.
 GOALS = {
     ("dispatch-fp8", 128): 15.0,
     ("combine", 128): 24.0,
@@ -519,7 +519,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         about = gpu.hardware()
         results.send((about, {**gpu.describe(communicator), "empty_interval_us": empty_us}))
         print(
-            f"{ranks} x {about['gpus'][0]}, {communicator.symmetric_bytes / 2**20:.0f} MiB of symmetric memory a rank; "
+            f"{ranks} x {about['gpus'][0]}, {communicator.symmetric_bytes / 2**20:.0f} MiB of symmetric memory per rank; "
             f"send and recv include {empty_us:.1f} us that an empty kernel takes too",
             flush=True,
         )

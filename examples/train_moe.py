@@ -818,7 +818,7 @@ def describe_exchanges(args: argparse.Namespace, communicator: torch_ep.Communic
         return "exchanges: " + ("over gloo" if args.ranks > 1 else "none, there is one rank")
     what = f"exchanges: backend {communicator.backend} ({communicator.reason})"
     if communicator.symmetric_bytes:
-        what += f", {communicator.symmetric_bytes / 2**20:.1f} MiB of symmetric memory a rank"
+        what += f", {communicator.symmetric_bytes / 2**20:.1f} MiB of symmetric memory per rank"
     return what
 
 
@@ -838,6 +838,8 @@ def train(args: argparse.Namespace, ranks: Ranks) -> None:
     )
     if trainer.step:
         progress.say(f"resuming after step {trainer.step} of {args.steps}")
+    if trainer.step == 0:
+        progress.say(f"validation loss before training: {trainer.validate():.3f} nats per byte")
     if not args.eager and trainer.step < args.steps:
         progress.say("compiling in the first step: half a minute to a minute, next to nothing the next time")
     trainer.train(progress)

@@ -279,7 +279,7 @@ def test_a_backend_of_gpus_is_told_with_its_reason_and_memory(tmp_path: Path) ->
     args.device = "cuda"
     nvlink = torch_ep.Communicator("", 0, 2, demo.PEER_TIMEOUT, backend="nvlink", reason="R", symmetric_bytes=3 << 19)
     assert demo.describe_exchanges(args, nvlink) == (
-        "exchanges: backend nvlink (R), 1.5 MiB of symmetric memory a rank"
+        "exchanges: backend nvlink (R), 1.5 MiB of symmetric memory per rank"
     )
     nccl = nvlink._replace(backend="c10d", symmetric_bytes=0)
     assert demo.describe_exchanges(args, nccl) == "exchanges: backend c10d (R)"
