@@ -519,7 +519,7 @@ def measure_ranks(rank: int, ranks: int, port: int, args: argparse.Namespace, re
         about = gpu.hardware()
         results.send((about, {**gpu.describe(communicator), "empty_interval_us": empty_us}))
         print(
-            f"{ranks} x {about['gpus'][0]}, {communicator.symmetric_bytes / 2**20:.0f} MiB of symmetric memory per rank; "
+            f"{ranks} x {about['gpus'][0]}, {communicator.symmetric_bytes / 2**20:.0f} MiB symmetric per rank; "
             f"send and recv include {empty_us:.1f} us that an empty kernel takes too",
             flush=True,
         )
