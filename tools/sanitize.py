@@ -22,12 +22,16 @@ TESTS = ["api/test_reference.py", "api/test_low_latency.py", "api/test_errors.py
 NOT_COMPILED = "not compil and not inductor and not cuda"
 
 
-def runtime(compiler: str) -> str:
-    """The library of AddressSanitizer, which has to be the first one of a process."""
-    for name in ("libasan.so", "libclang_rt.asan-x86_64.so"):
+def runtimes(compiler: str) -> str:
+    """AddressSanitizer, which has to be the first library of a process, and the C++ library that it looks into then."""
+
+    def find(name: str) -> str | None:
         found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        if os.path.isabs(found):
-            return found
+        return found if os.path.isabs(found) else None
+
+    for name in ("libasan.so", "libclang_rt.asan-x86_64.so"):
+        if (sanitizer := find(name)) is not None:
+            return " ".join(filter(None, [sanitizer, find("libstdc++.so.6")]))
     sys.exit(f"sanitize: expected {compiler} to come with AddressSanitizer: set CXX to a compiler that does")
 
 
@@ -43,7 +47,7 @@ def main() -> int:
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(PACKAGE), str(ROOT / "test")]),
-        "LD_PRELOAD": runtime(os.environ.get("CXX", "c++")),
+        "LD_PRELOAD": runtimes(os.environ.get("CXX", "c++")),
         # An allocation that is too large fails as it does without the sanitizer.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",

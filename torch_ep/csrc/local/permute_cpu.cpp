@@ -395,6 +395,9 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
   const auto* slots = read<int32_t>(send_row);
   const auto* in = read<char>(x);
   auto* out = write<char>(wire);
+  if (bytes == 0) {
+    return wire;  // memcpy takes no null pointers, not even for no bytes
+  }
   at::parallel_for(0, x.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> rows(num_topk);
     for (int64_t token = begin; token < end; ++token) {
@@ -430,6 +433,9 @@ at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int6
   const auto* slots = read<int32_t>(recv_pair);
   const auto* in = read<char>(wire);
   auto* out = write<char>(rows);
+  if (bytes == 0) {
+    return rows;
+  }
   at::parallel_for(0, rows.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (slots[row] >= 0) {
