@@ -7,7 +7,7 @@ import torch
 import torch._inductor.config
 import torch.compiler.config
 
-# Importing them is what registers the operators.
+# The import registers the operators.
 try:
     from . import _C  # type: ignore[attr-defined] # noqa: F401
 except ImportError as error:
@@ -42,17 +42,17 @@ from .routing import from_sentinel, to_sentinel
 
 __version__ = "0.1.0"
 
-# Plans are tensors and plain values: `torch.load` may make them from files that it does not trust.
+# Plans hold tensors and plain values only, so `torch.load(weights_only=True)` may construct them.
 torch.serialization.add_safe_globals(
     [InFlightCombine, InFlightDispatch, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
 )
 
-# Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas: without this, an
-# artifact of another version could be taken for one of this.
+# Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas. The tag keeps
+# artifacts of other versions of torch_ep out.
 torch.compiler.config.cache_key_tag = f"{torch.compiler.config.cache_key_tag} torch_ep-{__version__}".strip()
 
-# The rows of an exact plan differ from step to step: what depends on their number stays out of CUDA graphs, which would
-# be recorded anew for each number.
+# The number of rows of an exact plan differs per step. Operators that depend on it stay out of CUDA graphs, which
+# would be recorded again for each number.
 if hasattr(torch._inductor.config, "cudagraph_unsafe_unbacked_ops"):
     torch._inductor.config.cudagraph_unsafe_unbacked_ops = [
         *torch._inductor.config.cudagraph_unsafe_unbacked_ops,

@@ -1,4 +1,4 @@
-"""Checks of arguments before they reach an operator: their Python types. The rest: csrc/core/checks.h and meta.py."""
+"""Checks the Python types of arguments before an operator runs. csrc/core/checks.h and meta.py check the rest."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import SymInt, Tensor
 
 __all__ = ["check_int", "check_str", "check_tensors", "check_type", "first_in_dynamo", "refuse"]
 
-# How to make a tensor of what people pass in its place.
+# The conversion to a tensor, by the name of the type that was passed instead.
 _TENSOR_FROM = {"list": "torch.tensor", "tuple": "torch.tensor", "ndarray": "torch.from_numpy"}
 
 
 @functools.cache
-def _raised_as_they_are() -> dict[type[Exception], type[Exception]]:
-    """By kind of error, the kind that Dynamo raises as it is."""
+def _dynamo_error_types() -> dict[type[Exception], type[Exception]]:
+    """Maps an error type to a subclass that Dynamo raises unchanged."""
     from torch._dynamo.exc import Unsupported
 
     return {kind: type(kind.__name__, (Unsupported, kind), {}) for kind in (TypeError, ValueError, RuntimeError)}
 
 
 def first_in_dynamo(error: Exception) -> Exception:
-    """`error`; while Dynamo traces, an error of the same type and message that Dynamo raises as it is.
+    """Returns `error`. While Dynamo traces, returns an error of that type and message that Dynamo raises unchanged.
 
-    Dynamo hides every other error behind a page of its own. With `fullgraph=True` the user sees this error. Without it
+    Dynamo wraps every other error in a message of its own. With `fullgraph=True` the user sees this error. Without it
     Dynamo breaks the graph, and the call raises again in eager mode.
     """
     if torch._guards.TracingContext.try_get() is None:
         return error
-    return _raised_as_they_are()[type(error)](str(error))
+    return _dynamo_error_types()[type(error)](str(error))
 
 
 @torch.compiler.assume_constant_result  # Dynamo calls it instead of tracing it
@@ -45,7 +45,7 @@ def check_type(op: str, name: str, value: Any, kind: type, expected: str) -> Non
 
 
 def check_tensors(op: str, needed: dict[str, Any], optional: dict[str, Any] | None = None) -> None:
-    """By name, the arguments that have to be tensors, and those that may be None instead."""
+    """Checks, by argument name, that `needed` are dense tensors and `optional` dense tensors or None."""
     for name, value in needed.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided:
             _refuse_tensor(op, name, value, "a Tensor")
@@ -63,7 +63,7 @@ def _refuse_tensor(op: str, name: str, value: Any, expected: str) -> None:
 
 
 def check_int(op: str, name: str, value: Any) -> int:
-    """The int that `value` is, or that an integer of numpy holds."""
+    """Returns `value` as an int. Accepts int, SymInt and other integral types, such as those of numpy."""
     if type(value) is int and (torch.compiler.is_compiling() or value.bit_length() < 64):
         return value
     if isinstance(value, bool) or not isinstance(value, int | SymInt | Integral):

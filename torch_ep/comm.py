@@ -1,4 +1,4 @@
-"""Communicators: one for each process group, made collectively, found again by the operators through its name."""
+"""Communicators: one per process group, created collectively, looked up by group name in the operators."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _LIMITS = ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")
 # Of the nvlink kernels (csrc/nvlink/layout.h, csrc/nvlink/params.h).
 _MAX_RANKS = 16
 _MAX_TOPK = 32
-_MIN_SMS = 2  # some send, some receive
+_MIN_SMS = 2  # senders and receivers are separate thread blocks
 _MAX_SMS = 128
-# How long a rank with a bad argument waits for the other ranks, to tell them.
+# How long a rank with a bad argument waits for the other ranks to report it to them.
 _MAX_REPORT = timedelta(seconds=30)
-# Longer ones overflow the clocks of gloo and of stores, in nanoseconds.
+# A longer timeout overflows the nanosecond clocks of gloo and of stores.
 _MAX_TIMEOUT = timedelta(days=365)
 # Making buffers takes longer than an exchange may.
 _LEAST_INIT_TIMEOUT = timedelta(minutes=1)
@@ -52,13 +52,13 @@ class Communicator(NamedTuple):
     num_topk: int | None = None
     num_experts: int | None = None
     low_latency_tokens: int | None = None
-    #: How rows of CUDA tensors travel: "c10d" or "nvlink". Those of other tensors always travel by c10d.
+    #: Backend of CUDA tensors: "c10d" or "nvlink". Other tensors always use c10d.
     backend: str = "c10d"
-    #: Why that one.
+    #: Why `init` chose this backend.
     reason: str = ""
-    #: Bytes of symmetric memory that this rank holds for it.
+    #: Bytes of symmetric memory that this rank holds for the communicator.
     symmetric_bytes: int = 0
-    #: Blocks of each nvlink kernel: one occupies a streaming multiprocessor.
+    #: Thread blocks per nvlink kernel. Each occupies one streaming multiprocessor (SM).
     num_sms: int = 0
     #: What a timeout of the low-latency pair does on nvlink.
     on_timeout: OnTimeout = "raise"
@@ -66,12 +66,12 @@ class Communicator(NamedTuple):
 
 # By group name. The kernels have a table of their own; this one is for what is decided while tracing.
 communicators: dict[str, Communicator] = {}
-# What the kernels of a communicator write into, by group name, for as long as they may run.
+# Buffers that the kernels of a communicator write into, by group name, kept as long as the kernels may run.
 _buffers: dict[str, symmetric.Buffer] = {}
 _still_running: list[symmetric.Buffer] = []
-# What `init` was called with, by group name.
+# Arguments of `init`, by group name.
 _arguments_of: dict[str, tuple[dist.ProcessGroup | None, dict[str, Any]]] = {}
-# Names of communicators without a process group: of ranks that all live in this process.
+# Names of communicators without a process group, whose ranks all share this process.
 _virtual: set[str] = set()
 
 
@@ -87,7 +87,7 @@ def process_group(group_name: str) -> dist.ProcessGroup:
 
 
 def resolve(group: Group) -> tuple[str, int]:
-    """The name and world size of a group; ("", 1) where there is nobody to talk to."""
+    """The name and world size of a group; ("", 1) for a single rank."""
     if group is None:
         if not (dist.is_available() and dist.is_initialized()):
             if not torch.compiler.is_compiling():
@@ -148,7 +148,7 @@ def init(
 ) -> Communicator:
     """Prepares a process group for the operators. Collective: all ranks of the group call it with the same arguments.
 
-    Calling it again with the same arguments returns what is there after one small exchange, so every layer may call it.
+    A second call with the same arguments returns the existing communicator after one small exchange.
     With other arguments it replaces the communicator of that group: with larger limits, buffers grow. Without a process
     group, or with a group of one rank, no other rank has to be prepared for: plan, dispatch and combine run the same
     with and without `init`. The low-latency pair needs it, with all limits, to run in kernels of its own on a CUDA
@@ -165,7 +165,7 @@ def init(
         hidden: most elements of a row. None: no limit. Room in the buffers of backend nvlink is for elements of two
             bytes: rows of wider ones travel in several parts, but those of the low-latency pair in one, so they need a
             `hidden` that is as many times larger.
-        num_topk: most experts of a token. None: no limit.
+        num_topk: most experts per token. None: no limit.
         num_experts: most experts. None: no limit.
         low_latency_tokens: most tokens that a rank will ever pass to `low_latency_dispatch`, for which backend nvlink
             sets aside memory: about 8 * world_size * low_latency_tokens * hidden bytes, and at most 16 MiB more for
@@ -173,7 +173,7 @@ def init(
             no limit.
         timeout: how long an exchange waits for a peer before it raises `torch.distributed.DistError`, naming it.
         backend: how rows of CUDA tensors travel. "nvlink": by kernels that write into the peers' memory; needs all
-            four limits, GPUs that can write into each other, at most 16 ranks and 32 experts a token. "c10d": through
+            four limits, GPUs that can write into each other, at most 16 ranks and 32 experts per token. "c10d": through
             the process group. "auto": nvlink where it can be, else c10d; `Communicator.reason` says why.
         num_sms: streaming multiprocessors that an nvlink kernel may occupy.
         provider: whose symmetric memory nvlink uses: "torch", or "nvshmem" (the package nvshmem4py). With "nvshmem"

@@ -38,7 +38,7 @@ def register_derivatives(
             where the input is None or not floating. The arguments come without tangents.
 
     `torch.library.register_autograd` alone drops tangents silently. Under vmap the operator runs once per entry, one
-    after the other: what `torch.func.jacfwd` needs.
+    after the other: as `torch.func.jacfwd` requires.
     """
     op = torch._library.utils.lookup_op(f"ep::{name}")
     reverse = make_autograd_impl(op, Info(backward, setup_context))

@@ -13,13 +13,13 @@ __all__ = ["mark_tokens"]
 def mark_tokens(*tensors: Tensor, dim: int = 0, name: str = "tokens") -> None:
     """Lets one compiled graph serve every number of tokens, 0 and 1 included.
 
-    torch.compile makes a graph for the first size it sees, one for 0, one for 1, and one for all others, each when it
-    comes: ranks with different counts then compile different numbers of graphs at different times, and the others
-    wait. From a graph for 0 Inductor even takes exchanges out, as their results have no elements. A dimension that is
-    marked is unknown to the compiler, so that the first graph is the last. The price: nothing that is compiled may
-    depend on its value, as in `if x.shape[0] == 0`.
+    torch.compile makes separate graphs for the first size, for 0, for 1 and for all other sizes, each at its first use.
+    Ranks with different counts then compile different graphs at different times, and the other ranks wait. Inductor
+    even removes exchanges from a graph for 0, since their results have no elements. A marked dimension is unknown to
+    the compiler, so one graph serves all sizes. Compiled code must not depend on the value of a marked dimension, as
+    in `if x.shape[0] == 0`.
 
-    Call it outside of what is compiled, on every tensor that goes in; nothing happens in eager mode.
+    Call it outside the compiled function, on every input tensor. It has no effect in eager mode.
 
         for x in batches:
             torch_ep.mark_tokens(x)
@@ -27,7 +27,7 @@ def mark_tokens(*tensors: Tensor, dim: int = 0, name: str = "tokens") -> None:
 
     Args:
         tensors: inputs of the compiled function.
-        dim: their dimension of tokens.
+        dim: the token dimension of the tensors.
         name: inputs marked by the same name have the same number of tokens, which is checked at run time. Inputs with
             numbers of their own, such as microbatches, need different names.
 

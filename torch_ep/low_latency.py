@@ -1,4 +1,4 @@
-"""Dispatch and combine of one decoding step: static shapes, few tokens, no plan before them, inference only."""
+"""Dispatch and combine of one decoding step: static shapes, few tokens, no separate plan, inference only."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ _Result = TypeVar("_Result")
 
 
 class LowLatencyPlan(NamedTuple):
-    """Where the rows of a `low_latency_dispatch` came from: what `low_latency_combine` needs, from this rank's view.
+    """The source of every row of a `low_latency_dispatch`, for `low_latency_combine` on this rank.
 
-    `T` is this rank's number of tokens, at most `M` = max_tokens_per_rank, `K` experts a token, `W` ranks, `L` local
+    `T` is this rank's number of tokens, at most `M` = max_tokens_per_rank, `K` experts per token, `W` ranks, `L` local
     experts, `C` = W * M rows that each expert has room for. All tensors but two are int32.
     """
 
     #: [T, K] int32 or int64: of this rank, as given.
     topk_idx: Tensor
-    #: [L] rows of each local expert. What lies behind them is undefined.
+    #: [L] rows of each local expert. Rows past this count are undefined.
     tokens_per_expert: Tensor
     #: [L, W] where each source rank's rows end within those of the expert.
     source_offsets: Tensor
-    #: [L, C] which (source rank, token, slot) each row is: (source * M + token) * K + slot; -1 behind the last row.
+    #: [L, C] which (source rank, token, slot) each row is: (source * M + token) * K + slot; -1 past the last row.
     recv_pair: Tensor
     #: [C, K] the reverse: for token `source * M + token`, the row of each slot as expert * C + row; -1 where the slot
     #: has no expert here, or the source has no such token.
     recv_row: Tensor
-    #: [L, C] float32: the weight of each row, 1 if no `topk_weights` were given; undefined behind the last row.
+    #: [L, C] float32: the weight of each row, 1 if no `topk_weights` were given; undefined past the last row.
     row_weights: Tensor
     num_experts: int
     group_name: str
@@ -60,7 +60,7 @@ class LowLatencyPlan(NamedTuple):
 class LowLatencyStatistics(NamedTuple):
     """Counters on the device, added to in place by the functions that they are passed to, compiled or not.
 
-    What a monitor of load and of slow ranks reads now and then, at a time of its own choice.
+    A monitor of expert load and slow ranks may read them at any time.
     """
 
     #: [num_local_experts] int64: rows that each local expert got (dispatch only).
@@ -73,7 +73,7 @@ class LowLatencyStatistics(NamedTuple):
     def zeros(
         cls, num_experts: int, group: Group = None, *, device: torch.device | str | None = None
     ) -> LowLatencyStatistics:
-        """Counters that have seen nothing yet, for `num_experts` experts over all ranks of the group."""
+        """Returns zero counters, for `num_experts` experts over all ranks of the group."""
         _, world_size = resolve(group)
         op = "torch_ep.LowLatencyStatistics.zeros"
         num_experts = check_int(op, "num_experts", num_experts)
@@ -90,7 +90,7 @@ class LowLatencyStatistics(NamedTuple):
 
 
 class InFlightDispatch(NamedTuple):
-    """A dispatch that was sent, for `low_latency_dispatch_recv`. Nothing in it is of use before that."""
+    """A dispatch that was sent, for `low_latency_dispatch_recv`. Its fields are internal."""
 
     #: [2, W] int64: rows from each rank; ns waited for each rank.
     status: Tensor
@@ -108,7 +108,7 @@ class InFlightDispatch(NamedTuple):
 
 
 class InFlightCombine(NamedTuple):
-    """A combine that was sent, for `low_latency_combine_recv`. Nothing in it is of use before that."""
+    """A combine that was sent, for `low_latency_combine_recv`. Its fields are internal."""
 
     #: As in `InFlightDispatch`.
     status: Tensor
@@ -139,8 +139,8 @@ def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: s
     return (rows if scales is None else (rows, scales)), plan
 
 
-def _sizes_by_name(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-    """Refuses sizes by position, which are in another order in DeepEP, with an error that says so."""
+def _require_sizes_by_name(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Raises TypeError for sizes passed by position: DeepEP has them in another order."""
 
     @functools.wraps(function)
     def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
@@ -166,7 +166,7 @@ def _check_dispatch_arguments(
     statistics: Any,
     after: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, str, int, int]:
-    """Those of ep::low_latency_dispatch up to the group."""
+    """Checks and returns the arguments of ep::low_latency_dispatch that precede world_size."""
     op = "ep::low_latency_dispatch"
     check_tensors(op, {"x": x, "topk_idx": topk_idx}, {"topk_weights": topk_weights, "after": after})
     if quantize is None:
@@ -203,7 +203,7 @@ def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: in
 
 
 @reports_to_peers("ep::low_latency_dispatch", 5, "group")
-@_sizes_by_name
+@_require_sizes_by_name
 def low_latency_dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -227,7 +227,7 @@ def low_latency_dispatch(
             hold different numbers of tokens.
         topk_idx: [T, K] int32 or int64, contiguous: the experts of each token, all different, -1 for none.
         num_experts: experts over all ranks, a multiple of the world size, at most 2**24.
-        max_tokens_per_rank: M, the same on every rank: what the sizes of the results follow from. W * M * K and
+        max_tokens_per_rank: M, equal on every rank. It determines the sizes of the results. W * M * K and
             W * M * L are at most 2**31 - 1.
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
             process group, or one rank, nothing is communicated.
@@ -255,7 +255,7 @@ def low_latency_dispatch(
             `torch.distributed.DistError` that names it. On backend nvlink this holds for what only the device can
             see; else the rank raises at once, and the others after the timeout.
         RuntimeError: an argument requires a gradient or has a tangent; `init` was not called for the group.
-        torch.distributed.DistError: ranks issued different operators, disagree on sizes, or did not come in time.
+        torch.distributed.DistError: ranks issued different operators, disagree on sizes, or timed out.
     """
     group_name, world_size = resolve(group)
     arguments = _check_dispatch_arguments(
@@ -273,12 +273,12 @@ def low_latency_combine(
 
     The rows of a token on one rank are summed there, times their weights, in the order of its slots; the sums of the
     ranks are added here, in the order in which its slots first name them. Both accumulate in float32 and round to y's
-    dtype; bitwise the same on every run. y is read where it is: there is nothing to stage, and no copy to save.
+    dtype; bitwise the same on every run. y is read in place, without a staging copy.
 
     Args:
-        y: [L, C, H] bfloat16, float16 or float32, contiguous: the results for the rows of the dispatch. What lies
-            behind the rows of an expert is not read.
-        plan: that of the dispatch. Its weights are used: unlike in DeepEP they are an argument of the dispatch.
+        y: [L, C, H] bfloat16, float16 or float32, contiguous: the results for the rows of the dispatch. Rows past
+            an expert's count are not read.
+        plan: the plan of the dispatch. Its weights are used: unlike in DeepEP they are an argument of the dispatch.
         statistics: counters; only `wait_ns` is added to.
         after: any tensor that must exist before this exchange starts.
 
@@ -296,7 +296,7 @@ def low_latency_combine(
 
 
 def _check_combine_arguments(y: Any, plan: Any, statistics: Any, after: Any) -> tuple:
-    """Those of ep::low_latency_combine up to the group, which is the last."""
+    """Checks and returns the arguments of ep::low_latency_combine up to group_name, the last element."""
     op = "ep::low_latency_combine"
     check_type(op, "plan", plan, LowLatencyPlan, "a torch_ep.LowLatencyPlan")
     tensors = {
@@ -347,7 +347,7 @@ def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> No
 
 
 @reports_to_peers("ep::low_latency_dispatch", 5, "group")
-@_sizes_by_name
+@_require_sizes_by_name
 def low_latency_dispatch_send(
     x: Tensor,
     topk_idx: Tensor,
@@ -359,11 +359,11 @@ def low_latency_dispatch_send(
     quantize: Quantize | None = None,
     after: Tensor | None = None,
 ) -> InFlightDispatch:
-    """The first half of `low_latency_dispatch`: what stands between the two runs while the rows are on their way.
+    """The first half of `low_latency_dispatch`: code between the two halves overlaps with the transfer.
 
     When it returns it has read its arguments, in the order of the current stream. At most two dispatches may be in
-    flight; every send wants one `low_latency_dispatch_recv`, on every rank in the same order. Backend nvlink raises
-    where that is not so; over a process group everything has arrived by then, and nothing is checked.
+    flight; every send needs one `low_latency_dispatch_recv`, on every rank in the same order. Backend nvlink raises
+    otherwise. Backend c10d completes the transfer in the send and does not check the order.
 
     Args, Raises: as `low_latency_dispatch`.
     """
@@ -390,7 +390,7 @@ def low_latency_dispatch_send(
 def low_latency_dispatch_recv(
     in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
 ) -> tuple[Any, LowLatencyPlan]:
-    """The second half of `low_latency_dispatch`. Collective; returns and raises what that does."""
+    """The second half of `low_latency_dispatch`. Collective; returns and raises as the whole operator does."""
     _check_in_flight("ep::low_latency_dispatch_recv", in_flight, InFlightDispatch, statistics)
     status, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
@@ -404,7 +404,7 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
     """The first half of `low_latency_combine`. Collective.
 
     When it returns it has read y, in the order of the current stream. At most two combines may be in flight; every send
-    wants one `low_latency_combine_recv`, on every rank in the same order.
+    needs one `low_latency_combine_recv`, on every rank in the same order.
 
     Args, Raises: as `low_latency_combine`.
     """
@@ -424,7 +424,7 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
 
 
 def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
-    """The second half of `low_latency_combine`. Collective; returns and raises what that does."""
+    """The second half of `low_latency_combine`. Collective; returns and raises as the whole operator does."""
     _check_in_flight("ep::low_latency_combine_recv", in_flight, InFlightCombine, statistics)
     out, wait_ns = torch.ops.ep.low_latency_combine_recv(*in_flight)
     if statistics is not None:

@@ -1,4 +1,4 @@
-"""Every fake: what a compiler sees of an operator. The same shapes, dtypes, devices and errors as the kernels'.
+"""The fake implementation of every operator: the shapes, dtypes, devices and errors of the kernels.
 
 The messages are those of `csrc/core/checks.h` and its callers; `test/api/test_errors.py` runs both over one table.
 """
@@ -53,7 +53,7 @@ _MAX_PADDING = 2**30
 
 
 class _ShapeOf(NamedTuple):
-    """What a shape follows from, and what to do about another one: as in csrc/core/checks.h."""
+    """The reason for an expected shape, and the remedy for another shape. As in csrc/core/checks.h."""
 
     what: str = ""
     remedy: str = ""
@@ -87,7 +87,7 @@ _GROUPS = _ShapeOf(", one end per group")
 
 
 def _fake(name: str) -> Callable[[Callable], Callable]:
-    """Registers a fake, whose own errors come first under torch.compile too."""
+    """Registers a fake. Its errors reach the user unchanged under torch.compile too."""
 
     def register(function: Callable) -> Callable:
         @torch.library.register_fake(name)
@@ -97,7 +97,7 @@ def _fake(name: str) -> Callable[[Callable], Callable]:
                 return function(*args, **kwargs)
             except (TypeError, ValueError, RuntimeError) as error:
                 if type(error) not in (TypeError, ValueError, RuntimeError):
-                    raise  # of the compiler, about a symbol
+                    raise  # an error of the compiler about a symbol
                 raise first_in_dynamo(error) from None
 
         return fake
@@ -196,7 +196,7 @@ def _check_experts(op: str, num_experts: int, world_size: int) -> None:
 
 
 def _check_tokens(op: str, num_tokens: Size, max_tokens_per_rank: int) -> None:
-    # A symbolic number is left to the kernel, which tells the other ranks; a guard would fail here alone and they wait.
+    # A symbolic number is left to the kernel, which reports to all ranks; a guard would fail on one rank only.
     if isinstance(num_tokens, int) and num_tokens > max_tokens_per_rank:
         raise ValueError(f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {num_tokens}")
 
@@ -267,7 +267,7 @@ def _plan(
         topk_idx, num_experts, layout, alignment, None, world_size, group_name, max_tokens_per_rank
     )
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
-    # With one rank its own tokens bound what arrives; with several only `max_tokens_per_rank` does.
+    # A single rank's own tokens bound its received rows. Over several ranks only `max_tokens_per_rank` does.
     tokens = topk_idx.shape[0] if world_size == 1 else max_tokens_per_rank
     if tokens is not None:
         bound = world_size * tokens

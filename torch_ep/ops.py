@@ -1,8 +1,8 @@
 """The public functions, and the operators' derivatives.
 
-For a fixed plan, dispatch (`D`) and combine (`D^T`) are linear and each the other's transpose, so each is the other's
-backward, payload by payload, and a double backward needs nothing more. In forward mode the tangent of a linear map is
-the map of the tangent.
+For a fixed plan, dispatch (`D`) and combine (`D^T`) are linear and transposes of each other. The backward of each
+is the other, per payload, which also covers double backward. In forward mode the tangent of a linear map is the map
+applied to the tangent.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def plan(
             process group, or one rank, nothing is communicated.
         layout: "rank_major": one row per (token, rank), ordered by source rank, then token. "expert_major": one row
             per (token, local expert), grouped by expert, inside a group by source rank, then token.
-        capacity: rows of the result, at most 2**31 - 1, so that the graph's shapes are static. Rows that find no place
-            are dropped, the last ones in the order of the layout, and counted in `num_dropped`. None: as many rows as
-            arrive.
+        capacity: rows of the result, at most 2**31 - 1, so that the graph's shapes are static. Overflow
+            rows, the last in the order of the layout, are dropped and counted in `num_dropped`. None: all received
+            rows.
         alignment: expert_major only: every expert's group is padded with zero rows to a multiple of this, at most 2**30
             over the number of local experts.
         after: any tensor that must exist before this exchange starts. Only the order matters, not the values.
@@ -59,8 +59,8 @@ def plan(
             `torch.distributed.DistError` that names it. On backend nvlink this holds for what only the device can
             see; else the rank raises at once, and the others after the timeout.
         RuntimeError: `init` was not called for the group.
-        torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or did not come in
-            time.
+        torch.distributed.DistError: ranks issued different operators, disagree on sizes or dtypes, or timed
+            out.
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
@@ -163,12 +163,12 @@ def dispatch(
     """Copies each token's row to the ranks that hold its experts. Collective; differentiable; its transpose: `combine`.
 
     One row crosses the link per (token, rank), whatever the layout. Rows of padding are zero. Weights travel beside the
-    rows, which they do not change: `combine(row_weights=)` applies them.
+    rows and do not change them: `combine(row_weights=)` applies them.
 
     Args:
         x: [num_tokens, hidden], contiguous; float64, float32, bfloat16, float16, float8_e4m3fn, float8_e5m2, or uint8,
             as which numbers of four bits travel, two in a byte.
-        plan: of the same tokens.
+        plan: the plan of these tokens.
         topk_weights: [num_tokens, num_topk] floating: weights that travel with the rows. Differentiable.
         scales: [num_tokens, n] of any dtype: numbers that travel with each row, such as the scales of an fp8 row.
             Differentiable where floating.
@@ -215,9 +215,9 @@ def combine(
 
     Args:
         y: [plan.num_rows, hidden], contiguous; float64, float32, bfloat16 or float16. Rows of padding are not read.
-        plan: that of the dispatch.
+        plan: the plan of the dispatch.
         row_weights: [plan.num_rows] floating: each row is multiplied by its weight while it is summed. Differentiable,
-            with no further exchange. The received weights of an expert_major dispatch are what fits here.
+            with no further exchange. Pass the received weights of an expert_major dispatch.
         topk_weights: numbers that travel back beside the rows, in the shape in which `dispatch` returns them.
         after: any tensor that must exist before this exchange starts.
 
@@ -294,7 +294,7 @@ def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, gr
 
 
 def _without_columns(rows: Tensor) -> Tensor:
-    """Stands for rows that have no derivative, where their weights and scales may."""
+    """Rows of hidden size 0, in place of rows without a derivative: their weights and scales may have one."""
     return rows.new_empty((rows.shape[0], 0), dtype=torch.float32)
 
 
@@ -335,12 +335,12 @@ def _combine_weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _is_filled(recv_map: Tensor, layout: str) -> Tensor:
-    """[R] which rows are not padding. Those of padding may hold anything, NaN included: select, never multiply by 0."""
+    """[R] bool: rows that are not padding. Padding may hold NaN: select with it, never multiply by 0."""
     return recv_map >= 0 if layout == "expert_major" else (recv_map >= 0).any(1)
 
 
 def _weigh_backward(rows: Tensor, y: Tensor, row_weights: Tensor, is_filled: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of y and of its weights, where those of the weighted rows are `rows`."""
+    """The gradients of y and of its row weights. `rows` is the gradient of the weighted rows."""
     accumulate = torch.promote_types(y.dtype, torch.float32)
     wide = rows.to(accumulate)
     grad_y = torch.where(is_filled[:, None], wide * row_weights[:, None].to(accumulate), 0).to(y.dtype)
@@ -358,7 +358,7 @@ def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
     if type(rows) is not Tensor or torch.is_grad_enabled() or rows.nbytes <= block_bytes:
         grad_y, grad_weights = _weigh_backward(*arguments)
     else:
-        # Nothing that a block allocates outlives it: between such things malloc would find no room for the next block.
+        # No allocation outlives its block: a surviving one would fragment the heap and prevent its reuse.
         grad_y, grad_weights = rows, rows.new_empty(rows.shape[0], dtype=row_weights.dtype)
         num_blocks = min(rows.nbytes // block_bytes, max(1, rows.shape[0] // 2))
         blocks = [t.tensor_split(num_blocks) for t in (grad_y, grad_weights, *arguments)]

@@ -1,4 +1,4 @@
-"""An error that one rank alone meets before an exchange: the other ranks, which wait for it, are told."""
+"""Reports an error that one rank raises before an exchange to the other ranks, which wait for that rank."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ _Result = TypeVar("_Result")
 def reports_to_peers(
     op: str, position: int, name: str
 ) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
-    """For a public function that ends in the exchange of `op`. Compiled graphs have the operators' own checks alone.
+    """Decorates a public function that ends in the exchange of `op`. Compiled graphs run only the operators' checks.
 
     Args:
-        op: the operator, as in its errors.
-        position, name: of the argument that says which group: a group, or a plan with its name.
+        op: the operator's name, as its errors print it.
+        position, name: position and name of the argument that holds the group, or a plan that names the group.
     """
 
     def decorate(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         @functools.wraps(function)
-        def told(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        def report_error(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
             if torch.compiler.is_compiling():
                 return function(*args, **kwargs)
             begun = _C.exchanges_begun()
             try:
                 return function(*args, **kwargs)
             except Exception as error:
-                # Once the exchange has begun, the operator has told. Within a mode there may be no exchange at all.
+                # Once the exchange has begun, the operator reports. Under a dispatch mode there may be no exchange.
                 if _C.exchanges_begun() == begun and _get_current_dispatch_mode() is None:
                     source = args[position] if position < len(args) else kwargs.get(name)
                     torch.ops.ep._report_failure(op, _group_name(source), str(error))
                 raise
 
-        return told
+        return report_error
 
     return decorate
 
 
 def _group_name(source: Any) -> str:
-    """Of a group or a plan; a name that no group has, if it is neither."""
+    """The name of a group or of a plan's group. "?", which names no group, for any other value."""
     try:
         return resolve(getattr(source, "group_name", source))[0]
     except Exception:

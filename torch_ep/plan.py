@@ -1,4 +1,4 @@
-"""The plan: who sends what where, as plain tensors."""
+"""The plan: the source and destination of every row, as plain tensors."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Plan(NamedTuple):
     `L` local experts, `R` rows that `dispatch` returns. A slot is a position in a token's row of `topk_idx`.
 
     Attributes:
-        send_row: [T, K] int32. The row, among all that this rank sends, that carries the token for this slot; -1 for
-            no expert.
+        send_row: [T, K] int32. The sent row that carries the token for this slot, counted over all rows that this
+            rank sends; -1 for no expert.
         send_counts: [W] int32. Rows sent to each rank.
-        recv_counts: [W] int32. Rows that come from each rank, dropped ones included.
+        recv_counts: [W] int32. Rows received from each rank, dropped rows included.
         recv_topk_idx: [R, K], dtype of `topk_idx`. Local expert of each slot of a received row, or -1. None for layout
             expert_major.
         recv_pair: [R] int32. Which received (row, slot) pair, row * K + slot, or -1 for padding. None for layout
             rank_major.
         offsets: int32. expert_major: [L], where each expert's group of rows ends, as `grouped_mm` takes it.
             rank_major: [W], where the group of rows of each source rank ends.
-        tokens_per_expert: [L] int32. Rows of each local expert, without padding and without dropped ones.
-        num_dropped: [] int32. Rows that found no place within `capacity`.
+        tokens_per_expert: [L] int32. Rows of each local expert, without padding and dropped rows.
+        num_dropped: [] int32. Overflow: rows dropped because they exceed `capacity`.
         layout: "rank_major" or "expert_major".
         group_name: name of the ranks' group, "" for one rank.
     """
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
         return _recv_map(self).shape[0]
 
     def local_expert_of_rows(self) -> Tensor:
-        """The local expert, 0 to L - 1, of each received row; -1 for none. On the device; nothing waits for it.
+        """The local expert, 0 to L - 1, of each received row; -1 for none. Does not synchronize with the device.
 
         `to_sentinel` replaces the -1 where a kernel or framework wants another number.
 
@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
     @property
     def padded_tokens_per_expert(self) -> Tensor:
-        """[L] int32: rows of each local expert, padding included. On the device; nothing waits for it.
+        """[L] int32: rows of each local expert, padding included. Does not synchronize with the device.
 
         expert_major: the sizes of the groups that `offsets` ends. rank_major has no padding: `tokens_per_expert`.
         """
@@ -80,7 +80,7 @@ class Plan(NamedTuple):
 
 
 def _recv_map(plan: Plan) -> Tensor:
-    """The one of recv_topk_idx and recv_pair that the layout has."""
+    """recv_topk_idx for layout rank_major, recv_pair for layout expert_major."""
     recv_map = plan.recv_topk_idx if plan.layout == "rank_major" else plan.recv_pair
     if recv_map is None:
         name = "recv_topk_idx" if plan.layout == "rank_major" else "recv_pair"

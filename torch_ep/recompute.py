@@ -1,7 +1,7 @@
 """Keeps recomputation from communicating twice.
 
 Torch's default partitioner never recomputes a custom operator. Activation checkpointing does, and so does
-`torch._functorch.config.activation_memory_budget` below 1; these are the tools to exempt the exchanges from both.
+`torch._functorch.config.activation_memory_budget` below 1; this module exempts the exchanges from both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXCHANGES = (
     torch.ops.ep.dispatch.default,
     torch.ops.ep.combine.default,
     torch.ops.ep.combine.weighted,
-    # For inference, which a layer that is frozen may do amid training.
+    # Inference only: a frozen layer may run these during training.
     torch.ops.ep.low_latency_dispatch.default,
     torch.ops.ep.low_latency_dispatch_send.default,
     torch.ops.ep.low_latency_dispatch_recv.default,

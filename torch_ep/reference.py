@@ -1,7 +1,7 @@
 """The specification: the operators on all ranks at once, in plain torch, one row at a time.
 
-Every argument and result is a list with one entry a rank. Copied rows, indices and orders of the operators equal these
-bit by bit; so do their sums, since the order and the width of the accumulation are part of the specification.
+Every argument and result is a list with one entry per rank. Copied rows, indices and sums of the operators
+equal the reference bit by bit: the order and the width of the accumulation are part of the specification.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def dispatch(
     *,
     topk_weights: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """As `torch_ep.dispatch`, for every rank: (rows, weights or None). Scales move as the rows do."""
+    """As `torch_ep.dispatch`, for every rank: (rows, weights or None). Scales are permuted as the rows."""
     results: list[tuple[Tensor, Tensor | None]] = []
     for plan_, links in zip(plans, _links(plans), strict=True):
         num_topk = plan_.send_row.shape[1]
@@ -155,11 +155,11 @@ def combine(
     dtype = y[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     hidden = y[0].shape[1]
-    # wire[s][row]: what comes back to rank s for each row that it sent.
+    # wire[s][row]: the sum returned to rank s for each row that rank s sent.
     wire: list[dict[int, Tensor]] = [{} for _ in plans]
-    home_weights = None
+    source_weights = None
     if topk_weights is not None:
-        home_weights = [torch.zeros(p.send_row.shape, dtype=topk_weights[0].dtype) for p in plans]
+        source_weights = [torch.zeros(p.send_row.shape, dtype=topk_weights[0].dtype) for p in plans]
     for rank, (plan_, links) in enumerate(zip(plans, _links(plans), strict=True)):
         num_topk = plan_.send_row.shape[1]
         row_of = {} if plan_.recv_pair is None else {s: i for i, s in enumerate(plan_.recv_pair.tolist()) if s >= 0}
@@ -174,9 +174,9 @@ def combine(
                 if row_weights is not None:
                     term = row_weights[rank][j].to(wide) * term
                 acc = term if n == 0 else acc + term
-                if home_weights is not None and topk_weights is not None:
+                if source_weights is not None and topk_weights is not None:
                     values = topk_weights[rank][j]
-                    home_weights[source][t, ks] = values[ks] if plan_.recv_pair is None else values
+                    source_weights[source][t, ks] = values[ks] if plan_.recv_pair is None else values
             wire[source][row] = acc.to(dtype)
     results: list[tuple[Tensor, Tensor | None]] = []
     for rank, plan_ in enumerate(plans):
@@ -188,7 +188,7 @@ def combine(
                 total = term if total is None else total + term
             if total is not None:
                 sums[t] = total.to(dtype)
-        results.append((sums, None if home_weights is None else home_weights[rank]))
+        results.append((sums, None if source_weights is None else source_weights[rank]))
     return results
 
 
@@ -214,7 +214,7 @@ def quantize(x: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
     return torch.cat(rows, 1), torch.cat(scales, 1)
 
 
-def _as_sent(x: Tensor, how: Quantize | None) -> tuple[Tensor, Tensor | None]:
+def _maybe_quantize(x: Tensor, how: Quantize | None) -> tuple[Tensor, Tensor | None]:
     return (x, None) if how is None else quantize(x, how)
 
 
@@ -227,10 +227,10 @@ def low_latency_dispatch(
     topk_weights: Sequence[Tensor] | None = None,
     quantize: Quantize | None = None,
 ) -> list[tuple[Tensor, Tensor | None, LowLatencyPlan]]:
-    """As `torch_ep.low_latency_dispatch`, for every rank: (rows, scales or None, plan). What is undefined is zero."""
+    """As `torch_ep.low_latency_dispatch`, for every rank: (rows, scales or None, plan). Undefined values are zero."""
     world_size, num_topk = len(x), topk_idx[0].shape[1]
     num_local, room = num_experts // world_size, world_size * max_tokens_per_rank
-    sent = [_as_sent(t, quantize) for t in x]
+    sent = [_maybe_quantize(t, quantize) for t in x]
     rows_of, scales_of = [rows for rows, _ in sent], [scales for _, scales in sent if scales is not None]
     ints: dict[str, Any] = {"dtype": torch.int32}
     results: list[tuple[Tensor, Tensor | None, LowLatencyPlan]] = []

@@ -1,7 +1,7 @@
-"""How the ranks of a process group find each other before they have connections: through the group's store alone.
+"""Rendezvous of the ranks of a process group through the group's store, before the ranks have connections.
 
-Nothing here depends on what a process has done before, so ranks with different histories agree: every message is found
-under a random name of its own. No access to the store can hang: it ends at the deadline, whatever its host does.
+Every message has a random key, so the rendezvous does not depend on earlier calls of any rank. Every access to the
+store ends at its deadline, even if the host of the store is dead.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ T = TypeVar("T")
 # Ranks must run the same protocol (csrc/c10d/channel.h, exchange.h). Raise it with every change of a message.
 PROTOCOL = 3
 
-# What rank 0 waits less than the others, so that they hear from it who did not come.
+# Rank 0 times out this much earlier than the other ranks, so that it can report the missing ranks to them.
 _VERDICT = timedelta(seconds=2)
-# How often a wait in Python looks for signals.
+# Interval at which a wait in Python checks for signals, in seconds.
 _TICK_S = 0.1
 
 
 def _bounded(what: str, timeout: timedelta, act: Callable[[], T]) -> T:
-    """What `act` returns. A `DistError` if it takes longer: a dead host may keep it waiting for ever."""
+    """Runs `act` and returns its result. Raises `DistError` after `timeout`: `act` may hang on a dead host."""
     result: list[T] = []
     raised: list[BaseException] = []
 
@@ -64,19 +64,19 @@ def _names(ranks: list[int]) -> str:
 def all_gather(
     group: dist.ProcessGroup, op: str, value: str, timeout: timedelta, *, failure: str | None = None
 ) -> list[str]:
-    """Every rank's value, by group rank. Collective; no rank gets them before all have come. O(world_size) requests.
+    """Every rank's value, by group rank. Collective; returns after all ranks have called it. O(world_size) requests.
 
     Rank 0 collects the values and answers each rank under the random name that it gave.
 
     Args:
-        group: its ranks.
-        op: whom an error names.
-        value: this rank's.
+        group: the group of ranks.
+        op: the name in error messages.
+        value: this rank's value.
         timeout: how long to wait for the other ranks.
-        failure: why this rank cannot go on: raised on every rank instead.
+        failure: this rank's error, which every rank raises instead of returning values.
 
     Raises:
-        torch.distributed.DistError: a rank did not come in time or failed, the store does not answer, or ranks run
+        torch.distributed.DistError: a rank timed out or failed, the store does not answer, or ranks run
             different versions of torch_ep.
     """
     rank, world_size = group.rank(), group.size()
@@ -101,7 +101,7 @@ def all_gather(
             entries = [json.loads(store.get(key)) for key in keys]
         except Exception:
             entries = []
-        while entries and not all(entries) and time.monotonic() < deadline:  # one that gave up earlier may come again
+        while entries and not all(entries) and time.monotonic() < deadline:  # a rank that timed out earlier may retry
             time.sleep(0.02)
             entries = [json.loads(store.get(key) or b"null") for key in keys]
         if not entries or not all(entries):
@@ -129,7 +129,7 @@ def all_gather(
         return check(answer, shared)
 
     def linger(names: list[str]) -> None:
-        """Rank 0 may keep the store, and the program may end on the error: first let the others read why."""
+        """Waits until all ranks have read the error: rank 0 may host the store, and the error may end it."""
         end = time.monotonic() + _VERDICT.total_seconds()
         while any(store.check([name]) for name in names) and time.monotonic() < end:
             time.sleep(0.02)
@@ -148,7 +148,7 @@ def all_gather(
         return check(both, shared)
 
     def check(answer: str, shared: str) -> list[str]:
-        if store.add(f"{shared}/readers", 1) == world_size:  # the last one tidies up
+        if store.add(f"{shared}/readers", 1) == world_size:  # the last reader deletes the keys
             store.delete_key(shared)
             store.delete_key(f"{shared}/readers")
         both = json.loads(answer)
@@ -173,15 +173,15 @@ def all_gather(
                 f"has ended or cannot be reached: {str(error).splitlines()[0]}"
             ) from None
         except BaseException:
-            store.set(keys[rank], "")  # gave up: not to be taken for present
+            store.set(keys[rank], "")  # marks this rank as absent after the error
             raise
 
     return _bounded(op, timeout + 2 * _VERDICT, exchange)
 
 
 def report_failure(group: dist.ProcessGroup, op: str, failure: str, timeout: timedelta) -> None:
-    """Tells the other ranks, which are in `all_gather` or will come to it, that this rank failed before."""
-    # Raised are the failure itself, or that a rank does not come: the caller's error says more.
+    """Reports this rank's failure to the other ranks, which are in `all_gather` or will call it."""
+    # all_gather raises the failure or a timeout. The caller's own error is more specific.
     with suppress(dist.DistError):
         all_gather(group, op, "", timeout, failure=failure)
 

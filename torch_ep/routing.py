@@ -1,4 +1,4 @@
-"""Between -1 for "no expert", as plans have it, and the number that a framework has for it."""
+"""Converts between -1, which plans use for "no expert", and a framework's sentinel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["from_sentinel", "to_sentinel"]
 
 
 def to_sentinel(topk_idx: Tensor, sentinel: int) -> Tensor:
-    """topk_idx with `sentinel` in place of -1: what frameworks take that have another number for "no expert".
+    """Replaces -1 by `sentinel`, for frameworks that use another number for "no expert".
 
     Args:
         topk_idx: int32 or int64, of any shape: experts, or -1 for none, as `Plan.local_expert_of_rows` returns them.
-        sentinel: no expert's number; most often the number of experts.
+        sentinel: a number that no expert has, usually the number of experts.
 
     Returns:
         A new tensor of the shape and dtype of `topk_idx`.
@@ -28,7 +28,7 @@ def to_sentinel(topk_idx: Tensor, sentinel: int) -> Tensor:
 
 
 def from_sentinel(topk_idx: Tensor, sentinel: int) -> Tensor:
-    """topk_idx with -1 in place of `sentinel`, as `plan` and `low_latency_dispatch` take it: undoes `to_sentinel`.
+    """Replaces `sentinel` by -1, as `plan` and `low_latency_dispatch` expect. The inverse of `to_sentinel`.
 
     Args, Returns: as `to_sentinel`.
     """

@@ -135,7 +135,7 @@ def allocate(
     return (_from_torch if provider == "torch" else _from_nvshmem)(group, nbytes, device, timeout)
 
 
-# --- what ranks tell each other ---
+# --- exchanges between ranks ---
 
 
 def _all_gather(group: dist.ProcessGroup, value: str, timeout: timedelta) -> list[str]:
@@ -144,14 +144,14 @@ def _all_gather(group: dist.ProcessGroup, value: str, timeout: timedelta) -> lis
 
 
 def _on_every_rank(group: dist.ProcessGroup, provider: str, timeout: timedelta, act: Callable[[], T]) -> T:
-    """What `act` returns, once it is done on every rank; raises on every rank what it raised on any."""
+    """Runs `act` on every rank and returns its result. If `act` raises on any rank, every rank raises that error."""
     result, error = None, None
     try:
         result = act()
     except Exception as e:
         error = e
     ranks_of = defaultdict(list)
-    for rank, problem in enumerate(_all_gather(group, _words(error), timeout)):
+    for rank, problem in enumerate(_all_gather(group, _error_text(error), timeout)):
         if problem:
             ranks_of[problem].append(rank)
     if ranks_of:
@@ -160,17 +160,17 @@ def _on_every_rank(group: dist.ProcessGroup, provider: str, timeout: timedelta, 
     return result  # type: ignore[return-value]
 
 
-def _words(error: Exception | None) -> str:
+def _error_text(error: Exception | None) -> str:
     if error is None:
         return ""
     return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
 
 
-# --- who can reach whom ---
+# --- peer access ---
 
 
 def _facts(device: torch.device) -> dict[str, Any]:
-    """What the others have to know of this rank. `reach`: by UUID of each GPU it sees, whether its own reaches it."""
+    """This rank's device, for the other ranks. `reach`: peer access from this GPU to each visible GPU, by UUID."""
     facts: dict[str, Any] = {"host": _host(), "gpu": None, "index": None, "reach": {}, "runs": False, "problem": None}
     if device.type != "cuda" or not torch.cuda.is_available():
         return facts
@@ -181,13 +181,13 @@ def _facts(device: torch.device) -> dict[str, Any]:
         with torch.cuda.device(own):
             facts["runs"] = torch.ops.ep._nvlink_runs()
         facts["reach"] = {uuid: i == own or torch.cuda.can_device_access_peer(own, i) for i, uuid in enumerate(uuids)}
-    except Exception as error:  # the other ranks wait for an answer
+    except Exception as error:  # report it: the other ranks wait for this rank's value
         facts["problem"] = f"{type(error).__name__}: {error}"
     return facts
 
 
 def _host() -> str:
-    """Tells hosts from each other that have the same name, too."""
+    """Identifies the host. The boot id separates hosts that have the same name."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -237,7 +237,7 @@ def _why_not(ranks: Sequence[Mapping[str, Any]], provider: Provider = "torch") -
 
 
 class _Owner:
-    """Holds memory; once dropped, leaves it to whoever allocates next. Freeing it here could wait for the device."""
+    """Holds memory. Its destructor keeps the memory for the next allocation: a free could wait for the device."""
 
     def __init__(self, memory: object, released: list) -> None:
         self._memory, self._released = memory, released
@@ -246,28 +246,28 @@ class _Owner:
         self._released.append(self._memory)
 
 
-def _for_ever(items: list) -> list:
-    """The list, with a reference that nobody gives back.
+def _never_freed(items: list) -> list:
+    """Leaks one reference to the list and returns the list.
 
-    At exit the interpreter destroys what lists hold, and torch would wait for the device to free it: for ever, if a
-    kernel of some library waits for a peer that is gone. The driver takes the memory when the process has ended.
+    At exit the interpreter destroys the elements of lists, and torch waits for the device before it frees memory. The
+    wait never ends if a kernel waits for a dead peer. The driver reclaims the memory when the process ends.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(items))
     return items
 
 
-_released_by_torch: list[object] = _for_ever([])
-_released_heap: list[_Block] = _for_ever([])
+_released_by_torch: list[object] = _never_freed([])
+_released_heap: list[_Block] = _never_freed([])
 
 
 # --- provider "torch" ---
 
 
-class _Renumbered(dist.Store):
-    """A group's store, for one rendezvous: counts its exchanges from 0.
+class _RenumberingStore(dist.Store):
+    """A group's store for one rendezvous. Numbers the exchanges from 0.
 
-    torch numbers the exchanges of all groups of a process in one sequence and uses the number as a key. Ranks that have
-    been in different numbers of groups would wait for each other's keys for ever.
+    torch numbers the exchanges of all groups of a process in one sequence and uses the number as a key. Ranks that
+    joined different numbers of groups would wait for keys that no rank sets.
     """
 
     def __init__(self, store: dist.Store, timeout: timedelta) -> None:
@@ -307,8 +307,8 @@ def _from_torch(group: dist.ProcessGroup, nbytes: int, device: torch.device, tim
                 f"expected torch's symmetric memory to have backend 'CUDA', got {backend!r}: TORCH_SYMMMEM or "
                 "torch.distributed._symmetric_memory.set_backend has chosen it"
             )
-        # Not `_symmetric_memory.empty`: its memory pool hands out what ranks released in orders of their own, and the
-        # rendezvous takes what it has met before for met, without asking the other ranks.
+        # Not `_symmetric_memory.empty`: its memory pool may return different blocks on different ranks, and the
+        # rendezvous caches its result per block without an exchange with the other ranks.
         tensor = _SymmetricMemory.empty_strided_p2p((nbytes,), (1,), torch.uint8, device)
         tensor.zero_()
         torch.cuda.synchronize(device)
@@ -320,7 +320,7 @@ def _from_torch(group: dist.ProcessGroup, nbytes: int, device: torch.device, tim
         tensor = _on_every_rank(group, "torch", timeout, zeros)
         # The rendezvous of a process group that has no backend goes through its store alone.
         name = "torch_ep/symmetric/" + _all_gather(group, uuid.uuid4().hex, timeout)[0]
-        store = _Renumbered(dist.PrefixStore(name, group.get_group_store()), timeout)
+        store = _RenumberingStore(dist.PrefixStore(name, group.get_group_store()), timeout)
         stand_in = dist.ProcessGroup(store, group.rank(), group.size())
         _register_process_group(name, stand_in)  # type: ignore[arg-type] # a NewType of str
         try:
@@ -353,7 +353,7 @@ class _Bytes:
 
 
 _HEAP_DEFAULT = 2**30  # NVSHMEM's own
-_HEAP_SPARE = 2**28  # what NVSHMEM takes of its heap for itself, with room to spare
+_HEAP_SPARE = 2**28  # bytes: upper bound on NVSHMEM's own use of its heap
 _num_blocks = 0
 
 
@@ -411,7 +411,7 @@ def _init_nvshmem(
 
     def begin() -> bytes | None:
         """None: is initialized. Else the unique id on global rank 0, and nothing on the others."""
-        uid = core.get_unique_id(empty=True)  # loads the library, too
+        uid = core.get_unique_id(empty=True)  # also loads the library
         if core.init_status() >= core.InitStatus.STATUS_IS_INITIALIZED:
             if (core.my_pe(), core.n_pes()) != (rank, world_size):
                 raise RuntimeError(

@@ -187,7 +187,7 @@ def exchange_by_number(rank: int, world_size: int, first: list[int]) -> list[lis
     # A new prefix each time: the shared world's store lives on.
     name = symmetric._all_gather(dist.group.WORLD, uuid.uuid4().hex, TIMEOUT)[0]
     shared = dist.PrefixStore(f"test/{name}", dist.group.WORLD.get_group_store())
-    renumbered = symmetric._Renumbered(shared, TIMEOUT)
+    renumbered = symmetric._RenumberingStore(shared, TIMEOUT)
     store = dist.PrefixStore("any", renumbered)  # calls it from C++
     found = []
     for count in range(2):
