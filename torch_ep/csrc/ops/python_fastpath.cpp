@@ -1,11 +1,13 @@
-// What Python imports as torch_ep._C: the registrations of schemas.cpp, and a short way from the public functions to
-// the operators. torch.ops looks at every argument by the operator's schema, boxes it and unboxes it again, and Python
-// takes plans apart and puts them together: longer than all that the operators themselves do on the host, and after an
-// exact plan a device waits for that. The short way is for calls that nobody is to notice before the dispatcher; for
-// others it returns None, and torch_ep/ops.py goes the long way. From the dispatcher on, with its modes and profilers,
-// both are one.
+// The Python module torch_ep._C: the registrations of schemas.cpp, and a fast path from the public functions to the
+// operators.
 //
-// has_tangent tells torch_ep/derivatives.py whether forward mode has to do with a call.
+// Note [Python fast path]. torch.ops checks every argument against the operator's schema, boxes it and unboxes it, and
+// Python unpacks and builds plans. This takes longer than the operators' own work on the host, and after an exact plan
+// the device waits for it. The fast path takes calls that nothing intercepts before the dispatcher. For other calls it
+// returns None, and torch_ep/ops.py takes the slow path. Both paths are identical from the dispatcher on, with its modes
+// and profilers.
+//
+// has_tangent returns to torch_ep/derivatives.py whether an argument of a call has a forward-mode tangent.
 #include "core/backend.h"
 #include "ops/ops.h"
 
@@ -52,8 +54,8 @@ class Arguments {
       : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
     TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
-  // A mode, a subclass, autograd or a transform of torch.func has a say; or an argument is of another type, as the long
-  // way will tell.
+  // True if a mode, a subclass, autograd or a torch.func transform intercepts the call, or if an argument has another
+  // type, which the slow path reports.
   bool is_noticed() const { return is_noticed_; }
 
   PyObject* object() { return *next_++; }
@@ -116,7 +118,7 @@ class PlanArguments {
     is_whole_ = recv_map != Py_None;
     fields_ = {field(kSendRow), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
   }
-  // False: the long way says what is wrong.
+  // False: the slow path raises the error.
   bool is_whole() const { return is_whole_; }
   Arguments arguments() const { return {fields_.data(), kCount, kCount}; }
 
