@@ -4,10 +4,10 @@
 // Note [Python fast path]. torch.ops checks every argument against the operator's schema, boxes it and unboxes it, and
 // Python unpacks and builds plans. This takes longer than the operators' own work on the host, and after an exact plan
 // the device waits for it. The fast path takes calls that nothing intercepts before the dispatcher. For other calls it
-// returns None, and torch_ep/ops.py takes the slow path. Both paths are identical from the dispatcher on, with its modes
-// and profilers.
+// returns None, and torch_ep/ops.py takes the slow path. Both paths are identical from the dispatcher on, with its
+// modes and profilers.
 //
-// has_tangent returns to torch_ep/derivatives.py whether an argument of a call has a forward-mode tangent.
+// has_tangent, for torch_ep/derivatives.py: whether an argument of a call has a forward-mode tangent.
 #include "core/backend.h"
 #include "ops/ops.h"
 
