@@ -18,7 +18,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// How often a wait runs signal handlers and looks at the other peers. Bounds the delay of Ctrl-C and of a timeout.
+// How often a wait runs signal handlers and polls the other peers. Bounds the delay of Ctrl-C and of a timeout.
 constexpr milliseconds kTick{100};
 // How long a rank that saw a failure waits for the notes of others. They fail at almost the same time.
 constexpr milliseconds kGrace{1500};
@@ -168,7 +168,7 @@ Channel::~Channel() {
   if (!is_forked()) {
     close("torch_ep.destroy was called there, or its process ended", {}, /*in_exchange=*/false);
   } else {
-    gloo_.release();  // its threads are those of the parent
+    gloo_.release();  // its threads exist only in the parent
   }
 }
 

@@ -1,5 +1,5 @@
 // The connections between the ranks of one communicator: messages from rank to rank, waits that end by themselves, and
-// the failure notes by which a rank that gives up tells the others why.
+// the failure notes by which a rank that aborts reports the reason to its peers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -112,7 +112,7 @@ class Channel {
   int64_t sequence() const { return sequence_; }
   // Why it is closed; empty while it is open.
   const std::string& closed() const { return closed_; }
-  // Whether this process is a fork of the one that connected.
+  // Whether this process was forked from the process that connected.
   bool is_forked() const;
   // Whether a peer has left, as far as this rank has heard. Never waits.
   bool is_deserted();
@@ -133,7 +133,7 @@ class Channel {
   // or 1.
   at::Tensor wire_buffer(size_t which, at::IntArrayRef sizes, const at::TensorOptions& options);
   static constexpr int64_t kKeptBytes = int64_t{64} << 20;
-  // For a wait that is not the channel's own: runs signal handlers and looks whether a peer has left.
+  // For waits outside the channel: runs signal handlers and polls for an abort of a peer.
   std::optional<Failure> check_peers();
 
   // Leaves failure notes and closes all connections. Nothing happens if it is closed already.

@@ -136,7 +136,8 @@ bool is_connected(const std::string& group_name) {
 }
 
 void destroy_communicator(const std::string& group_name) {
-  std::shared_ptr<Communicator> last;  // destroyed after the lock is released: it says goodbye to its peers
+  // Destroyed after the lock is released: the destructor closes the channel to the peers.
+  std::shared_ptr<Communicator> last;
   std::lock_guard<std::mutex> lock(registry_mutex);
   const auto found = registry().find(group_name);
   if (found != registry().end()) {

@@ -20,7 +20,7 @@ using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
-// How often a wait for the device runs signal handlers and looks at the peers.
+// How often a wait for the device runs signal handlers and polls the peers.
 constexpr milliseconds kDeviceTick{100};
 
 std::string list_ranks(const std::vector<int>& ranks) {
@@ -36,7 +36,7 @@ std::string list_ranks(const std::vector<int>& ranks) {
 // A header tells its receiver only the rows between the two: per-pair counts for all pairs would be W numbers per
 // header and W squared per rank. So that every rank still learns of a disagreement between any two, a header also
 // carries two sums of hashes: over the rows that its sender sends to each peer, and over those that it expects from
-// each. Over all headers the two sums are equal if every expectation is met.
+// each. Over all headers the two sums are equal if every rank receives the rows it expects.
 uint64_t mix(uint64_t x) {  // the finalizer of splitmix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
   x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
@@ -275,7 +275,7 @@ void Exchange::finish() {
   is_over_ = true;
 }
 
-// The group's own backend moves these rows, and knows nothing of notes: look for them now and then.
+// The group's own backend moves these rows, and does not receive failure notes: poll for them.
 void Exchange::await_device(const c10::intrusive_ptr<c10d::Work>& work) {
   auto look = steady_clock::now() + kDeviceTick;
   while (!work->isCompleted()) {

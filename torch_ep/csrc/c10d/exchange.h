@@ -17,7 +17,7 @@ namespace ep {
 class Exchange final : public RowExchange {
  public:
   // Starts the headers and returns at once. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
-  // that it expects from r, empty if only the headers will tell. `failure`: this rank's own error, for its peers.
+  // that it expects from r, empty if only the headers determine them. `failure`: this rank's own error, for its peers.
   Exchange(
       std::shared_ptr<Communicator> comm,
       OpKind op,

@@ -17,7 +17,7 @@ namespace ep {
 
 // Upper bounds of integer arguments. With them no product of two arguments and no sum of rows overflows an int64, and
 // no table that is sized by one of them is out of proportion. `torch_ep/meta.py` has the same ones.
-constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // of what is counted or indexed by an int32
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // bound of int32 counts and indices
 constexpr int64_t kMaxExperts = int64_t{1} << 24;
 constexpr int64_t kMaxTopk = (int64_t{1} << 16) - 1;
 constexpr int64_t kMaxPadding = int64_t{1} << 30;  // rows of padding of all local experts
@@ -94,7 +94,7 @@ inline c10::SmallVector<Dim, 2> dims_of(const at::Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
-// What a shape follows from, and what to do about another one.
+// The reason for an expected shape, and the remedy for another shape.
 struct ShapeOf {
   const char* what;
   const char* remedy;

@@ -12,7 +12,7 @@
 namespace ep {
 
 // What an exchange is for. Every rank issues the same sequence of these on one group. The halves of a low-latency
-// operator are one exchange: that of `_send`.
+// operator are one exchange, which `_send` begins.
 enum class OpKind : int64_t {
   init = 0,
   plan = 1,

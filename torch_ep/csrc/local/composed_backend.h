@@ -74,13 +74,13 @@ class ComposedBackend : public Backend {
   ComposedBackend(int64_t world_size, const Limits& limits) : world_size_(world_size), limits_(limits) {}
 
   // Begins an exchange; nullptr with one rank. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
-  // that it expects from r, empty if only the exchange will tell.
+  // that it expects from r, empty if only the exchange determines them.
   virtual std::unique_ptr<RowExchange> begin_exchange(
       OpKind op,
       const std::vector<int64_t>& send_rows,
       const std::vector<int64_t>& recv_rows,
       const std::vector<Agreed>& agreed) = 0;
-  // Sends an error of this rank alone, met before its exchange began, to the others.
+  // Reports an error that this rank raised before its exchange began to the peers.
   virtual void report(OpKind op, const std::string& failure) = 0;
   virtual at::Tensor make_wire_buffer(WireBuffer which, at::IntArrayRef sizes, const at::TensorOptions& options);
 

@@ -1,8 +1,8 @@
 // The part of each operator that one rank does alone: count, permute, pad, expand, reduce. One table of functions per
 // kind of device; a composed backend is these plus an exchange.
 //
-// Vocabulary. A *wire row* is what crosses a link: one per (token, destination rank), ordered by destination, then
-// token, at the sender; by source, then token, at the receiver. A *row* is what dispatch returns.
+// Vocabulary. A *wire row* crosses a link, one per (token, destination rank), ordered by destination, then
+// token, at the sender; by source, then token, at the receiver. Dispatch returns *rows*.
 #pragma once
 
 #include "core/checks.h"

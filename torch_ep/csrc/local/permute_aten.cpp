@@ -71,7 +71,7 @@ RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv
     return plan;
   }
   const auto flat = wire_topk.view(-1).to(at::kLong);
-  // A stable sort by expert keeps wire order inside a group; -1 goes behind all experts.
+  // A stable sort by expert keeps wire order inside a group; -1 sorts after all experts.
   const auto [experts, order] = at::where(flat.ge(0), flat, num_experts).sort(/*stable=*/true, 0, false);
   const auto counts = experts.bincount({}, num_experts + 1).narrow(0, 0, num_experts);
   const auto padded = (counts + options.alignment - 1).div(options.alignment, "floor") * options.alignment;
@@ -83,7 +83,7 @@ RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv
   const auto rank_in_group = at::arange(experts.size(0), flat.options()) - sorted_begin.index_select(0, expert);
   auto row = begin.index_select(0, expert) + rank_in_group;
   row = at::where(experts.lt(num_experts).logical_and(row.lt(rows)), row, rows);
-  auto recv_pair = at::full({rows + 1}, -1, ints);  // the last is for what has no place
+  auto recv_pair = at::full({rows + 1}, -1, ints);  // the last entry takes overflow
   recv_pair.scatter_(0, row, order.to(at::kInt));
   plan.recv_map = recv_pair.narrow(0, 0, rows);
   plan.offsets = ends.clamp_max(rows).to(at::kInt);
@@ -149,7 +149,7 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
   return select_or_zero(x, token.narrow(0, 0, wire_rows));
 }
 
-// The place of (token, slot) in a flat [wire_rows, num_topk], or -1.
+// The index of (token, slot) in a flat [wire_rows, num_topk], or -1.
 at::Tensor flat_slots(const at::Tensor& send_row) {
   const auto slot = send_row.to(at::kLong);
   const auto column = at::arange(send_row.size(1), slot.options());
@@ -172,7 +172,7 @@ at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
 // out[i] = sum over columns k of rows[index[i, k]] (times weights), -1 skipped.
 at::Tensor sum_selected(const at::Tensor& rows, const std::optional<at::Tensor>& weights, const at::Tensor& index) {
   const auto acc_type = accumulator_of(rows);
-  // -0 is what changes nothing in a sum, not even the sign of another zero; a row that sums nothing is +0.
+  // Adding -0 never changes a sum, not even the sign of a zero; a row that sums nothing is +0.
   auto acc = at::full({index.size(0), rows.size(1)}, -0.0, rows.options().dtype(acc_type));
   for (int64_t k = 0; k < index.size(1); ++k) {
     const auto column = index.select(1, k);

@@ -96,7 +96,7 @@ class Device {
     }
   }
 
-  // Each waiting plan has a word of its own.
+  // One word per waiting plan.
   PlanReply* take_reply() {
     const std::lock_guard lock(mutex_);
     if (replies_.empty()) {
@@ -590,7 +590,7 @@ constexpr CudaKernels kKernels{
     .run_on = run_on,
 };
 
-// Loading the library is what registers them.
+// Loading the library registers them.
 [[maybe_unused]] const bool is_registered = [] {
   cuda_kernels = &kKernels;
   return true;

@@ -367,7 +367,7 @@ int common_alignment(const void* a, const void* b, int64_t bytes) {
   return static_cast<int>(bits & -bits);
 }
 
-// Kernels behind fill_row_of start while it runs.
+// Kernels after fill_row_of start while it runs.
 Launch launch_of(const RowMap& map) {
   return map.recv_pair != nullptr ? Launch::overlapped : Launch::plain;
 }

@@ -14,7 +14,7 @@ inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
 }
 
-// --- what kernels report ---
+// --- kernel error reports ---
 
 // In page-locked host memory, one per device. Holds the first failure since the host last read it. A kernel writes
 // `kind` last; the host sets it back to `none`.
@@ -24,7 +24,7 @@ struct PermuteReport {
   int64_t kind;
   int64_t is_combine;  // bad_plan: of dispatch or combine
   int64_t tensor;      // bad_plan: which PlanTensor
-  int64_t bound;       // what the value had to be below
+  int64_t bound;       // exclusive upper bound of the value
   int64_t value;
   int64_t token, slot;   // bad_topk: where
   int64_t earlier_slot;  // bad_topk: the slot of the token with the same value, or -1 if the value is out of range

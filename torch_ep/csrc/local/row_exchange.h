@@ -26,13 +26,13 @@ class RowExchange {
   virtual void start(const at::Tensor& received, const at::Tensor& sent, const std::vector<int64_t>& recv_rows) = 0;
   // Waits for everything started. The exchange ends here.
   virtual void finish() = 0;
-  // Ends an exchange that this rank cannot finish: the peers are told why.
+  // Aborts an exchange that this rank cannot finish, and reports the reason to the peers.
   virtual void abandon(const std::string& why) = 0;
   // After `confirm`: how much later than this rank each rank came, in ns; 0 for the earlier ones. Between hosts it is
   // as exact as their clocks.
   virtual const std::vector<int64_t>& wait_ns() const = 0;
 
-  // Returns what `f`, a part of the exchange, does; the peers are told what it throws.
+  // Runs `f`, a part of the exchange, and returns its result. Reports its exception to the peers.
   template <class F>
   auto run(const F& f) {
     try {

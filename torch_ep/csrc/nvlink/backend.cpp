@@ -225,7 +225,7 @@ class Nvlink final : public Backend {
     }
     C10_CUDA_CHECK(launch_plan(args, stream));
     if (args.refused && !exact) {
-      // The kernel tells the peers; this rank need not wait to know.
+      // The kernel reports to the peers; this rank does not wait.
       TORCH_CHECK_VALUE(false, refusal(num_tokens, most_tokens));
     }
     if (exact) {
@@ -257,7 +257,7 @@ class Nvlink final : public Backend {
       args.weights = data<char>(*topk_weights);
       args.out_weights = mutable_data<char>(*std::get<1>(result));
     }
-    // Scales travel in the row's record if there is room beside at least as much of the row.
+    // Scales travel in the wire row if there is room beside at least as much of the row.
     const int64_t scale_bytes = bytes_per_row(scales);
     const bool beside = 2 * (round_up(scale_bytes, kVector) + wire_row_tail(args.format, num_topk)) <= wire_row_limit();
     if (scales && beside) {
@@ -441,7 +441,7 @@ class Nvlink final : public Backend {
       C10_THROW_ERROR(DistError, fatal_);
     }
     reported.store(Failure::none, std::memory_order_release);
-    // Of several ranks with too many tokens each is told its own number, whichever it heard of first.
+    // Of several ranks with too many tokens each reports its own number, whichever report arrived first.
     const bool too_many = kind == Failure::too_many_tokens;
     const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
     const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;

@@ -67,8 +67,8 @@ struct Handshake {
   int32_t num_experts, num_topk;
   int32_t hidden, dtype;  // of a row; dtypes are of at::ScalarType
   int32_t max_tokens, quantize;
-  int32_t weight_bytes, weight_dtype;  // of the topk_weights of a token
-  int32_t scale_bytes, scale_dtype;    // of the scales of a token
+  int32_t weight_bytes, weight_dtype;  // topk_weights, per token
+  int32_t scale_bytes, scale_dtype;    // scales, per token
 
   EP_HOST_DEVICE int32_t field(int i) const { return (&num_experts)[i]; }
   EP_HOST_DEVICE uint64_t word(int i) const {

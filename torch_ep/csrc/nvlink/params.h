@@ -33,7 +33,7 @@ constexpr bool is_fatal(Failure kind) {
          kind == Failure::too_many_in_flight;
 }
 
-// Of an exchange: what a rank waits for.
+// The phase of an exchange in which a rank waits.
 enum class Phase : int64_t { handshake, credit, counts, rows, gate };
 
 struct FailureReport {

@@ -63,7 +63,7 @@ PlanResult make_plan(
   return backend->plan(topk_idx, options);
 }
 
-// Checks rows and what travels with them: per token in dispatch, per received row in combine.
+// Checks rows and their payloads: per token in dispatch, per received row in combine.
 void check_payloads(
     const char* op,
     const char* rows_name,

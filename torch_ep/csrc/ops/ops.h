@@ -1,4 +1,4 @@
-// The operators' functions; shapes and meanings are those of torch_ep/ops.py.
+// The operators' functions; torch_ep/ops.py documents shapes and meanings.
 #pragma once
 
 #include "core/types.h"

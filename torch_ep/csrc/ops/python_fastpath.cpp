@@ -1,14 +1,14 @@
-// What Python imports as torch_ep._C: the registrations of schemas.cpp, and a fast path from the public functions to the
-// operators. torch.ops checks every argument against the operator's schema, boxes it and unboxes it again, and Python
-// takes plans apart and puts them together. That costs more than the host's part of the operators, and after an exact
-// plan a device waits for it. Measured on a CPU, one rank, 4 tokens of 8 elements, torch 2.13, microseconds per call on
-// the fast path and without it: plan 11 and 17, dispatch 6 and 21, combine 5 and 20.
+// The Python module torch_ep._C: the registrations of schemas.cpp, and a fast path from the public functions to the
+// operators.
 //
-// The fast path takes calls that no mode, subclass or transform has to see before the dispatcher. For other calls it
-// returns None, and torch_ep/ops.py takes the slow path. From the dispatcher on, with its modes and profilers, both
-// paths are one.
+// Note [Python fast path]. torch.ops checks every argument against the operator's schema, boxes it and unboxes it, and
+// Python unpacks and builds plans. This takes longer than the operators' own work on the host, and after an exact plan
+// the device waits for it. The fast path takes calls that nothing intercepts before the dispatcher. For other calls it
+// returns None, and torch_ep/ops.py takes the slow path. Both paths are identical from the dispatcher on, with its
+// modes and profilers. Measured on a CPU, one rank, 4 tokens of 8 elements, torch 2.13, microseconds per call with the
+// fast path and without it: plan 11 and 17, dispatch 6 and 21, combine 5 and 20.
 //
-// has_tangent tells torch_ep/derivatives.py whether forward mode has to do with a call.
+// has_tangent, for torch_ep/derivatives.py: whether an argument of a call has a forward-mode tangent.
 #include "core/backend.h"
 #include "ops/ops.h"
 
@@ -55,8 +55,8 @@ class Arguments {
       : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
     TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
-  // A mode, a subclass, autograd or a transform of torch.func has a say; or an argument is of another type, as the slow
-  // path will report.
+  // True if a mode, a subclass, autograd or a torch.func transform intercepts the call, or if an argument has another
+  // type, which the slow path reports.
   bool is_noticed() const { return is_noticed_; }
 
   PyObject* object() { return *next_++; }
@@ -119,7 +119,7 @@ class PlanArguments {
     is_whole_ = recv_map != Py_None;
     fields_ = {field(kSendRow), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
   }
-  // False: the long way says what is wrong.
+  // False: the slow path raises the error.
   bool is_whole() const { return is_whole_; }
   Arguments arguments() const { return {fields_.data(), kCount, kCount}; }
 

@@ -1,4 +1,4 @@
-// Every schema of torch_ep. Importing the extension is what registers them. The fakes are in torch_ep/meta.py, the
+// Every schema of torch_ep. Importing the extension registers them. The fakes are in torch_ep/meta.py, the
 // autograd formulas in torch_ep/ops.py.
 #include "ops/ops.h"
 
