@@ -353,7 +353,7 @@ class _Bytes:
 
 
 _HEAP_DEFAULT = 2**30  # NVSHMEM's own
-_HEAP_SPARE = 2**28  # bytes: bytes of its heap that NVSHMEM uses itself, with a margin
+_HEAP_SPARE = 2**28  # bytes of its heap that NVSHMEM uses itself, with a margin
 _num_blocks = 0
 
 

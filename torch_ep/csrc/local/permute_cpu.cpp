@@ -266,7 +266,7 @@ void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_
     return;
   }
   if (n == 1 && !weights) {
-    std::memcpy(out, rows[0], hidden * sizeof(T));
+    std::copy_n(rows[0], hidden, out);
     return;
   }
   [[maybe_unused]] Acc tile[kTile];
