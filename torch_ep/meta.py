@@ -466,7 +466,7 @@ def _num_scales(hidden: Size, quantize: str) -> Size:
 
 
 def _wire_row_bytes(hidden: Size, dtype: torch.dtype, quantize: str, num_topk: int) -> Size:
-    """`LowLatencyWireRow` of csrc/ops/low_latency.cpp."""
+    """`LowLatencyWireRow` of csrc/core/low_latency_wire_row.h."""
     parts = (
         hidden * (dtype.itemsize if quantize == "" else 1),
         4 * _num_scales(hidden, quantize),

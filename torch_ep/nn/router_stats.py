@@ -20,7 +20,7 @@ class RouterStats(NamedTuple):
     aux_loss: Tensor
     #: [num_experts] int64: how often this rank's tokens chose each expert.
     tokens_per_expert: Tensor
-    #: [] int32: rows that found no place within `capacity` on this rank.
+    #: [] int32: rows that did not fit into `capacity` on this rank.
     num_dropped: Tensor
 
 

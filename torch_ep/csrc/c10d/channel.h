@@ -25,9 +25,9 @@ void run_signal_handlers();
 
 // Note [Channel]
 // A communicator does not send over the user's process group but over connections of its own: a gloo backend that
-// torch_ep.init creates (torch_ep/comm.py). A collective of the program can never be taken for a message of torch_ep,
-// or the reverse; a failure here leaves the user's group alone; and torch_ep.init or reset can reconnect after one.
-// Rows of CUDA tensors are the exception: they travel over the CUDA backend of the user's group.
+// torch_ep.init creates (torch_ep/rendezvous.py). A collective of the program can never be taken for a message of
+// torch_ep, or the reverse; a failure here leaves the user's group alone; and torch_ep.init or reset can reconnect
+// after one. Rows of CUDA tensors are the exception: they travel over the CUDA backend of the user's group.
 //
 // Every message has one sender and one receiver, so a rank knows who is missing without asking anyone. Header slots are
 // posted ahead, two per peer: the header of exchange n + 1 can arrive while this rank is in exchange n. A rank that

@@ -1,4 +1,4 @@
-// What a kernel has reported, in words.
+// Describes a kernel's FailureReport for an error message.
 #pragma once
 
 #include "nvlink/params.h"

@@ -8,7 +8,7 @@
 
 namespace ep::nvlink {
 
-// As ep::OpKind (c10d/communicator.h).
+// Values of ep::OpKind (core/types.h), without a torch header.
 enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
 
 // What may go wrong on the device, with the fields of FailureReport that it sets besides `peer`. Fatal ones end every
