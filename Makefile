@@ -27,7 +27,7 @@ decode: ## continue prompts with the model that `make demo` trained; results in 
 test: ## run the tests, a process on each core
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-test-quick: ## run the tests to repeat after every change, under two minutes: results, errors, gradients, groups
+test-quick: ## run the tests to repeat after every change: results, errors, gradients, groups
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(SIDE_BY_SIDE) $(addprefix test/,$(QUICK)) $(ARGS)
 
 test-gpu: ## run the tests that need a GPU, on a host that has one or several
