@@ -673,6 +673,15 @@ int main(int argc, char** argv) {
       run_case(many, fixed);
     }
   }
+  // A warp takes 32 slots at once: each token has one row, and slots of it in two such groups.
+  Case slots = many;
+  slots.num_tokens = 7;
+  slots.num_topk = 40;
+  slots.num_local = 64;
+  slots.world_size = 1;
+  slots.expert_major = false;
+  Random fixed(slots.num_topk);
+  run_case(slots, fixed);
   for (int i = 0; i < options.cases; ++i) {
     Random random(static_cast<uint64_t>(options.seed) << 32 | static_cast<uint64_t>(i));
     run_case(draw(random), random);
