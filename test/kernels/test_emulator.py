@@ -27,13 +27,11 @@ pytestmark = needs_nvcc
 CASES = {"virtual_ranks": 20, "low_latency": 16, "permute": 30}
 
 
-def build(
-    name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text, optimize: str = "-O1"
-) -> Path:
+def build(name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
     """A program of test/kernels/sanitizer. `change(file name, text)`: what to compile instead."""
     source = translate(name, folder, change)
     program = folder / name
-    flags = ["-x", "c++", "-std=c++20", optimize, "-w", "-pthread", "-ffp-contract=off"]
+    flags = ["-x", "c++", "-std=c++20", "-O1", "-w", "-pthread", "-ffp-contract=off"]
     flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]  # as device code is compiled
     includes = [word for path in cuda_include_folders() for word in ("-isystem", path)]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
@@ -60,7 +58,11 @@ def run(program: Path, cases: int, *options: str) -> tuple[int, str]:
 
 
 class Fault(NamedTuple):
-    """A planted fault: in each line after a comment `// fault: <name>`, `right` (a pattern) becomes `wrong`."""
+    """A planted fault: in each line after a comment `// fault: <name>`, the expression `right` becomes `wrong`.
+
+    `right` is a pattern, to which `wrong` may refer. Every program is built once, with all its faults, of which
+    `EMULATOR_FAULT` selects one at run time.
+    """
 
     program: str
     right: str
@@ -74,52 +76,61 @@ FAULTS = {
     "combine: columns of a part": Fault(
         "virtual_ranks", r"\(part \+ 1\) \* pieces\(\) / cut\.parts", "part * pieces() / cut.parts + 1"
     ),
-    "dispatch: flag before its rows": Fault("virtual_ranks", r"bulk_wait<1>\(\);", ";"),
-    "dispatch: stage reused too early": Fault("virtual_ranks", r"read<(\d)>", r"read<\1 + 1>"),
-    "dispatch: chunk that no warp takes": Fault("virtual_ranks", r"receivers_ \+ int64_t", "receivers_ + 1 + int64_t"),
+    "dispatch: flag before its rows": Fault("virtual_ranks", r"bulk_wait<1>\(\)", "void()"),
+    "dispatch: stage reused too early": Fault(
+        "virtual_ranks", r"bulk_wait_read<(\d)>\(\)", r"bulk_wait_read<\1 + 1>()"
+    ),
+    "dispatch: chunk that no warp takes": Fault(
+        "virtual_ranks", r"receivers_ (?=\+ int64_t)(.*)(?= :)", r"receivers_ + 1 \1"
+    ),
     "combine: only the first part awaited": Fault("virtual_ranks", r"columns\.end - 1", "columns.begin"),
-    "combine: rows read before they arrive": Fault("virtual_ranks", "kDepth - 1", "kDepth"),
-    "low latency: flag before its row": Fault("low_latency", r"bulk_wait<1>\(\);", ";"),
-    "low latency: doubled expert": Fault("low_latency", r"\|=", "+="),
-    "rows written without a credit": Fault("virtual_ranks", "return .*? >= last;", "return true;"),
-    "skipped epoch": Fault("virtual_ranks", r"x\.epoch;", "x.epoch + 1;"),
+    "combine: rows read before they arrive": Fault(
+        "virtual_ranks", r"copy_wait<kDepth - 1>\(\)", "copy_wait<kDepth>()"
+    ),
+    "low latency: flag before its row": Fault("low_latency", r"bulk_wait<1>\(\)", "void()"),
+    "low latency: doubled expert": Fault("low_latency", r"visited \|= (.*)(?=;)", r"visited += \1"),
+    "rows written without a credit": Fault("virtual_ranks", r"(?<=return ).* >= last", "true"),
+    "skipped epoch": Fault("virtual_ranks", r"x\.epoch", "x.epoch + 1"),
     "low latency: rows of earlier ranks": Fault("low_latency", r"count\(s, expert\)", "1"),
     "low latency: scale not rounded up": Fault("low_latency", r"\(bits \+ 0x7fffff\)", "bits"),
     "low latency: receive not counted": Fault("low_latency", "lane < 2", "lane < 1"),
-    "low latency: half reused too early": Fault("low_latency", r"\+ 2", "+ 4"),
+    "low latency: half reused too early": Fault("low_latency", r"done \+ 2", "done + 4"),
     "low latency: two inline rows in one place": Fault("low_latency", r"token \* bytes", "token / 2 * bytes"),
     "low latency: contents of a packet": Fault("low_latency", r"c\.x", "c.y"),
     "permute plan: rows of earlier blocks": Fault("permute", "b < block_", "b <= block_"),
-    "permute plan: tokens of earlier words": Fault("permute", "w = 0", "w = 1"),
-    "permute plan: expert without padding": Fault("permute", "- 1", "- 2"),
-    "permute: unconfirmed pair": Fault("permute", r"== pair_of\(k\)", ">= 0"),
+    "permute plan: tokens of earlier words": Fault("permute", "(?<=w = )0", "1"),
+    "permute plan: expert without padding": Fault("permute", r"a_\.alignment - 1", "a_.alignment - 2"),
+    "permute: unconfirmed pair": Fault(
+        "permute", r"map_\.recv_pair\[row\] == pair_of\(k\)", "map_.recv_pair[row] >= 0"
+    ),
     "permute: padding row": Fault("permute", "from < 0", "from < -1"),
     "permute: row with slots in two groups": Fault("permute", "k < group", "k < 0"),
     "unpermute: zero of an empty sum": Fault("permute", "terms == 0", "terms < 0"),
 }
 
 
-def build_faulty(name: str, folder: Path) -> Path:
-    fault = FAULTS[name]
-    marked = re.compile(rf"(?<=// fault: {name}\n).*")
-    planted = []
+def plant_all(program: str) -> Callable[[str, str], str]:
+    """What `build` takes as `change`: plants every fault of a program, to be selected by its number in FAULTS."""
 
-    def plant(line: re.Match[str]) -> str:
-        faulty, count = re.subn(fault.right, fault.wrong, line[0])
-        planted.append(count)
-        return faulty
+    def change(path: str, text: str) -> str:
+        for number, (name, fault) in enumerate(FAULTS.items()):
+            if fault.program != program:
+                continue
+            choice = rf"(emulator::is_planted({number}) ? ({fault.wrong}) : (\g<0>))"
+            for line in re.findall(rf"(?<=// fault: {name}\n).*", text):
+                planted, count = re.subn(fault.right, choice, line)
+                assert count == 1, f"{name}: {count} places in {path}: {line}"
+                text = text.replace(f"// fault: {name}\n{line}", f"// fault: {name}\n{planted}")
+        return text
 
-    program = build(fault.program, folder, lambda path, text: marked.sub(plant, text), "-O0")
-    assert planted and all(count == 1 for count in planted), f"{name}: planted {planted}"
-    return program
+    return change
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Programs by their name or by that of their fault. All are built side by side, from the first question on."""
+    """Programs by name. All are built side by side, from the first question on."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = {name: pool.submit(build, name, tmp_path_factory.mktemp("emulator")) for name in CASES}
-        jobs |= {n: pool.submit(build_faulty, n, tmp_path_factory.mktemp("emulator")) for n in FAULTS}
+        jobs = {n: pool.submit(build, n, tmp_path_factory.mktemp("emulator"), plant_all(n)) for n in CASES}
         yield lambda name: jobs[name].result()
         pool.shutdown(cancel_futures=True)
 
@@ -132,8 +143,10 @@ def test_random_cases(built: Callable[[str], Path], program: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(built: Callable[[str], Path], name: str) -> None:
-    code, output = run(built(name), CASES[FAULTS[name].program], "--timeout", "10")
+def test_a_planted_fault_is_found(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("EMULATOR_FAULT", str(list(FAULTS).index(name)))
+    program = FAULTS[name].program
+    code, output = run(built(program), CASES[program], "--timeout", "10")
     assert code != 0, output
 
 
