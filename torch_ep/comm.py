@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, Union
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import rendezvous, symmetric
+from .grid import agree, flat_group_of, grid_of_mesh, make_grid, ranks_per_node_of
 
 __all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
@@ -52,7 +54,7 @@ class Communicator(NamedTuple):
     num_topk: int | None = None
     num_experts: int | None = None
     low_latency_tokens: int | None = None
-    #: Backend of CUDA tensors: "c10d" or "nvlink". Other tensors always use c10d.
+    #: Backend of CUDA tensors: "c10d", "nvlink", or on a grid of nodes "hierarchical". Other tensors always use c10d.
     backend: str = "c10d"
     #: Why `init` chose this backend.
     reason: str = ""
@@ -62,6 +64,12 @@ class Communicator(NamedTuple):
     num_sms: int = 0
     #: What a timeout of the low-latency pair does on nvlink.
     on_timeout: OnTimeout = "raise"
+    #: Most rows that a rank relays into its node, on a grid of nodes.
+    max_relay_rows: int | None = None
+    #: On a grid of nodes: the communicator of the ranks that have this rank's position in their nodes.
+    rail: Communicator | None = None
+    #: On a grid of nodes: the communicator of this rank's node.
+    node: Communicator | None = None
 
 
 # By group name. The kernels have a table of their own; this one is for what is decided while tracing.
@@ -95,12 +103,7 @@ def resolve(group: Group) -> tuple[str, int]:
             return "", 1
         group = dist.group.WORLD
     elif isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"torch_ep: expected a DeviceMesh of one dimension, got {group.ndim} dimensions: "
-                'pass the one that experts are spread over, as in mesh["ep"]'
-            )
-        group = group.get_group()
+        group = group.get_group() if group.ndim == 1 else _flat_group(group)
     elif isinstance(group, str):
         if group == "":
             return "", 1
@@ -114,6 +117,23 @@ def resolve(group: Group) -> tuple[str, int]:
         )
     world_size = group.size()
     return ("", 1) if world_size == 1 else (group.group_name, world_size)
+
+
+def _flat_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh (node, position in the node)."""
+    if mesh.ndim != 2:
+        raise ValueError(
+            f"torch_ep: expected a DeviceMesh of one dimension, or of two for a grid of nodes, got {mesh.ndim} "
+            'dimensions: pass the ones that experts are spread over, as in mesh["ep"] or mesh["node", "local"]'
+        )
+    flat = flat_group_of(mesh)
+    if flat is None:
+        raise RuntimeError(
+            f"torch_ep: expected an initialized DeviceMesh, got one of {mesh.mesh.shape[0]} nodes of "
+            f"{mesh.mesh.shape[1]} ranks: call torch_ep.init(mesh) on every rank first, or pass the dimension that "
+            'experts are spread over, as in mesh["ep"]'
+        )
+    return flat
 
 
 _warned_of_separate_worlds = False
@@ -145,6 +165,8 @@ def init(
     num_sms: int = 24,
     provider: symmetric.Provider = "torch",
     on_timeout: OnTimeout = "raise",
+    ranks_per_node: int | Literal["auto"] | None = None,
+    max_relay_rows: int | None = None,
 ) -> Communicator:
     """Prepares a process group for the operators. Collective: all ranks of the group call it with the same arguments.
 
@@ -158,8 +180,13 @@ def init(
     torch_ep's exchanges on the CPU cannot disturb each other. On a CUDA device with backend "c10d", rows travel over
     the group itself, which must not run other collectives from another thread meanwhile.
 
+    On a grid of nodes, with `ranks_per_node` or a two-dimensional mesh, every exchange is two: between the ranks of a
+    rail, which have one position in their nodes, then inside each node; back in the other order. A row crosses the
+    network once per (token, node). Each of the two groups has a backend of its own. See docs/multi_node.md.
+
     Args:
-        group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. Or a
+            DeviceMesh of two dimensions (node, position in the node), of ascending ranks.
         max_tokens_per_rank: most tokens that a rank will ever pass to `plan`. Bounds the symbolic sizes of compiled
             graphs. None: no limit.
         hidden: most elements of a row. None: no limit. Room in the buffers of backend nvlink is for elements of two
@@ -181,6 +208,12 @@ def init(
             the ranks run at the same time only under NVIDIA MPS.
         on_timeout: what the low-latency pair does on backend nvlink when a rank does not come in time: "raise", or
             "mask" it and go on without it; see `mask_ranks`. All other operators raise.
+        ranks_per_node: makes the group a grid of nodes of so many consecutive ranks. "auto": the ranks of each host,
+            if they are consecutive and equally many; else no grid, and `Communicator.reason` says why. None: no grid,
+            except for a two-dimensional mesh.
+        max_relay_rows: most rows that a rank receives from other nodes, and its own, to pass on inside its node. None:
+            the number of nodes times `max_tokens_per_rank`, which always suffices. On a grid only. An exact plan of
+            more rows raises; a plan with a capacity drops those rows and counts them.
 
     Returns:
         What was agreed on, with the backend chosen and the bytes of symmetric memory that it took.
@@ -197,8 +230,12 @@ def init(
         on_timeout=on_timeout,
     )  # fmt: skip
     _forget_orphans()
+    is_mesh = isinstance(group, DeviceMesh) and group.ndim == 2
+    if is_mesh or ranks_per_node is not None or max_relay_rows is not None:
+        return _init_grid(group, ranks_per_node, max_relay_rows, arguments)
     group_name, world_size = resolve(group)
     process = process_group(group_name) if world_size > 1 else None
+    _forget_grid(group_name)
     try:
         _check_arguments(arguments)
     except (TypeError, ValueError) as error:
@@ -243,6 +280,131 @@ def init(
     else:
         communicators.pop(group_name, None)
     return communicator
+
+
+def _init_grid(
+    group: Group, ranks_per_node: int | Literal["auto"] | None, max_relay_rows: int | None, arguments: dict[str, Any]
+) -> Communicator:
+    """`init` of a group as a grid of nodes."""
+    is_valid = isinstance(arguments["timeout"], timedelta)  # else `_check_arguments` raises
+    timeout = _init_timeout(arguments["timeout"]) if is_valid else _MAX_REPORT
+    grid = None
+    if isinstance(group, DeviceMesh) and group.ndim == 2:
+        grid = grid_of_mesh(group, timeout)
+        process = grid.flat
+    else:
+        group_name, world_size = resolve(group)
+        if world_size == 1:
+            return init("", **arguments)._replace(reason="no grid: there is one rank")
+        process = process_group(group_name)
+    name = process.group_name
+    # Ranks leave their connections together: one that passes no ranks_per_node waits for the others on them.
+    if torch.ops.ep._is_connected(name):
+        torch.ops.ep._report_failure("torch_ep.init", name, "it was called with ranks_per_node or a mesh of nodes")
+    _destroy(name)
+    try:
+        _check_arguments(arguments)
+        _check_grid(process.size(), None if grid is None else grid.node.size(), ranks_per_node, max_relay_rows)
+        _refuse_fake(process)
+    except (TypeError, ValueError, RuntimeError) as error:
+        with suppress(dist.DistError):
+            agree(process, {}, _MAX_REPORT, failure=str(error))
+        raise
+    all_arguments = {**arguments, "ranks_per_node": ranks_per_node, "max_relay_rows": max_relay_rows}
+    hosts = agree(process, all_arguments, timeout)
+    reason = "a DeviceMesh"
+    if grid is None:
+        assert ranks_per_node is not None
+        if ranks_per_node == "auto":
+            ranks_per_node, reason = ranks_per_node_of(hosts)
+        else:
+            reason = "asked for"
+            if ranks_per_node in (1, process.size()):
+                reason = "one rank per node" if ranks_per_node == 1 else "one node"
+                ranks_per_node = None
+        if ranks_per_node is None:
+            communicator = init(process, **arguments)
+            communicators[name] = communicator._replace(reason=f"no grid: {reason}; {communicator.reason}")
+            return communicators[name]
+        grid = make_grid(process, ranks_per_node, timeout)
+    num_nodes = grid.rail.size()
+    if max_relay_rows is None and arguments["max_tokens_per_rank"] is not None:
+        max_relay_rows = num_nodes * arguments["max_tokens_per_rank"]
+    in_rail = {**arguments, "backend": "c10d" if arguments["backend"] == "c10d" else "auto"}
+    in_node = {**arguments, "max_tokens_per_rank": max_relay_rows}
+    for limit, divide in (("num_experts", True), ("low_latency_tokens", False)):
+        if arguments[limit] is not None:
+            in_node[limit] = arguments[limit] // num_nodes if divide else arguments[limit] * num_nodes
+    node = _init_level(process, grid.node, in_node, timeout)
+    rail = _init_level(process, grid.rail, in_rail, timeout)
+    torch.ops.ep._link_groups(rail.group_name, node.group_name)
+    limits = {limit: arguments[limit] for limit in (*_LIMITS, "low_latency_tokens", "on_timeout")}
+    communicators[name] = Communicator(
+        name,
+        process.rank(),
+        process.size(),
+        arguments["timeout"],
+        **limits,
+        backend="hierarchical",
+        reason=(
+            f"{num_nodes} nodes of {grid.node.size()} ranks ({reason}): {rail.backend} between them ({rail.reason}), "
+            f"{node.backend} inside ({node.reason})"
+        ),
+        symmetric_bytes=rail.symmetric_bytes + node.symmetric_bytes,
+        num_sms=max(rail.num_sms, node.num_sms),
+        max_relay_rows=max_relay_rows,
+        rail=rail,
+        node=node,
+    )
+    _arguments_of[name] = (process, arguments)
+    return communicators[name]
+
+
+def _check_grid(world_size: int, mesh_size: int | None, ranks_per_node: Any, max_relay_rows: Any) -> None:
+    """`mesh_size`: ranks per node of a mesh."""
+    op = "torch_ep.init"
+    if mesh_size is not None and ranks_per_node not in (None, mesh_size):
+        raise ValueError(f"{op}: expected ranks_per_node = {mesh_size} or None with this mesh, got {ranks_per_node!r}")
+    if mesh_size is None and ranks_per_node is None:
+        raise ValueError(
+            f"{op}: expected ranks_per_node with max_relay_rows, got None: only a grid of nodes has relays"
+        )
+    if ranks_per_node not in (None, "auto"):
+        if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, Integral):
+            raise TypeError(f"{op}: expected ranks_per_node to be an int, 'auto' or None, got {ranks_per_node!r}")
+        if ranks_per_node <= 0 or world_size % ranks_per_node:
+            raise ValueError(
+                f"{op}: expected ranks_per_node to divide the {world_size} ranks of the group, got {ranks_per_node}"
+            )
+    if max_relay_rows is not None and not isinstance(max_relay_rows, Integral):
+        raise TypeError(f"{op}: expected max_relay_rows to be an int or None, got {type(max_relay_rows).__name__}")
+    if max_relay_rows is not None and max_relay_rows <= 0:
+        raise ValueError(f"{op}: expected a positive max_relay_rows or None, got {max_relay_rows}")
+
+
+def _init_level(
+    flat: dist.ProcessGroup, process: dist.ProcessGroup, arguments: dict[str, Any], timeout: timedelta
+) -> Communicator:
+    """`init` of one of the groups of a grid. A failure is raised on all ranks of the grid."""
+    try:
+        communicator = init(process, **arguments)
+    except Exception as error:
+        rendezvous.report_failure(flat, "torch_ep.init", str(error), timeout)
+        raise
+    rendezvous.all_gather(flat, "torch_ep.init", "", timeout)
+    return communicator
+
+
+def _forget_grid(group_name: str) -> None:
+    """Ends the communicators of a grid's groups. The group itself stays."""
+    communicator = communicators.get(group_name)
+    if communicator is None or communicator.rail is None or communicator.node is None:
+        return
+    torch.ops.ep._unlink_group(communicator.rail.group_name)
+    for level in (communicator.rail, communicator.node):
+        _destroy(level.group_name)
+    communicators.pop(group_name)
+    _arguments_of.pop(group_name, None)
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -475,6 +637,10 @@ def reset(group: Group = None) -> None:
     if group_name in _virtual:
         raise RuntimeError("torch_ep.reset: virtual ranks have no store to agree through: make new ones")
     process, arguments = _arguments_of[group_name]
+    if communicator.rail is not None and communicator.node is not None:
+        for level in (communicator.node, communicator.rail):
+            reset(level.group_name)
+        return
     if communicator.backend == "nvlink":
         epoch = torch.ops.ep._settle_nvlink(group_name)
         if process is not None:
@@ -541,6 +707,7 @@ def destroy(group: Group = None) -> None:
 
 
 def _destroy(group_name: str) -> None:
+    _forget_grid(group_name)
     communicators.pop(group_name, None)
     _arguments_of.pop(group_name, None)
     _forget(group_name)
@@ -550,6 +717,16 @@ def _destroy(group_name: str) -> None:
 def _forget_orphans() -> None:
     for group_name in torch.ops.ep._orphaned():
         _destroy(group_name)
+    for group_name in [name for name, communicator in communicators.items() if communicator.rail is not None]:
+        if not _is_current(group_name):
+            _destroy(group_name)
+
+
+def _is_current(group_name: str) -> bool:
+    try:
+        return process_group(group_name) == _arguments_of[group_name][0]
+    except RuntimeError:
+        return False
 
 
 @atexit.register

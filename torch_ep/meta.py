@@ -212,11 +212,24 @@ def _check_plan_arguments(
     max_tokens_per_rank: int | None,
 ) -> bool:
     op = "ep::plan"
-    expert_major = _check_layout(op, layout)
+    _check_layout(op, layout)
     _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), topk_idx)
     _check_index_type(op, "topk_idx", topk_idx)
     _check_topk(op, topk_idx.shape[1])
     _check_at_most(op, "entries of topk_idx", topk_idx.numel(), _MAX_SIZE)
+    expert_major = check_plan_options(num_experts, layout, alignment, capacity, world_size)
+    _check_group(op, group_name, world_size)
+    _check_limit(op, group_name, "num_topk", topk_idx.shape[1])
+    _check_limit(op, group_name, "num_experts", num_experts)
+    if max_tokens_per_rank is not None:
+        _check_tokens(op, topk_idx.shape[0], max_tokens_per_rank)
+    return expert_major
+
+
+def check_plan_options(num_experts: int, layout: str, alignment: int, capacity: Size | None, world_size: int) -> bool:
+    """Checks the arguments of ep::plan that are no tensors. Returns whether the layout is expert_major."""
+    op = "ep::plan"
+    expert_major = _check_layout(op, layout)
     _check_experts(op, num_experts, world_size)
     if alignment <= 0:
         raise ValueError(f"{op}: expected a positive alignment, got {alignment}")
@@ -228,11 +241,6 @@ def _check_plan_arguments(
             f"{op}: expected a capacity from 0 to 2**31 - 1 that is a multiple of the alignment {alignment}, "
             f"got {capacity}"
         )
-    _check_group(op, group_name, world_size)
-    _check_limit(op, group_name, "num_topk", topk_idx.shape[1])
-    _check_limit(op, group_name, "num_experts", num_experts)
-    if max_tokens_per_rank is not None:
-        _check_tokens(op, topk_idx.shape[0], max_tokens_per_rank)
     return expert_major
 
 

@@ -13,10 +13,11 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _C  # type: ignore[attr-defined]
+from . import _C, hierarchical  # type: ignore[attr-defined]
 from .checks import check_int, check_str, check_tensors, check_type, refuse
 from .comm import Group, communicators, resolve
 from .derivatives import is_floating, register_derivatives
+from .hierarchical import HierarchicalPlan
 from .peer_errors import reports_to_peers
 from .plan import Layout, Plan
 
@@ -33,7 +34,7 @@ def plan(
     capacity: int | None = None,
     alignment: int = 1,
     after: Tensor | None = None,
-) -> Plan:
+) -> Plan | HierarchicalPlan:
     """Decides which rows every rank sends to every other. Collective; moves indices, no payload.
 
     Rank `r` of `W` holds experts `[r * num_experts // W, (r + 1) * num_experts // W)`.
@@ -64,6 +65,9 @@ def plan(
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
+    if communicator is not None and communicator.rail is not None:
+        sizes = _check_plan_arguments(topk_idx, num_experts, layout, capacity, alignment, after)
+        return hierarchical.make_plan(plan, communicator, topk_idx, layout, *sizes, after)
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
     group_args = (world_size, group_name, max_tokens, after)
     if not torch.compiler.is_compiling():
@@ -142,19 +146,28 @@ def _check_combine_arguments(y: Any, plan: Any, row_weights: Any, topk_weights: 
 
 
 @overload
-def dispatch(x: Tensor, plan: Plan, *, after: Tensor | None = None) -> Tensor: ...
-@overload
-def dispatch(x: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
-@overload
-def dispatch(x: Tensor, plan: Plan, *, scales: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+def dispatch(x: Tensor, plan: Plan | HierarchicalPlan, *, after: Tensor | None = None) -> Tensor: ...
 @overload
 def dispatch(
-    x: Tensor, plan: Plan, *, topk_weights: Tensor, scales: Tensor, after: Tensor | None = None
+    x: Tensor, plan: Plan | HierarchicalPlan, *, topk_weights: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dispatch(
+    x: Tensor, plan: Plan | HierarchicalPlan, *, scales: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def dispatch(
+    x: Tensor,
+    plan: Plan | HierarchicalPlan,
+    *,
+    topk_weights: Tensor,
+    scales: Tensor,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @reports_to_peers("ep::dispatch", 1, "plan")
 def dispatch(
     x: Tensor,
-    plan: Plan,
+    plan: Plan | HierarchicalPlan,
     *,
     topk_weights: Tensor | None = None,
     scales: Tensor | None = None,
@@ -186,6 +199,8 @@ def dispatch(
         got = _C.dispatch(x, Plan, plan, topk_weights, scales, after)
         if got is not None:
             return got
+    if isinstance(plan, HierarchicalPlan):
+        return hierarchical.dispatch(dispatch, x, plan, topk_weights, scales, after)
     arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
     rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
@@ -193,13 +208,17 @@ def dispatch(
 
 
 @overload
-def combine(y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None) -> Tensor: ...
+def combine(
+    y: Tensor, plan: Plan | HierarchicalPlan, *, row_weights: Tensor | None = None, after: Tensor | None = None
+) -> Tensor: ...
 @overload
-def combine(y: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+def combine(
+    y: Tensor, plan: Plan | HierarchicalPlan, *, topk_weights: Tensor, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]: ...
 @reports_to_peers("ep::combine", 1, "plan")
 def combine(
     y: Tensor,
-    plan: Plan,
+    plan: Plan | HierarchicalPlan,
     *,
     row_weights: Tensor | None = None,
     topk_weights: Tensor | None = None,
@@ -236,6 +255,10 @@ def combine(
             got = None if topk_weights is not None else _C.combine_weighted(y, Plan, plan, row_weights, after)
         if got is not None:
             return got
+    if isinstance(plan, HierarchicalPlan):
+        if row_weights is not None and topk_weights is not None:
+            _check_combine_arguments(y, plan.node, row_weights, topk_weights, after)  # raises
+        return hierarchical.combine(combine, y, plan, row_weights, topk_weights, after)
     arguments = _check_combine_arguments(y, plan, row_weights, topk_weights, after)
     if row_weights is not None:
         return torch.ops.ep.combine.weighted(*arguments)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import _C  # type: ignore[attr-defined]
-from .comm import resolve
+from .comm import communicators, resolve
 
 __all__ = ["reports_to_peers"]
 
@@ -40,7 +40,7 @@ def reports_to_peers(
                 # Once the exchange has begun, the operator reports. Under a dispatch mode there may be no exchange.
                 if _C.exchanges_begun() == begun and _get_current_dispatch_mode() is None:
                     source = args[position] if position < len(args) else kwargs.get(name)
-                    torch.ops.ep._report_failure(op, _group_name(source), str(error))
+                    torch.ops.ep._report_failure(op, _group_name(op, source), str(error))
                 raise
 
         return report_error
@@ -48,9 +48,16 @@ def reports_to_peers(
     return decorate
 
 
-def _group_name(source: Any) -> str:
-    """The name of a group or of a plan's group. "?", which names no group, for any other value."""
+def _group_name(op: str, source: Any) -> str:
+    """The name of a group or of a plan's group. "?", which names no group, for any other value.
+
+    On a grid of nodes, the group of the first exchange of `op`. The report reaches the other one from there.
+    """
     try:
-        return resolve(getattr(source, "group_name", source))[0]
+        name = resolve(getattr(source, "group_name", source))[0]
     except Exception:
         return "?"
+    communicator = communicators.get(name)
+    if communicator is None or communicator.rail is None or communicator.node is None:
+        return name
+    return (communicator.node if op.endswith("combine") else communicator.rail).group_name

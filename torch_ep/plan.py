@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
         return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
 
-def _recv_map(plan: Plan) -> Tensor:
+def _recv_map(plan: Any) -> Tensor:
     """recv_topk_idx for layout rank_major, recv_pair for layout expert_major."""
     recv_map = plan.recv_topk_idx if plan.layout == "rank_major" else plan.recv_pair
     if recv_map is None:

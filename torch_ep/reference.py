@@ -6,16 +6,27 @@ equal the reference bit by bit: the order and the width of the accumulation are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hierarchical import HierarchicalPlan
 from .low_latency import LowLatencyPlan, Quantize
 from .plan import Layout, Plan
 
-__all__ = ["combine", "dispatch", "low_latency_combine", "low_latency_dispatch", "plan", "quantize"]
+__all__ = [
+    "combine",
+    "dispatch",
+    "hierarchical_combine",
+    "hierarchical_dispatch",
+    "hierarchical_plan",
+    "low_latency_combine",
+    "low_latency_dispatch",
+    "plan",
+    "quantize",
+]
 
 
 def plan(
@@ -190,6 +201,88 @@ def combine(
                 sums[t] = total.to(dtype)
         results.append((sums, None if source_weights is None else source_weights[rank]))
     return results
+
+
+def _nodes(world_size: int, ranks_per_node: int) -> list[list[int]]:
+    return [[*range(first, first + ranks_per_node)] for first in range(0, world_size, ranks_per_node)]
+
+
+def _rails(world_size: int, ranks_per_node: int) -> list[list[int]]:
+    return [[*range(position, world_size, ranks_per_node)] for position in range(ranks_per_node)]
+
+
+def _in_groups(groups: list[list[int]], call: Callable[..., list], *of_ranks: Sequence[Any] | None) -> list[Any]:
+    """`call` for the ranks of each group, with their entries of each argument; the results of all ranks."""
+    results: dict[int, Any] = {}
+    for ranks in groups:
+        arguments = [None if values is None else [values[rank] for rank in ranks] for values in of_ranks]
+        results.update(zip(ranks, call(*arguments), strict=True))
+    return [results[rank] for rank in range(len(results))]
+
+
+def hierarchical_plan(
+    topk_idx: Sequence[Tensor],
+    num_experts: int,
+    ranks_per_node: int,
+    *,
+    layout: Layout,
+    capacity: int | None = None,
+    alignment: int = 1,
+    max_relay_rows: int | None = None,
+) -> list[HierarchicalPlan]:
+    """As `torch_ep.plan` on a grid of nodes, for every rank."""
+    world_size = len(topk_idx)
+    num_nodes = world_size // ranks_per_node
+
+    def on_rail(idx: Sequence[Tensor]) -> list[Plan]:
+        relay_rows = None if capacity is None else max_relay_rows
+        return plan(idx, num_experts, layout="rank_major", capacity=relay_rows)
+
+    def in_node(idx: Sequence[Tensor]) -> list[Plan]:
+        return plan(idx, num_experts // num_nodes, layout=layout, capacity=capacity, alignment=alignment)
+
+    rails = _in_groups(_rails(world_size, ranks_per_node), on_rail, topk_idx)
+    nodes = _in_groups(_nodes(world_size, ranks_per_node), in_node, [p.recv_topk_idx for p in rails])
+    return [HierarchicalPlan(rail, node, "") for rail, node in zip(rails, nodes, strict=True)]
+
+
+def _grid_of(plans: Sequence[HierarchicalPlan]) -> tuple[list[list[int]], list[list[int]], list[Plan], list[Plan]]:
+    """The ranks of each rail and of each node, and both plans of every rank."""
+    ranks_per_node = plans[0].node.send_counts.shape[0]
+    rails, nodes = _rails(len(plans), ranks_per_node), _nodes(len(plans), ranks_per_node)
+    return rails, nodes, [p.rail for p in plans], [p.node for p in plans]
+
+
+def hierarchical_dispatch(
+    x: Sequence[Tensor], plans: Sequence[HierarchicalPlan], *, topk_weights: Sequence[Tensor] | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """As `torch_ep.dispatch` on a grid of nodes, for every rank: (rows, weights or None)."""
+
+    def move(x: Sequence[Tensor], plans: Sequence[Plan], weights: Sequence[Tensor] | None) -> list:
+        return dispatch(x, plans, topk_weights=weights)
+
+    rails, nodes, rail_plans, node_plans = _grid_of(plans)
+    relayed = _in_groups(rails, move, x, rail_plans, topk_weights)
+    weights = None if topk_weights is None else [w for _, w in relayed]
+    return _in_groups(nodes, move, [rows for rows, _ in relayed], node_plans, weights)
+
+
+def hierarchical_combine(
+    y: Sequence[Tensor],
+    plans: Sequence[HierarchicalPlan],
+    *,
+    row_weights: Sequence[Tensor] | None = None,
+    topk_weights: Sequence[Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """As `torch_ep.combine` on a grid of nodes, for every rank: (sums, weights or None). Each node's sum is rounded."""
+
+    def bring(y: Any, plans: Any, row_weights: Any, topk_weights: Any) -> list:
+        return combine(y, plans, row_weights=row_weights, topk_weights=topk_weights)
+
+    rails, nodes, rail_plans, node_plans = _grid_of(plans)
+    sums = _in_groups(nodes, bring, y, node_plans, row_weights, topk_weights)
+    weights = None if topk_weights is None else [w for _, w in sums]
+    return _in_groups(rails, bring, [s for s, _ in sums], rail_plans, None, weights)
 
 
 def quantize(x: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:

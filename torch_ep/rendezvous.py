@@ -24,7 +24,7 @@ __all__ = ["all_gather", "connect", "report_failure"]
 T = TypeVar("T")
 
 # Ranks must run the same protocol (csrc/c10d/channel.h, exchange.h). Raise it with every change of a message.
-PROTOCOL = 3
+PROTOCOL = 4
 
 # Rank 0 times out this much earlier than the other ranks, so that it can report the missing ranks to them.
 _VERDICT = timedelta(seconds=2)
@@ -62,7 +62,13 @@ def _names(ranks: list[int]) -> str:
 
 
 def all_gather(
-    group: dist.ProcessGroup, op: str, value: str, timeout: timedelta, *, failure: str | None = None
+    group: dist.ProcessGroup,
+    op: str,
+    value: str,
+    timeout: timedelta,
+    *,
+    call: str | None = None,
+    failure: str | None = None,
 ) -> list[str]:
     """Every rank's value, by group rank. Collective; returns after all ranks have called it. O(world_size) requests.
 
@@ -73,12 +79,14 @@ def all_gather(
         op: the name in error messages.
         value: this rank's value.
         timeout: how long to wait for the other ranks.
+        call: what this rank calls, the same on every rank, where `op` may mean several calls. Default: `op`.
         failure: this rank's error, which every rank raises instead of returning values.
 
     Raises:
         torch.distributed.DistError: a rank timed out or failed, the store does not answer, or ranks run
-            different versions of torch_ep.
+            different versions of torch_ep or made different calls.
     """
+    call = op if call is None else call
     rank, world_size = group.rank(), group.size()
     store = dist.PrefixStore("torch_ep/rendezvous", group.get_group_store())
     mine = uuid.uuid4().hex
@@ -116,15 +124,21 @@ def all_gather(
             store.delete_key(key)
         protocols = [entry["protocol"] for entry in entries]
         failures = [entry.get("failure") for entry in entries]
+        calls = [entry.get("call") for entry in entries]
         answer = json.dumps(
-            {"protocols": protocols, "failures": failures, "values": [entry["value"] for entry in entries]}
+            {
+                "protocols": protocols,
+                "failures": failures,
+                "calls": calls,
+                "values": [entry["value"] for entry in entries],
+            }
         )
         shared = uuid.uuid4().hex
         store.set(shared, answer)
         names = [entry["name"] for entry in entries[1:]]
         for name in names:
             store.set(name, json.dumps({"shared": shared}))
-        if len({*protocols}) > 1 or any(failures):
+        if len({*protocols}) > 1 or any(failures) or len({*calls}) > 1:
             linger(names)
         return check(answer, shared)
 
@@ -161,10 +175,17 @@ def all_gather(
         for other, failure in enumerate(both["failures"]):
             if failure is not None:
                 raise dist.DistError(f"{op}: rank {other} failed before it: {failure}")
+        for other, theirs in enumerate(both["calls"]):
+            if theirs != call:
+                raise dist.DistError(
+                    f"{op}: expected the same call on every rank, got {call} on rank {rank} and {theirs} on "
+                    f"rank {other}"
+                )
         return both["values"]
 
     def exchange() -> list[str]:
-        store.set(keys[rank], json.dumps({"name": mine, "protocol": PROTOCOL, "value": value, "failure": failure}))
+        entry = {"name": mine, "protocol": PROTOCOL, "call": call, "value": value, "failure": failure}
+        store.set(keys[rank], json.dumps(entry))
         try:
             return collect() if rank == 0 else receive()
         except (dist.DistNetworkError, dist.DistStoreError) as error:

@@ -65,9 +65,10 @@ def _check_mesh_dimension(rank: int, world_size: int) -> list[str]:
     # Each row of the mesh has data of its own, at the same time.
     check_against_reference(mesh["ep"], mesh.get_local_rank("ep"), 2, seed=mesh.get_local_rank("dp"))
     raised = []
+    cube = init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("dp", "ep", "tp"))
     for call in (torch_ep.init, torch_ep.destroy, _plan):
         try:
-            call(mesh)
+            call(cube)
         except ValueError as error:
             raised.append(str(error))
     torch_ep.destroy(mesh["ep"])
@@ -77,7 +78,8 @@ def _check_mesh_dimension(rank: int, world_size: int) -> list[str]:
 def test_dimension_of_a_mesh() -> None:
     for raised in world(4).run(_check_mesh_dimension):
         assert len(raised) == 3
-        assert all("expected a DeviceMesh of one dimension, got 2 dimensions" in message for message in raised)
+        expected = "expected a DeviceMesh of one dimension, or of two for a grid of nodes, got 3 dimensions"
+        assert all(expected in message for message in raised)
 
 
 def _check_group_of_one(rank: int, world_size: int) -> tuple[str, int]:

@@ -20,6 +20,9 @@ using std::chrono::nanoseconds;
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
+// How much longer the second exchange of a call waits: see Note [Linked groups].
+constexpr milliseconds kReportTime{2000};
+
 // How often a wait for the device runs signal handlers and polls the peers.
 constexpr milliseconds kDeviceTick{100};
 
@@ -71,7 +74,9 @@ Exchange::Exchange(
       expected_rows_(recv_rows),
       agreed_(agreed),
       failed_(failure.has_value()),
-      deadline_(steady_clock::now() + comm_->timeout) {
+      deadline_(
+          steady_clock::now() + comm_->timeout +
+          (is_second_exchange(op, comm_->group_name) ? kReportTime : milliseconds(0))) {
   TORCH_INTERNAL_ASSERT(agreed.size() <= Header::kMaxAgreed);
   ++exchanges_begun();
   check_closed();

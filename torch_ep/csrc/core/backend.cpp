@@ -3,6 +3,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
+#include <optional>
 
 namespace ep {
 namespace {
@@ -11,6 +14,39 @@ namespace {
 std::vector<BackendKind>& kinds() {
   static auto* all = new std::vector<BackendKind>();
   return *all;
+}
+
+struct Link {
+  std::string other;
+  bool is_node;
+};
+
+std::mutex links_mutex;
+std::map<std::string, Link>& links() {
+  static auto* all = new std::map<std::string, Link>();  // never destroyed: operators may outlive static objects
+  return *all;
+}
+
+std::optional<Link> link_of(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(links_mutex);
+  const auto found = links().find(group_name);
+  return found == links().end() ? std::nullopt : std::optional(found->second);
+}
+
+void unlink(const std::string& group_name) {
+  const auto found = links().find(group_name);
+  if (found != links().end()) {
+    links().erase(found->second.other);
+    links().erase(group_name);
+  }
+}
+
+void report_to_group(OpKind op, const std::string& group, const std::string& failure) {
+  for (const auto& kind : kinds()) {
+    if (kind.report_failure(op, group, failure)) {
+      return;
+    }
+  }
 }
 
 }  // namespace
@@ -47,13 +83,34 @@ void check_group(OpKind op, const std::string& group_name, int64_t world_size) {
   }
 }
 
-void report_failure(OpKind op, std::string_view group_name, const std::string& failure) {
-  const std::string group(group_name);
-  for (const auto& kind : kinds()) {
-    if (kind.report_failure(op, group, failure)) {
-      return;
-    }
+void link_groups(const std::string& rail, const std::string& node) {
+  std::lock_guard<std::mutex> lock(links_mutex);
+  unlink(rail);
+  unlink(node);
+  links()[rail] = {node, false};
+  links()[node] = {rail, true};
+}
+
+void unlink_group(const std::string& group_name) {
+  std::lock_guard<std::mutex> lock(links_mutex);
+  unlink(group_name);
+}
+
+bool is_second_exchange(OpKind op, const std::string& group_name) {
+  const auto link = link_of(group_name);
+  const bool is_combine = op == OpKind::combine || op == OpKind::low_latency_combine;
+  return op != OpKind::init && link && link->is_node != is_combine;
+}
+
+void report_to_linked_group(OpKind op, std::string_view group_name, const std::string& failure) {
+  if (const auto link = link_of(std::string(group_name))) {
+    report_to_group(op, link->other, failure);
   }
+}
+
+void report_failure(OpKind op, std::string_view group_name, const std::string& failure) {
+  report_to_group(op, std::string(group_name), failure);
+  report_to_linked_group(op, group_name, failure);
 }
 
 int64_t& exchanges_begun() {

@@ -90,11 +90,40 @@ std::shared_ptr<Backend> find_backend(OpKind op, std::string_view group_name, in
 // As BackendKind::check_group, of all kinds.
 void check_group(OpKind op, const std::string& group_name, int64_t world_size);
 
+// Note [Linked groups]
+// On a grid of nodes, one call of a public function is an exchange among the ranks of a rail and an exchange inside a
+// node: plan and dispatch exchange over the rail first, combine inside the node first. A failure in one of them reaches
+// the ranks of that group alone. The others wait in the second exchange for a rank that will not come. So the two
+// groups of a rank are linked: an operator that throws on one group reports the failure to the other one. Every rank of
+// a node is on another rail, so all ranks learn of it, each takes part in the same number of exchanges as its peers,
+// and the groups stay usable. The second exchange waits a little longer than the first, so that a report comes in time.
+
+// Links the groups of this rank. Replaces earlier links of either.
+void link_groups(const std::string& rail, const std::string& node);
+// A name without a link is not an error.
+void unlink_group(const std::string& group_name);
+// Whether `op` exchanges over this group after it has exchanged over the linked group.
+bool is_second_exchange(OpKind op, const std::string& group_name);
+// Reports a failure in `op` on this group to the ranks of the linked group, if there is one.
+void report_to_linked_group(OpKind op, std::string_view group_name, const std::string& failure);
+
+// Reports to the group and to the group that is linked with it.
 void report_failure(OpKind op, std::string_view group_name, const std::string& failure);
 
 // Exchanges that this thread has begun: tells whether an operator that failed had come to its exchange, where its peers
 // learn of the failure.
 int64_t& exchanges_begun();
+
+// Returns what `run` does, a backend's part of an operator. The backend reports a failure to the group itself.
+template <class Run>
+auto linked(OpKind op, std::string_view group_name, const Run& run) {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    report_to_linked_group(op, group_name, message_of(error));
+    throw;
+  }
+}
 
 // Returns what `check` does. An error on this rank alone reaches the other ranks of the group, which would wait for
 // this rank until they time out.

@@ -60,7 +60,7 @@ PlanResult make_plan(
     check_plan_arguments(topk_idx, num_experts, options.expert_major, alignment, capacity, world_size);
     return find_backend(op, group_name, world_size, topk_idx);
   });
-  return backend->plan(topk_idx, options);
+  return linked(op, group_name, [&] { return backend->plan(topk_idx, options); });
 }
 
 // Checks rows and their payloads: per token in dispatch, per received row in combine.
@@ -259,7 +259,7 @@ Payloads dispatch(
     check_row_type(name_of(op), "x", x);
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
-  return backend->dispatch(plan, x, topk_weights, scales);
+  return linked(op, group_name, [&] { return backend->dispatch(plan, x, topk_weights, scales); });
 }
 
 Payloads combine(
@@ -287,7 +287,7 @@ Payloads combine(
     }
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
-  return backend->combine(plan, y, std::nullopt, topk_weights, scales);
+  return linked(op, group_name, [&] { return backend->combine(plan, y, std::nullopt, topk_weights, scales); });
 }
 
 at::Tensor combine_weighted(
@@ -311,7 +311,8 @@ at::Tensor combine_weighted(
     check_sum_type(name_of(op), "row_weights", row_weights);
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
-  return std::get<0>(backend->combine(plan, y, row_weights, std::nullopt, std::nullopt));
+  return linked(
+      op, group_name, [&] { return std::get<0>(backend->combine(plan, y, row_weights, std::nullopt, std::nullopt)); });
 }
 
 LowLatencyRows low_latency_dispatch(
@@ -328,7 +329,9 @@ LowLatencyRows low_latency_dispatch(
     const auto valid = check_tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
     return std::pair(valid, find_backend(kDispatch, group_name, world_size, x));
   });
-  return backend->low_latency_dispatch(x, topk_idx, topk_weights, options);
+  return linked(kDispatch, group_name, [&, &options = options, &backend = backend] {
+    return backend->low_latency_dispatch(x, topk_idx, topk_weights, options);
+  });
 }
 
 InFlight low_latency_dispatch_send(
@@ -345,7 +348,9 @@ InFlight low_latency_dispatch_send(
     const auto valid = check_tokens(x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size);
     return std::pair(valid, find_backend(kDispatch, group_name, world_size, x));
   });
-  return backend->low_latency_dispatch_send(x, topk_idx, topk_weights, options);
+  return linked(kDispatch, group_name, [&, &options = options, &backend = backend] {
+    return backend->low_latency_dispatch_send(x, topk_idx, topk_weights, options);
+  });
 }
 
 LowLatencyRows low_latency_dispatch_recv(
@@ -366,8 +371,10 @@ LowLatencyRows low_latency_dispatch_recv(
   check_hidden(op, hidden);
   const int64_t wire_row_bytes = LowLatencyWireRow(options).bytes;
   check_in_flight(op, status, in_flight, world_size * max_tokens_per_rank, wire_row_bytes, world_size);
-  return find_backend(kDispatch, group_name, world_size, status)
-      ->low_latency_dispatch_recv({status, in_flight}, options);
+  return linked(kDispatch, group_name, [&] {
+    return find_backend(kDispatch, group_name, world_size, status)
+        ->low_latency_dispatch_recv({status, in_flight}, options);
+  });
 }
 
 LowLatencySums low_latency_combine(
@@ -383,7 +390,9 @@ LowLatencySums low_latency_combine(
     check_results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
     return find_backend(kCombine, group_name, world_size, y);
   });
-  return backend->low_latency_combine(y, topk_idx, row_weights, recv_row, num_experts);
+  return linked(kCombine, group_name, [&] {
+    return backend->low_latency_combine(y, topk_idx, row_weights, recv_row, num_experts);
+  });
 }
 
 InFlight low_latency_combine_send(
@@ -399,7 +408,9 @@ InFlight low_latency_combine_send(
     check_results(y, topk_idx, row_weights, recv_row, num_experts, world_size);
     return find_backend(kCombine, group_name, world_size, y);
   });
-  return backend->low_latency_combine_send(y, topk_idx, row_weights, recv_row, num_experts);
+  return linked(kCombine, group_name, [&] {
+    return backend->low_latency_combine_send(y, topk_idx, row_weights, recv_row, num_experts);
+  });
 }
 
 LowLatencySums low_latency_combine_recv(
@@ -418,8 +429,10 @@ LowLatencySums low_latency_combine_recv(
   check_low_latency_type(op, "rows", dtype);
   check_hidden(op, hidden);
   check_in_flight(op, status, in_flight, -1, hidden * static_cast<int64_t>(c10::elementSize(dtype)), world_size);
-  return find_backend(kCombine, group_name, world_size, status)
-      ->low_latency_combine_recv({status, in_flight}, topk_idx, hidden, dtype, num_experts);
+  return linked(kCombine, group_name, [&] {
+    return find_backend(kCombine, group_name, world_size, status)
+        ->low_latency_combine_recv({status, in_flight}, topk_idx, hidden, dtype, num_experts);
+  });
 }
 
 at::Tensor zero_after(const at::Tensor& dep) {

@@ -16,6 +16,14 @@ void report_failure(std::string op, std::string group_name, std::string failure)
   ep::report_failure(ep::kind_of(op), group_name, failure);
 }
 
+void link_groups(std::string rail, std::string node) {
+  ep::link_groups(rail, node);
+}
+
+void unlink_group(std::string group_name) {
+  ep::unlink_group(group_name);
+}
+
 void force_aten(bool on) {
   ep::force_aten = on;
 }
@@ -104,6 +112,8 @@ TORCH_LIBRARY(ep, m) {
   // The rest of torch_ep.init and its relatives is registered by the backends.
   m.def("_backends() -> str[]", &ep::backend_names);
   m.def("_report_failure(str op, str group_name, str failure) -> ()", &report_failure);
+  m.def("_link_groups(str rail, str node) -> ()", &link_groups);
+  m.def("_unlink_group(str group_name) -> ()", &unlink_group);
   m.def("_force_aten(bool on) -> ()", &force_aten);
   m.def("_force_parts(bool on) -> ()", &force_parts);
 }

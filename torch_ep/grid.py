@@ -1,0 +1,131 @@
+"""Grids of nodes: the process groups of a group whose ranks exchange on two levels.
+
+    rank = node * ranks_per_node + position in the node
+
+A node is a set of ranks that reach each other fast, usually one host. A rail is the set of ranks that have the same
+position in their nodes. Every rank is in one node and on one rail.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import rendezvous
+
+__all__ = ["Grid", "agree", "flat_group_of", "grid_of_mesh", "make_grid", "ranks_per_node_of"]
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Grid(NamedTuple):
+    """The process groups of this rank."""
+
+    flat: dist.ProcessGroup
+    rail: dist.ProcessGroup
+    node: dist.ProcessGroup
+
+
+# Grids are kept, since torch keeps every process group until the program destroys it.
+_grids: dict[tuple[str, int], Grid] = {}  # by flat group and ranks per node
+_grids_of_meshes: dict[tuple[str, str], Grid] = {}  # by rail and node
+
+
+def host_name() -> str:
+    """A name of this host: containers of one host may have names of their own, and hosts may share a name."""
+    boot_id = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
+    return f"{socket.gethostname()} {boot_id}"
+
+
+def _names(mesh: DeviceMesh) -> tuple[str, str]:
+    return mesh.get_group(0).group_name, mesh.get_group(1).group_name
+
+
+def flat_group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of all ranks of a two-dimensional mesh; None before `grid_of_mesh`."""
+    grid = _grids_of_meshes.get(_names(mesh))
+    return None if grid is None else grid.flat
+
+
+def grid_of_mesh(mesh: DeviceMesh, timeout: timedelta) -> Grid:
+    """The grid of a mesh of dimensions (node, position in the node). Collective at first."""
+    names, rail, node = _names(mesh), mesh.get_group(0), mesh.get_group(1)
+    grid = _grids_of_meshes.get(names)
+    if grid is None or (grid.rail, grid.node) != (rail, node):
+        ranks = mesh.mesh.flatten().tolist()
+        if ranks != sorted(ranks):
+            raise ValueError(
+                "torch_ep.init: expected a DeviceMesh of ascending ranks, (node, position in the node), got "
+                f"{mesh.mesh.tolist()}"
+            )
+        grid = _grids_of_meshes[names] = Grid(_new_group(ranks, rail, timeout), rail, node)
+    return grid
+
+
+def _new_group(ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of these ranks alone, with the backends of `like`. Only its ranks call this."""
+    backend = dist.get_backend_config(like)
+    return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+def agree(
+    process: dist.ProcessGroup, arguments: Mapping[str, Any], timeout: timedelta, *, failure: str | None = None
+) -> list[str]:
+    """Checks that all ranks call `init` with the same arguments. Returns each rank's host. Collective.
+
+    Raises:
+        torch.distributed.DistError: ranks passed different arguments, or one failed, or one did not come.
+    """
+    shown = {name: str(value) for name, value in arguments.items()}
+    answers = rendezvous.all_gather(
+        process,
+        "torch_ep.init",
+        json.dumps([host_name(), shown]),
+        timeout,
+        call="torch_ep.init with ranks_per_node or a mesh of nodes",
+        failure=failure,
+    )
+    hosts, others = zip(*map(json.loads, answers), strict=True)
+    for rank, other in enumerate(others):
+        for name, value in other.items():
+            if value != others[0][name]:
+                raise dist.DistError(
+                    f"torch_ep.init: expected the same {name} on every rank, got {others[0][name]} on rank 0 and "
+                    f"{value} on rank {rank}"
+                )
+    return list(hosts)
+
+
+def ranks_per_node_of(hosts: Sequence[str]) -> tuple[int | None, str]:
+    """Ranks per node if the ranks of each host are consecutive and equally many, else None; and the reason."""
+    starts = [rank for rank, host in enumerate(hosts) if rank == 0 or hosts[rank - 1] != host]
+    sizes = [end - start for start, end in zip(starts, [*starts[1:], len(hosts)], strict=True)]
+    if len({*hosts}) == 1:
+        return None, "all ranks are on one host"
+    if len({*hosts}) != len(starts):
+        return None, "the ranks of a host are not consecutive"
+    if len({*sizes}) > 1:
+        return None, f"hosts have different numbers of ranks: {sizes}"
+    if sizes[0] == 1:
+        return None, "every host has one rank"
+    return sizes[0], f"{len(sizes)} hosts of {sizes[0]} ranks"
+
+
+def make_grid(process: dist.ProcessGroup, ranks_per_node: int, timeout: timedelta) -> Grid:
+    """The grid of a group. Collective at first."""
+    key = process.group_name, ranks_per_node
+    grid = _grids.get(key)
+    if grid is None or grid.flat != process:
+        ranks, rank = dist.get_process_group_ranks(process), process.rank()
+        first = rank - rank % ranks_per_node
+        node = _new_group(ranks[first : first + ranks_per_node], process, timeout)
+        rail = _new_group(ranks[rank % ranks_per_node :: ranks_per_node], process, timeout)
+        grid = _grids[key] = Grid(process, rail, node)
+    return grid
