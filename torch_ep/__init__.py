@@ -23,7 +23,6 @@ except ImportError as error:
 from . import meta, nn, ops, reference  # noqa: F401
 from .comm import Communicator, active_ranks, destroy, init, mask_ranks, reset
 from .dynamic import mark_tokens
-from .hierarchical import HierarchicalPlan
 from .low_latency import (
     InFlightCombine,
     InFlightDispatch,
@@ -45,7 +44,7 @@ __version__ = "0.1.0"
 
 # Plans hold tensors and plain values only, so `torch.load(weights_only=True)` may construct them.
 torch.serialization.add_safe_globals(
-    [HierarchicalPlan, InFlightCombine, InFlightDispatch, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
+    [InFlightCombine, InFlightDispatch, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
 )
 
 # Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas. The tag keeps
@@ -63,7 +62,6 @@ if hasattr(torch._inductor.config, "cudagraph_unsafe_unbacked_ops"):
 __all__ = [
     "EXCHANGES",
     "Communicator",
-    "HierarchicalPlan",
     "InFlightCombine",
     "InFlightDispatch",
     "Layout",

@@ -9,9 +9,12 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import check_int, check_str, check_tensors, check_type, refuse
-from .comm import Group, resolve
+from . import meta
+from .checks import check_int, check_str, check_tensors, check_type, first_in_dynamo, refuse
+from .comm import Communicator, Group, communicators, resolve
+from .ops import combine, dispatch, plan
 from .peer_errors import reports_to_peers
+from .plan import Plan
 
 __all__ = [
     "InFlightCombine",
@@ -55,6 +58,9 @@ class LowLatencyPlan(NamedTuple):
     row_weights: Tensor
     num_experts: int
     group_name: str
+    #: On a grid of nodes: the plan of the exchange between nodes. The other fields are then of the exchange inside the
+    #: node, whose tokens are the rows that its ranks relay. Else None.
+    rail: Plan | None = None
 
 
 class LowLatencyStatistics(NamedTuple):
@@ -66,7 +72,8 @@ class LowLatencyStatistics(NamedTuple):
     #: [num_local_experts] int64: rows that each local expert got (dispatch only).
     tokens_per_expert: Tensor
     #: [world_size] int64: ns that this rank waited for each other. On backend nvlink each call adds those of the
-    #: exchange before it, of its kind: they are known when that has ended, and no kernel waits for its own end.
+    #: exchange before it, of its kind: they are known when that has ended, and no kernel waits for its own end. On a
+    #: grid of nodes: the waits for the ranks of the own node.
     wait_ns: Tensor
 
     @classmethod
@@ -105,6 +112,7 @@ class InFlightDispatch(NamedTuple):
     max_tokens_per_rank: int
     world_size: int
     group_name: str
+    rail: Plan | None = None
 
 
 class InFlightCombine(NamedTuple):
@@ -119,6 +127,7 @@ class InFlightCombine(NamedTuple):
     num_experts: int
     world_size: int
     group_name: str
+    rail: Plan | None = None
 
 
 def _dispatched(fields: tuple, topk_idx: Tensor, num_experts: int, group_name: str, statistics: Any) -> Any:
@@ -202,6 +211,60 @@ def _check_statistics(op: str, statistics: Any, num_experts: int, world_size: in
             )
 
 
+def _relay(
+    communicator: Communicator,
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    quantize: str,
+    num_experts: int,
+    max_tokens_per_rank: int,
+    after: Tensor | None,
+) -> tuple[Plan, dict[str, Any]]:
+    """The exchange between the nodes of a grid: see Note [Grids of nodes] in ops.py.
+
+    Returns its plan, and the arguments of the exchange inside this rank's node.
+    """
+    rail, node, op = communicator.rail, communicator.node, "ep::low_latency_dispatch"
+    assert rail is not None and node is not None
+    try:
+        meta.check_experts(op, num_experts, communicator.world_size)
+    except ValueError as error:
+        raise first_in_dynamo(error) from None
+    if topk_idx.dim() > 0 and topk_idx.shape[0] > max_tokens_per_rank:
+        refuse(
+            ValueError,
+            f"{op}: expected at most max_tokens_per_rank = {max_tokens_per_rank} tokens, got {topk_idx.shape[0]}",
+        )
+    relay_rows = rail.world_size * max_tokens_per_rank
+    rail_plan = plan(topk_idx, num_experts, rail.group_name, layout="rank_major", capacity=relay_rows, after=after)
+    if topk_weights is None:
+        rows, weights = dispatch(x, rail_plan), None
+    else:
+        rows, weights = dispatch(x, rail_plan, topk_weights=topk_weights)
+    return rail_plan, {
+        "x": rows,
+        "topk_idx": rail_plan.recv_topk_idx,
+        "num_experts": num_experts // rail.world_size,
+        "max_tokens_per_rank": relay_rows,
+        "group": node.group_name,
+        "topk_weights": weights,
+        "quantize": quantize or None,
+    }
+
+
+def _of_node(op: str, statistics: Any, rail: Plan, in_node: Any = None) -> LowLatencyStatistics | None:
+    """The counters of the ranks of this rank's node. `in_node`: what has the number of experts of the node."""
+    if statistics is None:
+        return None
+    num_nodes, node = rail.send_counts.shape[0], communicators[rail.group_name].rank
+    if in_node is not None:
+        ranks_per_node = communicators[in_node.group_name].world_size
+        num_experts, device = num_nodes * in_node.num_experts, rail.send_counts.device
+        _check_statistics(op, statistics, num_experts, num_nodes * ranks_per_node, device)
+    return statistics._replace(wait_ns=statistics.wait_ns.view(num_nodes, -1)[node])
+
+
 @reports_to_peers("ep::low_latency_dispatch", 5, "group")
 @_require_sizes_by_name
 def low_latency_dispatch(
@@ -230,7 +293,8 @@ def low_latency_dispatch(
         max_tokens_per_rank: M, equal on every rank. It determines the sizes of the results. W * M * K and
             W * M * L are at most 2**31 - 1.
         group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
-            process group, or one rank, nothing is communicated.
+            process group, or one rank, nothing is communicated. On a grid of nodes, rows cross the network unquantized,
+            once per (token, node), before the exchange inside the node.
         topk_weights: [T, K] float32: the weights with which combine sums. None: all 1.
         quantize: rows are sent and returned in float8_e4m3fn, each group of 128 channels divided by a scale (the last
             group may be shorter). With a = max(1e-4, the largest |x| of the group), all in float32:
@@ -261,6 +325,13 @@ def low_latency_dispatch(
     arguments = _check_dispatch_arguments(
         x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, statistics, after
     )
+    communicator = communicators.get(group_name)
+    if communicator is not None and communicator.rail is not None:
+        relay, relayed = _relay(communicator, *arguments, after)
+        received, plan = low_latency_dispatch(
+            **relayed, statistics=_of_node("ep::low_latency_dispatch", statistics, relay)
+        )
+        return received, plan._replace(rail=relay)
     fields = torch.ops.ep.low_latency_dispatch(*arguments, world_size, group_name, after)
     return _dispatched(fields, topk_idx, num_experts, group_name, statistics)
 
@@ -288,6 +359,9 @@ def low_latency_combine(
     Raises:
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `low_latency_dispatch`.
     """
+    if isinstance(plan, LowLatencyPlan) and plan.rail is not None:
+        of_node = _of_node("ep::low_latency_combine", statistics, plan.rail, plan)
+        return combine(low_latency_combine(y, plan._replace(rail=None), statistics=of_node, after=after), plan.rail)
     arguments = _check_combine_arguments(y, plan, statistics, after)
     out, wait_ns = torch.ops.ep.low_latency_combine(*arguments, after)
     if statistics is not None:
@@ -371,6 +445,10 @@ def low_latency_dispatch_send(
     arguments = _check_dispatch_arguments(
         x, topk_idx, topk_weights, quantize, num_experts, max_tokens_per_rank, world_size, None, after
     )
+    communicator = communicators.get(group_name)
+    if communicator is not None and communicator.rail is not None:
+        relay, relayed = _relay(communicator, *arguments, after)
+        return low_latency_dispatch_send(**relayed)._replace(rail=relay)
     *_, num_experts, max_tokens_per_rank = arguments
     status, data = torch.ops.ep.low_latency_dispatch_send(*arguments, world_size, group_name, after)
     return InFlightDispatch(
@@ -391,8 +469,13 @@ def low_latency_dispatch_recv(
     in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
 ) -> tuple[Any, LowLatencyPlan]:
     """The second half of `low_latency_dispatch`. Collective; returns and raises as the whole operator does."""
-    _check_in_flight("ep::low_latency_dispatch_recv", in_flight, InFlightDispatch, statistics)
-    status, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name = in_flight
+    op = "ep::low_latency_dispatch_recv"
+    if isinstance(in_flight, InFlightDispatch) and in_flight.rail is not None:
+        of_node = _of_node(op, statistics, in_flight.rail, in_flight)
+        received, plan = low_latency_dispatch_recv(in_flight._replace(rail=None), statistics=of_node)
+        return received, plan._replace(rail=in_flight.rail)
+    _check_in_flight(op, in_flight, InFlightDispatch, statistics)
+    status, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name, _ = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
         status, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
     )
@@ -408,6 +491,8 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
 
     Args, Raises: as `low_latency_combine`.
     """
+    if isinstance(plan, LowLatencyPlan) and plan.rail is not None:
+        return low_latency_combine_send(y, plan._replace(rail=None), after=after)._replace(rail=plan.rail)
     arguments = _check_combine_arguments(y, plan, None, after)
     *_, num_experts, world_size, group_name = arguments
     status, data = torch.ops.ep.low_latency_combine_send(*arguments, after)
@@ -425,8 +510,13 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
 
 def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
     """The second half of `low_latency_combine`. Collective; returns and raises as the whole operator does."""
-    _check_in_flight("ep::low_latency_combine_recv", in_flight, InFlightCombine, statistics)
-    out, wait_ns = torch.ops.ep.low_latency_combine_recv(*in_flight)
+    op = "ep::low_latency_combine_recv"
+    if isinstance(in_flight, InFlightCombine) and in_flight.rail is not None:
+        of_node = _of_node(op, statistics, in_flight.rail, in_flight)
+        return combine(low_latency_combine_recv(in_flight._replace(rail=None), statistics=of_node), in_flight.rail)
+    _check_in_flight(op, in_flight, InFlightCombine, statistics)
+    *arguments, _ = in_flight
+    out, wait_ns = torch.ops.ep.low_latency_combine_recv(*arguments)
     if statistics is not None:
         statistics.wait_ns.add_(wait_ns)
     return out

@@ -185,7 +185,7 @@ def _check_index_type(op: str, name: str, t: Tensor) -> None:
     _check_type(op, name, t, (torch.int32, torch.int64))
 
 
-def _check_experts(op: str, num_experts: int, world_size: int) -> None:
+def check_experts(op: str, num_experts: int, world_size: int) -> None:
     if world_size <= 0:
         raise ValueError(f"{op}: expected a positive world_size, got {world_size}")
     if num_experts <= 0 or num_experts % world_size:
@@ -230,7 +230,7 @@ def check_plan_options(num_experts: int, layout: str, alignment: int, capacity: 
     """Checks the arguments of ep::plan that are no tensors. Returns whether the layout is expert_major."""
     op = "ep::plan"
     expert_major = _check_layout(op, layout)
-    _check_experts(op, num_experts, world_size)
+    check_experts(op, num_experts, world_size)
     if alignment <= 0:
         raise ValueError(f"{op}: expected a positive alignment, got {alignment}")
     _check_at_most(op, "alignment", alignment, _MAX_PADDING // (num_experts // world_size))
@@ -456,7 +456,7 @@ def _check_low_latency_sizes(
     op: str, num_experts: int, num_topk: int, max_tokens_per_rank: int, world_size: int
 ) -> None:
     _check_topk(op, num_topk)
-    _check_experts(op, num_experts, world_size)
+    check_experts(op, num_experts, world_size)
     if max_tokens_per_rank <= 0:
         raise ValueError(f"{op}: expected a positive max_tokens_per_rank, got {max_tokens_per_rank}")
     factor = max(num_topk, num_experts // world_size)
@@ -649,7 +649,7 @@ def _check_low_latency_results(
     _check_type(op, "recv_row", recv_row, (torch.int32,))
     room, num_topk = recv_row.shape
     _check_topk(op, num_topk)
-    _check_experts(op, num_experts, world_size)
+    check_experts(op, num_experts, world_size)
     if room % world_size:
         raise ValueError(
             f"{op}: expected recv_row to have the same number of rows for each of {world_size} ranks, got {room}"
@@ -712,7 +712,7 @@ def _low_latency_combine_recv(
     _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), status, _IN_FLIGHT)
     _check_index_type(op, "topk_idx", topk_idx)
     _check_topk(op, topk_idx.shape[1])
-    _check_experts(op, num_experts, world_size)
+    check_experts(op, num_experts, world_size)
     _check_dtype(op, "rows", dtype, _LOW_LATENCY_TYPES)
     _check_hidden(op, hidden)
     _check_in_flight(op, status, in_flight, "rows", hidden * dtype.itemsize, world_size)

@@ -13,11 +13,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _C, hierarchical  # type: ignore[attr-defined]
-from .checks import check_int, check_str, check_tensors, check_type, refuse
-from .comm import Group, communicators, resolve
+from . import _C, meta  # type: ignore[attr-defined]
+from .checks import check_int, check_str, check_tensors, check_type, first_in_dynamo, refuse
+from .comm import Communicator, Group, communicators, resolve
 from .derivatives import is_floating, register_derivatives
-from .hierarchical import HierarchicalPlan
 from .peer_errors import reports_to_peers
 from .plan import Layout, Plan
 
@@ -34,7 +33,7 @@ def plan(
     capacity: int | None = None,
     alignment: int = 1,
     after: Tensor | None = None,
-) -> Plan | HierarchicalPlan:
+) -> Plan:
     """Decides which rows every rank sends to every other. Collective; moves indices, no payload.
 
     Rank `r` of `W` holds experts `[r * num_experts // W, (r + 1) * num_experts // W)`.
@@ -67,7 +66,7 @@ def plan(
     communicator = communicators.get(group_name)
     if communicator is not None and communicator.rail is not None:
         sizes = _check_plan_arguments(topk_idx, num_experts, layout, capacity, alignment, after)
-        return hierarchical.make_plan(plan, communicator, topk_idx, layout, *sizes, after)
+        return _plan_on_grid(communicator, topk_idx, layout, *sizes, after)
     max_tokens = None if communicator is None else communicator.max_tokens_per_rank
     group_args = (world_size, group_name, max_tokens, after)
     if not torch.compiler.is_compiling():
@@ -146,19 +145,15 @@ def _check_combine_arguments(y: Any, plan: Any, row_weights: Any, topk_weights: 
 
 
 @overload
-def dispatch(x: Tensor, plan: Plan | HierarchicalPlan, *, after: Tensor | None = None) -> Tensor: ...
+def dispatch(x: Tensor, plan: Plan, *, after: Tensor | None = None) -> Tensor: ...
 @overload
-def dispatch(
-    x: Tensor, plan: Plan | HierarchicalPlan, *, topk_weights: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]: ...
+def dispatch(x: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 @overload
-def dispatch(
-    x: Tensor, plan: Plan | HierarchicalPlan, *, scales: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]: ...
+def dispatch(x: Tensor, plan: Plan, *, scales: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 @overload
 def dispatch(
     x: Tensor,
-    plan: Plan | HierarchicalPlan,
+    plan: Plan,
     *,
     topk_weights: Tensor,
     scales: Tensor,
@@ -167,7 +162,7 @@ def dispatch(
 @reports_to_peers("ep::dispatch", 1, "plan")
 def dispatch(
     x: Tensor,
-    plan: Plan | HierarchicalPlan,
+    plan: Plan,
     *,
     topk_weights: Tensor | None = None,
     scales: Tensor | None = None,
@@ -199,8 +194,8 @@ def dispatch(
         got = _C.dispatch(x, Plan, plan, topk_weights, scales, after)
         if got is not None:
             return got
-    if isinstance(plan, HierarchicalPlan):
-        return hierarchical.dispatch(dispatch, x, plan, topk_weights, scales, after)
+    if isinstance(plan, Plan) and plan.rail is not None:
+        return _dispatch_on_grid(x, plan, topk_weights, scales, after)
     arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
     rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
@@ -208,17 +203,13 @@ def dispatch(
 
 
 @overload
-def combine(
-    y: Tensor, plan: Plan | HierarchicalPlan, *, row_weights: Tensor | None = None, after: Tensor | None = None
-) -> Tensor: ...
+def combine(y: Tensor, plan: Plan, *, row_weights: Tensor | None = None, after: Tensor | None = None) -> Tensor: ...
 @overload
-def combine(
-    y: Tensor, plan: Plan | HierarchicalPlan, *, topk_weights: Tensor, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]: ...
+def combine(y: Tensor, plan: Plan, *, topk_weights: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 @reports_to_peers("ep::combine", 1, "plan")
 def combine(
     y: Tensor,
-    plan: Plan | HierarchicalPlan,
+    plan: Plan,
     *,
     row_weights: Tensor | None = None,
     topk_weights: Tensor | None = None,
@@ -255,15 +246,78 @@ def combine(
             got = None if topk_weights is not None else _C.combine_weighted(y, Plan, plan, row_weights, after)
         if got is not None:
             return got
-    if isinstance(plan, HierarchicalPlan):
-        if row_weights is not None and topk_weights is not None:
-            _check_combine_arguments(y, plan.node, row_weights, topk_weights, after)  # raises
-        return hierarchical.combine(combine, y, plan, row_weights, topk_weights, after)
+    if isinstance(plan, Plan) and plan.rail is not None:
+        return _combine_on_grid(y, plan, row_weights, topk_weights, after)
     arguments = _check_combine_arguments(y, plan, row_weights, topk_weights, after)
     if row_weights is not None:
         return torch.ops.ep.combine.weighted(*arguments)
     tokens, weights, _ = torch.ops.ep.combine(*arguments)
     return tokens if weights is None else (tokens, weights)
+
+
+# Note [Grids of nodes]
+# With experts numbered rank after rank, the exchange on a grid is a product of two: D = D_node * D_rail, where D_rail
+# brings a row to each node that has an expert of its token, and D_node brings it to those experts. So plan, dispatch
+# and combine call themselves twice, and fakes, derivatives and compiled graphs follow from those of the two operators.
+
+
+def _plan_on_grid(
+    communicator: Communicator,
+    topk_idx: Tensor,
+    layout: Layout,
+    num_experts: int,
+    capacity: int | None,
+    alignment: int,
+    after: Tensor | None,
+) -> Plan:
+    rail, node = communicator.rail, communicator.node
+    assert rail is not None and node is not None
+    try:  # all of them before the first exchange, which takes a part
+        meta.check_plan_options(num_experts, layout, alignment, capacity, communicator.world_size)
+    except (TypeError, ValueError) as error:
+        raise first_in_dynamo(error) from None
+    relay_rows = None
+    if capacity is not None:
+        relay_rows = communicator.max_relay_rows
+        if relay_rows is None:
+            refuse(
+                ValueError,
+                "ep::plan: expected torch_ep.init with max_relay_rows or max_tokens_per_rank for a plan with a "
+                "capacity on a grid of nodes, got neither",
+            )
+    rail_plan = plan(topk_idx, num_experts, rail.group_name, layout="rank_major", capacity=relay_rows, after=after)
+    assert rail_plan.recv_topk_idx is not None
+    num_local_experts = num_experts // rail.world_size
+    node_plan = plan(
+        rail_plan.recv_topk_idx,
+        num_local_experts,
+        node.group_name,
+        layout=layout,
+        capacity=capacity,
+        alignment=alignment,
+    )
+    return node_plan._replace(num_dropped=node_plan.num_dropped + rail_plan.num_dropped, rail=rail_plan)
+
+
+def _dispatch_on_grid(
+    x: Tensor, plan: Plan, topk_weights: Tensor | None, scales: Tensor | None, after: Tensor | None
+) -> Any:
+    rail: Any = plan.rail
+    payloads = {"topk_weights": topk_weights, "scales": scales}
+    payloads = {name: t for name, t in payloads.items() if t is not None}
+    relayed: Any = dispatch(x, rail, **payloads, after=after)  # type: ignore[call-overload]
+    rows, *others = relayed if payloads else (relayed,)
+    return dispatch(rows, plan._replace(rail=None), **dict(zip(payloads, others, strict=True)))  # type: ignore
+
+
+def _combine_on_grid(
+    y: Tensor, plan: Plan, row_weights: Tensor | None, topk_weights: Tensor | None, after: Tensor | None
+) -> Any:
+    rail: Any = plan.rail
+    sums: Any = combine(  # type: ignore[call-overload]
+        y, plan._replace(rail=None), row_weights=row_weights, topk_weights=topk_weights, after=after
+    )
+    return combine(sums, rail) if topk_weights is None else combine(sums[0], rail, topk_weights=sums[1])
 
 
 # Derivatives. Every formula sends all payloads in one exchange, whichever gradients are wanted and tangents given, so

@@ -53,6 +53,10 @@ def _group_name(op: str, source: Any) -> str:
 
     On a grid of nodes, the group of the first exchange of `op`. The report reaches the other one from there.
     """
+    is_combine = op.endswith("combine")
+    rail = getattr(source, "rail", None)
+    if rail is not None and not is_combine:
+        source = rail
     try:
         name = resolve(getattr(source, "group_name", source))[0]
     except Exception:
@@ -60,4 +64,4 @@ def _group_name(op: str, source: Any) -> str:
     communicator = communicators.get(name)
     if communicator is None or communicator.rail is None or communicator.node is None:
         return name
-    return (communicator.node if op.endswith("combine") else communicator.rail).group_name
+    return (communicator.node if is_combine else communicator.rail).group_name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ class Plan(NamedTuple):
     and each other's transpose. In the shapes, `T` is this rank's number of tokens, `K` experts per token, `W` ranks,
     `L` local experts, `R` rows that `dispatch` returns. A slot is a position in a token's row of `topk_idx`.
 
+    On a grid of nodes (`torch_ep.init(ranks_per_node=)`), `rail` plans the exchange between nodes. The other fields
+    plan the exchange inside this rank's node: `W` counts the ranks of the node, and `T` the rows that this rank relays.
+
     Attributes:
         send_row: [T, K] int32. The sent row that carries the token for this slot, counted over all rows that this
             rank sends; -1 for no expert.
@@ -31,9 +34,12 @@ class Plan(NamedTuple):
         offsets: int32. expert_major: [L], where each expert's group of rows ends, as `grouped_mm` takes it.
             rank_major: [W], where the group of rows of each source rank ends.
         tokens_per_expert: [L] int32. Rows of each local expert, without padding and dropped rows.
-        num_dropped: [] int32. Overflow: rows dropped because they exceed `capacity`.
+        num_dropped: [] int32. Overflow: rows dropped because they exceed `capacity`, and on a grid of nodes rows that
+            this rank did not relay because they exceed `max_relay_rows`.
         layout: "rank_major" or "expert_major".
         group_name: name of the ranks' group, "" for one rank.
+        rail: on a grid of nodes, the plan of the exchange among the ranks that have this rank's position in their
+            nodes. Layout rank_major: one row per (token, node). Else None.
     """
 
     send_row: Tensor
@@ -46,6 +52,7 @@ class Plan(NamedTuple):
     num_dropped: Tensor
     layout: Layout
     group_name: str
+    rail: Plan | None = None
 
     @property
     def num_rows(self) -> int:
@@ -79,7 +86,7 @@ class Plan(NamedTuple):
         return self.offsets.diff(prepend=self.offsets.new_zeros(1))
 
 
-def _recv_map(plan: Any) -> Tensor:
+def _recv_map(plan: Plan) -> Tensor:
     """recv_topk_idx for layout rank_major, recv_pair for layout expert_major."""
     recv_map = plan.recv_topk_idx if plan.layout == "rank_major" else plan.recv_pair
     if recv_map is None:

@@ -12,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hierarchical import HierarchicalPlan
 from .low_latency import LowLatencyPlan, Quantize
 from .plan import Layout, Plan
 
 __all__ = [
     "combine",
     "dispatch",
-    "hierarchical_combine",
-    "hierarchical_dispatch",
-    "hierarchical_plan",
     "low_latency_combine",
     "low_latency_dispatch",
     "plan",
@@ -36,8 +32,12 @@ def plan(
     layout: Layout,
     capacity: int | None = None,
     alignment: int = 1,
+    ranks_per_node: int | None = None,
+    max_relay_rows: int | None = None,
 ) -> list[Plan]:
-    """As `torch_ep.plan`, for every rank."""
+    """As `torch_ep.plan`, for every rank; with `ranks_per_node` on a grid of nodes, as `torch_ep.init` makes it."""
+    if ranks_per_node is not None:
+        return _plan_on_grid(topk_idx, num_experts, ranks_per_node, max_relay_rows, layout, capacity, alignment)
     world_size = len(topk_idx)
     num_local = num_experts // world_size
     num_topk = topk_idx[0].shape[1]
@@ -131,6 +131,8 @@ def dispatch(
     topk_weights: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """As `torch_ep.dispatch`, for every rank: (rows, weights or None). Scales are permuted as the rows."""
+    if plans[0].rail is not None:
+        return _dispatch_on_grid(x, plans, topk_weights)
     results: list[tuple[Tensor, Tensor | None]] = []
     for plan_, links in zip(plans, _links(plans), strict=True):
         num_topk = plan_.send_row.shape[1]
@@ -163,6 +165,8 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """As `torch_ep.combine`, for every rank: (sums, weights or None)."""
+    if plans[0].rail is not None:
+        return _combine_on_grid(y, plans, row_weights, topk_weights)
     dtype = y[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
     hidden = y[0].shape[1]
@@ -220,17 +224,22 @@ def _in_groups(groups: list[list[int]], call: Callable[..., list], *of_ranks: Se
     return [results[rank] for rank in range(len(results))]
 
 
-def hierarchical_plan(
+def _grid_of(plans: Sequence[Plan]) -> tuple[list[list[int]], list[list[int]], list[Plan], list[Plan]]:
+    """The ranks of each rail and of each node, and both plans of every rank."""
+    ranks_per_node = plans[0].send_counts.shape[0]
+    rails, nodes = _rails(len(plans), ranks_per_node), _nodes(len(plans), ranks_per_node)
+    return rails, nodes, [p.rail for p in plans if p.rail is not None], [p._replace(rail=None) for p in plans]
+
+
+def _plan_on_grid(
     topk_idx: Sequence[Tensor],
     num_experts: int,
     ranks_per_node: int,
-    *,
+    max_relay_rows: int | None,
     layout: Layout,
-    capacity: int | None = None,
-    alignment: int = 1,
-    max_relay_rows: int | None = None,
-) -> list[HierarchicalPlan]:
-    """As `torch_ep.plan` on a grid of nodes, for every rank."""
+    capacity: int | None,
+    alignment: int,
+) -> list[Plan]:
     world_size = len(topk_idx)
     num_nodes = world_size // ranks_per_node
 
@@ -243,21 +252,15 @@ def hierarchical_plan(
 
     rails = _in_groups(_rails(world_size, ranks_per_node), on_rail, topk_idx)
     nodes = _in_groups(_nodes(world_size, ranks_per_node), in_node, [p.recv_topk_idx for p in rails])
-    return [HierarchicalPlan(rail, node, "") for rail, node in zip(rails, nodes, strict=True)]
+    return [
+        node._replace(num_dropped=rail.num_dropped + node.num_dropped, rail=rail)
+        for rail, node in zip(rails, nodes, strict=True)
+    ]
 
 
-def _grid_of(plans: Sequence[HierarchicalPlan]) -> tuple[list[list[int]], list[list[int]], list[Plan], list[Plan]]:
-    """The ranks of each rail and of each node, and both plans of every rank."""
-    ranks_per_node = plans[0].node.send_counts.shape[0]
-    rails, nodes = _rails(len(plans), ranks_per_node), _nodes(len(plans), ranks_per_node)
-    return rails, nodes, [p.rail for p in plans], [p.node for p in plans]
-
-
-def hierarchical_dispatch(
-    x: Sequence[Tensor], plans: Sequence[HierarchicalPlan], *, topk_weights: Sequence[Tensor] | None = None
+def _dispatch_on_grid(
+    x: Sequence[Tensor], plans: Sequence[Plan], topk_weights: Sequence[Tensor] | None
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """As `torch_ep.dispatch` on a grid of nodes, for every rank: (rows, weights or None)."""
-
     def move(x: Sequence[Tensor], plans: Sequence[Plan], weights: Sequence[Tensor] | None) -> list:
         return dispatch(x, plans, topk_weights=weights)
 
@@ -267,14 +270,13 @@ def hierarchical_dispatch(
     return _in_groups(nodes, move, [rows for rows, _ in relayed], node_plans, weights)
 
 
-def hierarchical_combine(
+def _combine_on_grid(
     y: Sequence[Tensor],
-    plans: Sequence[HierarchicalPlan],
-    *,
-    row_weights: Sequence[Tensor] | None = None,
-    topk_weights: Sequence[Tensor] | None = None,
+    plans: Sequence[Plan],
+    row_weights: Sequence[Tensor] | None,
+    topk_weights: Sequence[Tensor] | None,
 ) -> list[tuple[Tensor, Tensor | None]]:
-    """As `torch_ep.combine` on a grid of nodes, for every rank: (sums, weights or None). Each node's sum is rounded."""
+    """The sum of each node is rounded."""
 
     def bring(y: Any, plans: Any, row_weights: Any, topk_weights: Any) -> list:
         return combine(y, plans, row_weights=row_weights, topk_weights=topk_weights)
@@ -283,6 +285,52 @@ def hierarchical_combine(
     sums = _in_groups(nodes, bring, y, node_plans, row_weights, topk_weights)
     weights = None if topk_weights is None else [w for _, w in sums]
     return _in_groups(rails, bring, [s for s, _ in sums], rail_plans, None, weights)
+
+
+def _low_latency_dispatch_on_grid(
+    x: Sequence[Tensor],
+    topk_idx: Sequence[Tensor],
+    num_experts: int,
+    max_tokens_per_rank: int,
+    topk_weights: Sequence[Tensor] | None,
+    quantize: Quantize | None,
+    ranks_per_node: int,
+) -> list[tuple[Tensor, Tensor | None, LowLatencyPlan]]:
+    world_size = len(x)
+    num_nodes = world_size // ranks_per_node
+    relay_rows = num_nodes * max_tokens_per_rank
+
+    def relay(x: Any, idx: Any, weights: Any) -> list:
+        plans = plan(idx, num_experts, layout="rank_major", capacity=relay_rows)
+        return [(*rows, p) for rows, p in zip(dispatch(x, plans, topk_weights=weights), plans, strict=True)]
+
+    def in_node(rows: Any, idx: Any, weights: Any) -> list:
+        return low_latency_dispatch(
+            rows, idx, num_experts // num_nodes, relay_rows, topk_weights=weights, quantize=quantize
+        )
+
+    relayed = _in_groups(_rails(world_size, ranks_per_node), relay, x, topk_idx, topk_weights)
+    rails = [p for *_, p in relayed]
+    weights = None if topk_weights is None else [w for _, w, _ in relayed]
+    received = _in_groups(
+        _nodes(world_size, ranks_per_node),
+        in_node,
+        [rows for rows, *_ in relayed],
+        [p.recv_topk_idx for p in rails],
+        weights,
+    )
+    return [(rows, scales, p._replace(rail=rail)) for (rows, scales, p), rail in zip(received, rails, strict=True)]
+
+
+def _low_latency_combine_on_grid(y: Sequence[Tensor], plans: Sequence[LowLatencyPlan]) -> list[Tensor]:
+    ranks_per_node = plans[0].source_offsets.shape[1]
+
+    def bring(sums: Any, rails: Any) -> list:
+        return [rows for rows, _ in combine(sums, rails)]
+
+    in_node = [p._replace(rail=None) for p in plans]
+    sums = _in_groups(_nodes(len(y), ranks_per_node), low_latency_combine, y, in_node)
+    return _in_groups(_rails(len(y), ranks_per_node), bring, sums, [p.rail for p in plans])
 
 
 def quantize(x: Tensor, how: Quantize) -> tuple[Tensor, Tensor]:
@@ -319,8 +367,13 @@ def low_latency_dispatch(
     *,
     topk_weights: Sequence[Tensor] | None = None,
     quantize: Quantize | None = None,
+    ranks_per_node: int | None = None,
 ) -> list[tuple[Tensor, Tensor | None, LowLatencyPlan]]:
     """As `torch_ep.low_latency_dispatch`, for every rank: (rows, scales or None, plan). Undefined values are zero."""
+    if ranks_per_node is not None:
+        return _low_latency_dispatch_on_grid(
+            x, topk_idx, num_experts, max_tokens_per_rank, topk_weights, quantize, ranks_per_node
+        )
     world_size, num_topk = len(x), topk_idx[0].shape[1]
     num_local, room = num_experts // world_size, world_size * max_tokens_per_rank
     sent = [_maybe_quantize(t, quantize) for t in x]
@@ -370,6 +423,8 @@ def low_latency_dispatch(
 
 def low_latency_combine(y: Sequence[Tensor], plans: Sequence[LowLatencyPlan]) -> list[Tensor]:
     """As `torch_ep.low_latency_combine`, for every rank."""
+    if plans[0].rail is not None:
+        return _low_latency_combine_on_grid(y, plans)
     world_size, dtype, hidden = len(y), y[0].dtype, y[0].shape[2]
     num_local = plans[0].num_experts // world_size
     # partial[rank][token of all ranks]: the weighted sum of that token's rows there.

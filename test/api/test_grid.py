@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from support.harness import PATIENCE, random_topk, same_bits, seeded, world
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 import torch_ep
 from torch_ep import reference
@@ -65,25 +67,24 @@ def _equals_reference(rank: int, world_size: int, grid: tuple[int, int]) -> str:
         dtype = (torch.float32, torch.bfloat16, torch.float64)[seed % 3]
         options: dict[str, Any] = {"layout": layout, "capacity": capacity, "alignment": alignment}
         plan = torch_ep.plan(idx[rank], num_experts, **options)
-        plans = reference.hierarchical_plan(idx, num_experts, grid[1], **options, max_relay_rows=relay_rows)
+        plans = reference.plan(idx, num_experts, **options, ranks_per_node=grid[1], max_relay_rows=relay_rows)
         label = f"{layout}, capacity {capacity}, relay rows {relay_rows}"
-        for level, got, want in zip(("rail", "node"), plan[:2], plans[rank][:2], strict=True):
+        for level, got, want in (("rail", plan.rail, plans[rank].rail), ("node", plan, plans[rank])):
             for field, ours, theirs in zip(got._fields[:8], got[:8], want[:8], strict=True):
                 _equal(differences, f"{label}: {level}.{field}", ours, theirs)
-        _equal(differences, f"{label}: num_dropped", plan.num_dropped, plans[rank].num_dropped)
         x = _random(seed, [(t.shape[0], HIDDEN) for t in idx], dtype)
         w = _random(seed + 1, [t.shape for t in idx], torch.float32)
         rows, weights, scales = torch_ep.dispatch(
             x[rank], plan, topk_weights=w[rank], scales=x[rank][:, :3].contiguous()
         )
-        moved = reference.hierarchical_dispatch(x, plans, topk_weights=w)
+        moved = reference.dispatch(x, plans, topk_weights=w)
         _equal(differences, f"{label}: rows", rows, moved[rank][0])
         _equal(differences, f"{label}: weights", weights, moved[rank][1])
         _equal(differences, f"{label}: scales", scales, moved[rank][0][:, :3].contiguous())
         y = _random(seed + 2, [r.shape for r, _ in moved], dtype)
         received = [v for _, v in moved]
         sums, returned = torch_ep.combine(y[rank], plan, topk_weights=weights)
-        want = reference.hierarchical_combine(y, plans, topk_weights=received)[rank]
+        want = reference.combine(y, plans, topk_weights=received)[rank]
         _equal(differences, f"{label}: sums", sums, want[0])
         _equal(differences, f"{label}: returned weights", returned, want[1])
         if layout == "expert_major":
@@ -92,7 +93,7 @@ def _equals_reference(rank: int, world_size: int, grid: tuple[int, int]) -> str:
                 differences,
                 f"{label}: weighted",
                 got,
-                reference.hierarchical_combine(y, plans, row_weights=received)[rank][0],
+                reference.combine(y, plans, row_weights=received)[rank][0],
             )
     torch_ep.init(timeout=PATIENCE)
     return "\n".join(differences)
@@ -230,6 +231,87 @@ def _moe(rank: int, world_size: int, layout: str, capacity: int | None) -> None:
 @pytest.mark.parametrize("capacity", [None, 400], ids=["exact", "capacity"])
 def test_layer_on_a_grid(layout: str, capacity: int | None) -> None:
     world(4).run(_moe, layout, capacity)
+
+
+def _low_latency(rank: int, world_size: int, quantize: Any) -> str:
+    """Whole, in halves, and with fewer tokens than there is room for; counters of rows and waits."""
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2)
+    differences: list[str] = []
+    num_experts, most = 2 * world_size, 24
+    for seed in range(2):
+        idx = _topk_idx(seed, world_size, num_experts)
+        x = _random(seed, [(t.shape[0], 130) for t in idx], torch.float32)
+        w = _random(seed + 1, [t.shape for t in idx], torch.float32)
+        want_rows, want_scales, want = reference.low_latency_dispatch(
+            x, idx, num_experts, most, topk_weights=w, quantize=quantize, ranks_per_node=2
+        )[rank]
+        statistics = torch_ep.LowLatencyStatistics.zeros(num_experts)
+        arguments: dict[str, Any] = {
+            "num_experts": num_experts,
+            "max_tokens_per_rank": most,
+            "topk_weights": w[rank],
+            "quantize": quantize,
+        }
+        in_flight = torch_ep.low_latency_dispatch_send(x[rank], idx[rank], **arguments)
+        for received, plan in (
+            torch_ep.low_latency_dispatch_recv(in_flight, statistics=statistics),
+            torch_ep.low_latency_dispatch(x[rank], idx[rank], **arguments, statistics=statistics),
+        ):
+            rows, scales = received if quantize else (received, None)
+            for name in ("tokens_per_expert", "source_offsets", "recv_pair", "recv_row"):
+                _equal(differences, name, getattr(plan, name), getattr(want, name))
+            for expert, count in enumerate(plan.tokens_per_expert.tolist()):
+                _equal(differences, "rows", rows[expert, :count], want_rows[expert, :count])
+                if scales is not None and want_scales is not None:
+                    got = scales[expert, :count].contiguous()
+                    _equal(differences, "scales", got, want_scales[expert, :count].contiguous())
+            y = _random(seed + 2, [want_rows.shape] * world_size, torch.bfloat16)
+            plans = [
+                p
+                for *_, p in reference.low_latency_dispatch(x, idx, num_experts, most, topk_weights=w, ranks_per_node=2)
+            ]
+            sums = reference.low_latency_combine(y, plans)[rank]
+            _equal(differences, "sums", torch_ep.low_latency_combine(y[rank], plan, statistics=statistics), sums)
+            sent = torch_ep.low_latency_combine_send(y[rank], plan)
+            _equal(differences, "sums in halves", torch_ep.low_latency_combine_recv(sent), sums)
+        _equal(differences, "counted rows", statistics.tokens_per_expert, 2 * want.tokens_per_expert.long())
+        if statistics.wait_ns.shape != (world_size,):
+            differences.append(f"wait_ns: {statistics.wait_ns}")
+    message = _message(
+        torch_ep.low_latency_dispatch,
+        torch.zeros(9 if rank == 1 else 2, 4),
+        torch.zeros(9 if rank == 1 else 2, 1, dtype=torch.int64),
+        num_experts=num_experts,
+        max_tokens_per_rank=8,
+    )
+    if "ep::low_latency_dispatch: expected at most max_tokens_per_rank = 8 tokens, got 9" not in message:
+        differences.append(message)
+    torch_ep.init(timeout=PATIENCE)
+    return "\n".join(differences)
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_low_latency_pair_equals_reference(quantize: Any) -> None:
+    assert world(4).run(_low_latency, quantize) == [""] * 4
+
+
+def _decode(rank: int, world_size: int) -> None:
+    x = torch.randn(3 + rank, 16, generator=seeded(rank))
+    outcomes = []
+    for ranks_per_node in (None, 2):
+        torch_ep.init(timeout=PATIENCE, ranks_per_node=ranks_per_node)
+        torch.manual_seed(0)
+        layer = torch_ep.nn.MoE(16, 8, 2 * world_size, 3)
+        with torch.no_grad():
+            for decode in (layer.decode, torch.compile(layer.decode, fullgraph=True, backend="aot_eager")):
+                outcomes.append(decode(x, 8))
+    for outcome in outcomes[1:]:
+        torch.testing.assert_close(outcome, outcomes[0], rtol=1e-4, atol=1e-5)
+    torch_ep.init(timeout=PATIENCE)
+
+
+def test_decode_on_a_grid() -> None:
+    world(4).run(_decode)
 
 
 def _what_init_says(rank: int, world_size: int) -> list[Any]:
@@ -397,6 +479,36 @@ def test_more_rows_than_a_relay_holds() -> None:
     for _, message, late in results[2:]:
         assert message == "nothing raised"
         assert "expected at most max_tokens_per_rank = 5 tokens, got 8" in late
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, x: Tensor, w: Tensor, idx: Tensor) -> Tensor:
+        return _layer(x, w, idx, 8, None, "expert_major")
+
+
+def _saved_and_exported(rank: int, world_size: int) -> None:
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2, max_tokens_per_rank=32)
+    idx = random_topk(6, 3, 8, seeded(rank))
+    x, w = torch.randn(6, 4, generator=seeded(rank)), torch.rand(6, 3, generator=seeded(rank, 1))
+    plan = torch_ep.plan(idx, 8)
+    file = io.BytesIO()
+    torch.save(plan, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert torch.equal(torch_ep.dispatch(x, loaded), torch_ep.dispatch(x, plan))
+    program = torch.export.export(_Layer(), (x, w, idx), strict=False)
+    assert torch.equal(program.module()(x, w, idx), _Layer()(x, w, idx))
+    # Selective checkpointing recomputes the experts, and no exchange: the other ranks make none.
+    leaf = x.clone().requires_grad_()
+    out = checkpoint(_Layer(), leaf, w, idx, use_reentrant=False, context_fn=torch_ep.checkpoint_contexts)
+    begun = torch_ep._C.exchanges_begun()
+    out.sum().backward()
+    assert torch_ep._C.exchanges_begun() - begun == 4  # the backward of two exchanges, on two levels each
+    torch_ep.init(timeout=PATIENCE)
+
+
+def test_plans_are_saved_exported_and_checkpointed() -> None:
+    world(4).run(_saved_and_exported)
 
 
 def _node_limited(rank: int, world_size: int) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..comm import Group
-from ..hierarchical import HierarchicalPlan
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, Plan, _recv_map
@@ -479,7 +478,7 @@ class MoE(nn.Module):
         stats = RouterStats(aux_loss, load, p.num_dropped)
         return self._with_shared(y, tokens).view(x.shape), checkpointable(stats, self.router.requires_grad)
 
-    def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan | HierarchicalPlan) -> Tensor:
+    def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan) -> Tensor:
         if self.scale_before_experts:
             return combine(self.experts(_scale(rows, weights), p.offsets), p)
         return combine(self.experts(rows, p.offsets), p, row_weights=weights)

@@ -35,6 +35,7 @@ enum PlanField : Py_ssize_t {
   kNumDropped,
   kLayout,
   kGroupName,
+  kRail,
   kPlanFields
 };
 
@@ -116,10 +117,10 @@ class PlanArguments {
     }
     const auto field = [plan](PlanField i) { return PyTuple_GET_ITEM(plan, i); };
     PyObject* recv_map = field(is_rank_major(field(kLayout)) ? kRecvTopkIdx : kRecvPair);
-    is_whole_ = recv_map != Py_None;
+    is_whole_ = recv_map != Py_None && field(kRail) == Py_None;
     fields_ = {field(kSendRow), field(kSendCounts), field(kRecvCounts), recv_map, field(kLayout), field(kGroupName)};
   }
-  // False: the slow path raises the error.
+  // False: the slow path raises an error, or exchanges on a grid of nodes.
   bool is_whole() const { return is_whole_; }
   Arguments arguments() const { return {fields_.data(), kCount, kCount}; }
 
@@ -196,6 +197,7 @@ PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* la
   set(kNumDropped, wrap(num_dropped));
   set(kLayout, Py_NewRef(layout));
   set(kGroupName, Py_NewRef(group_name));
+  set(kRail, Py_NewRef(Py_None));
   return result;
 }
 
