@@ -555,9 +555,33 @@ def serving_diagram() -> Drawing:
     return d
 
 
+def grid_diagram() -> Drawing:
+    """A token of rank 0 with experts on ranks 1, 2 and 3 of a 2 x 2 grid."""
+    d = Drawing(860, 330, "A token's row crosses the network once per node and is relayed inside it")
+    d.text(20, 28, "dispatch of a token of rank 0 whose experts are on ranks 1, 2 and 3", bold=True)
+    box = {rank: (150 + 440 * (rank // 2), 80 + 110 * (rank % 2)) for rank in range(4)}
+    for node in range(2):
+        d.box(130 + 440 * node, 50, 160, 210, "", fill=PAPER, line=MUTED, dashed=True)
+        d.text(210 + 440 * node, 70, f"node {node}", anchor="middle", color=MUTED)
+    for rank, (x, y) in box.items():
+        d.box(x, y, 120, 60, f"rank {rank}\n{'token' if rank == 0 else 'expert'}", fill=RANK_FILL[rank % 2])
+    d.arrow(270, 100, 588, 100, color=RANK_LINE[0])
+    d.text(430, 92, "1. rail of ranks 0 and 2: one row", anchor="middle", color=RANK_LINE[0])
+    d.line(270, 220, 588, 220, dashed=True)
+    d.text(430, 212, "rail of ranks 1 and 3", anchor="middle", color=MUTED)
+    d.arrow(210, 140, 210, 188, color=GREEN_LINE)
+    d.arrow(650, 140, 650, 188, color=GREEN_LINE)
+    d.text(222, 169, "2. relay", color=GREEN_LINE)
+    d.text(662, 169, "2. relay", color=GREEN_LINE)
+    d.text(20, 290, "One row crosses the network for the experts on ranks 2 and 3. One level would send two.", color=MUTED)
+    d.text(20, 310, "combine goes back: ranks 2 and 3 are summed on rank 2, which sends one row.", color=MUTED)
+    return d
+
+
 DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "backends": backends_diagram,
     "exchange": exchange_diagram,
+    "grid": grid_diagram,
     "grouped_mm": grouped_mm_diagram,
     "layouts": layouts_diagram,
     "linear_maps": linear_maps_diagram,
