@@ -1,10 +1,11 @@
+// Copies that do not wait for kernels.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
 
 namespace ep::nvlink {
 
-// A stream that waits for no kernel, for a few words.
+// A stream for small copies. It does not wait for kernels on other streams.
 class Stream {
  public:
   Stream() { C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }

@@ -1,4 +1,4 @@
-// Tensors as the kernels take them.
+// Converts tensors to kernel arguments, and allocates results.
 #pragma once
 
 #include "core/element.h"
@@ -31,7 +31,7 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// As at::empty, on the device of `like`, without the way there through the dispatcher.
+// at::empty on the device of `like`, without the overhead of the dispatcher.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType type) {
   return at::detail::empty_cuda(sizes, type, like.device(), std::nullopt);
 }

@@ -1,4 +1,4 @@
-// The wire row of the low-latency pair on backends that are composed of local kernels and an exchange.
+// The wire row of the low-latency pair on composed backends (local/composed_backend.h).
 #pragma once
 
 #include "core/types.h"
@@ -12,9 +12,8 @@ inline int64_t ceil_div(int64_t n, int64_t by) {
 // Channels that share a scale.
 constexpr int64_t kScaleGroup = 128;
 
-// What one rank sends of one token to another, as bytes: the row, its scales, int32 [1 + num_topk] (the token, then its
-// experts as the destination rank numbers them, -1 for none) and float32 [num_topk] weights. Parts begin at multiples
-// of 16 bytes.
+// Byte layout of one wire row: the row, its scales, int32 [1 + num_topk] (the token, then its local experts on the
+// destination rank, -1 for none) and float32 [num_topk] weights. Each part begins at a multiple of 16 bytes.
 struct LowLatencyWireRow {
   explicit LowLatencyWireRow(const LowLatencyOptions& options)
       : row_type(options.quantize == Quantize::none ? options.dtype : at::kFloat8_e4m3fn),

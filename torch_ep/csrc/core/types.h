@@ -1,4 +1,4 @@
-// The vocabulary that operators and backends share. Shapes and meanings: torch_ep/ops.py and low_latency.py.
+// Types that operators and backends share. Shapes and meanings: torch_ep/ops.py and low_latency.py.
 //
 // W: ranks; T: tokens of this rank; K: experts per token; L: experts per rank; R: rows that dispatch returns.
 #pragma once
@@ -11,8 +11,8 @@
 
 namespace ep {
 
-// What an exchange is for. Every rank issues the same sequence of these on one group. The halves of a low-latency
-// operator are one exchange, which `_send` begins.
+// The operator of an exchange. Every rank issues the same sequence of operators on one group. The halves of a
+// low-latency operator are one exchange, which `_send` begins.
 enum class OpKind : int64_t {
   init = 0,
   plan = 1,
@@ -37,7 +37,7 @@ struct PlanOptions {
   std::optional<int64_t> max_tokens_per_rank;
 };
 
-// What dispatch and combine take of a plan.
+// The tensors of a plan that dispatch and combine use.
 struct PlanTensors {
   const at::Tensor& send_row;
   const at::Tensor& send_counts;
@@ -56,7 +56,7 @@ using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional
 
 enum class Quantize : int64_t { none, fp8, fp8_pow2, fp8_ue8m0 };
 
-// Of a low-latency dispatch; equal on all ranks.
+// Options of a low-latency dispatch. They are equal on all ranks.
 struct LowLatencyOptions {
   Quantize quantize;
   int64_t num_experts, num_topk, max_tokens_per_rank, hidden;

@@ -51,7 +51,7 @@ void check_counts(const char* op, const char* name, const std::vector<int64_t>& 
   }
 }
 
-// Throws unless the plan's numbers fit each other: the kernels follow them without a check of their own.
+// Throws unless the values of the plan are consistent: the kernels do not check them.
 void check_plan_values(
     const char* op,
     const PlanTensors& plan,
@@ -61,7 +61,7 @@ void check_plan_values(
   check_counts(op, "recv_counts", received);
   const auto& local = local_kernels(plan.send_row);
   local.check_send_row(op, plan.send_row, sum(sent));
-  // With several ranks the headers compare these.
+  // With several ranks, the headers compare these.
   TORCH_CHECK_VALUE(
       sent.size() > 1 || sent == received,
       op,
@@ -89,7 +89,7 @@ std::vector<Agreed> agreed_of(
       {"dtype of scales", dtype_of(scales), true}};
 }
 
-// The wire rows that combine sends of one payload: this rank's rows of one token, reduced.
+// The wire rows that combine sends for one payload: each is the sum of this rank's rows of one token.
 at::Tensor wire_of(
     const LocalKernels& local,
     const PlanTensors& plan,
@@ -103,7 +103,7 @@ at::Tensor wire_of(
   if (!row_weights) {
     return fit_rows(y, wire_rows);
   }
-  // rank_major: row and wire row are one; a reduction over a single slot applies the weight.
+  // rank_major: every row is a wire row. A reduction over a single slot applies the weight.
   const auto pairs = at::arange(std::min(y.size(0), wire_rows), plan.send_row.options());
   return local.reduce_rows(y, row_weights, pairs, wire_rows, 1, allocate);
 }
@@ -114,7 +114,7 @@ at::Tensor allocate_new(at::IntArrayRef sizes, const at::TensorOptions& options)
 
 }  // namespace
 
-// The exchange of one operator under a plan. With one rank rows stay where they are.
+// The exchange of one operator under a plan. With one rank, nothing is exchanged.
 class ComposedBackend::Transfer {
  public:
   Transfer(
@@ -133,7 +133,8 @@ class ComposedBackend::Transfer {
     exchange_ = backend.begin_exchange(op, out_rows, in_rows, agreed);
   }
 
-  // Every rank checks the headers before any row moves; packing goes on meanwhile.
+  // Waits until every rank has checked the headers, before any row is sent. Call it after packing, which overlaps the
+  // exchange of headers.
   void confirm() {
     if (exchange_ && !confirmed_) {
       exchange_->confirm();
@@ -141,7 +142,7 @@ class ComposedBackend::Transfer {
     }
   }
 
-  // Starts to send `wire`. Returns what comes in exchange, in a tensor made by `allocate`; it is there after `finish`.
+  // Starts to send `wire`. Returns the tensor of received rows, made by `allocate`; it is complete after `finish`.
   at::Tensor start(const at::Tensor& wire, const Allocate& allocate = allocate_new) {
     if (!exchange_) {
       return wire;
@@ -271,7 +272,7 @@ Payloads ComposedBackend::dispatch_payloads(
       wire = transfer.start(wire, allocate);
       return;
     }
-    // Without expansion rows arrive in the result; only its tail is left to clear.
+    // rank_major: rows arrive in the result itself, so only its tail has to be zeroed.
     auto result = with_rows(wire, rows);
     result.narrow(0, in_rows, rows - in_rows).zero_();
     transfer.start_into(result, wire);
@@ -323,7 +324,7 @@ Payloads ComposedBackend::combine_payloads(
   const auto& local = local_kernels(y);
   const int64_t wire_rows = sum(transfer.out_rows);
   if (wire_rows > plan.recv_map.size(0)) {
-    // Rows were dropped. The headers bound their number: no memory for them before all ranks agree.
+    // Rows were dropped. The headers bound their number, so allocate memory for them only after all ranks agree.
     transfer.confirm();
   }
   const auto wire_y = wire_of(local, plan, y, row_weights, wire_rows, allocator(WireBuffer::send));

@@ -30,12 +30,12 @@ constexpr auto kCombine = OpKind::low_latency_combine;
 
 // Largest number of float8_e4m3fn.
 constexpr double kMaxFp8 = 448;
-// Smallest maximum of a group, so that zeros have a positive scale too.
+// Lower bound of a group's maximum, so that zeros have a positive scale too.
 constexpr double kMinAmax = 1e-4;
 // Rows of an expert are padded to a multiple of this in the layout of scales.
 constexpr int64_t kScaleRows = 4;
 
-// Each index as often as its count says; `total`: the sum of the counts.
+// Repeats each index counts[index] times. `total`: the sum of the counts.
 at::Tensor index_by_count(const at::Tensor& counts, int64_t total) {
   return at::repeat_interleave(counts, std::optional<int64_t>(total));
 }
@@ -54,7 +54,7 @@ Quantized quantize_rows(const at::Tensor& x, Quantize quantize) {
   const auto wide =
       at::constant_pad_nd(x.to(at::kFloat), {0, groups * kScaleGroup - hidden}).view({num_tokens, groups, kScaleGroup});
   const auto amax = wide.abs().amax(2).clamp_min(kMinAmax);
-  // A tensor, since a division by a number may become a product with its reciprocal.
+  // A tensor, since division by a scalar may become multiplication by its reciprocal.
   const auto most = at::full_like(amax, kMaxFp8);
   const auto quotient = amax.div(most);
   at::Tensor scales, factor;
@@ -83,7 +83,7 @@ void check_wire(
     const LowLatencyArrival& arrived,
     const LowLatencyWireRow& format,
     const LowLatencyOptions& options) {
-  const auto host = format.topk(arrived.wire).cpu();  // one wait
+  const auto host = format.topk(arrived.wire).cpu();  // waits for the device once
   const int64_t num_local_experts = options.num_experts / static_cast<int64_t>(arrived.counts.size());
   const auto* number = host.const_data_ptr<int32_t>();
   const auto check_range = [op](const char* name, int64_t value, int64_t low, int64_t high) {
@@ -130,7 +130,7 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
       arrived.counts,
       {.expert_major = true, .num_local_experts = num_experts, .alignment = 1, .index_dtype = at::kInt});
 
-  // For each row that an expert gets, in the order of the experts: whose it is, and where it goes.
+  // For each row of an expert, in the order of the experts: its source and its row of the result.
   const auto ints = numbers.options(), longs = ints.dtype(at::kLong);
   const auto from = recv_plan.recv_map.to(at::kLong);  // wire row * num_topk + slot
   const auto from_wire = from.div(num_topk, "floor");
@@ -201,7 +201,7 @@ at::Tensor pack(
   return wire;
 }
 
-// What `_send` returns: tensors of the same sizes on every call, with room for `rows` wire rows.
+// The result of `_send`. Its size does not depend on the number of wire rows: it holds up to `rows` of them.
 InFlight in_flight_of(const LowLatencyArrival& arrived, int64_t rows) {
   const auto& wire = arrived.wire;
   auto data = at::zeros({rows, wire.size(1)}, wire.options());
@@ -230,7 +230,7 @@ LowLatencyArrival arrival_of(const char* op, const InFlight& sent) {
   return {in_flight.narrow(0, 0, rows), counts, {middle, both.end()}};
 }
 
-// Throws unless each row that it names is one of y: the kernels follow recv_row without a check of their own.
+// Throws unless each entry is -1 or a row of y: the kernels do not check recv_row.
 void check_recv_row(const at::Tensor& recv_row, int64_t rows) {
   const auto ends = to_host(ends_of(recv_row));
   const int64_t bad = ends[0] < -1 ? ends[0] : ends[1];
@@ -258,7 +258,7 @@ struct ComposedBackend::LowLatencySizes {
   }
 };
 
-// Sums that came home, one per (token, rank), with the plan by which these tokens left.
+// Returned sums, one per (token, rank), and the plan by which the tokens were sent.
 struct ComposedBackend::LowLatencyReturn {
   LowLatencyArrival arrived;
   SendPlan plan;
@@ -333,7 +333,7 @@ ComposedBackend::LowLatencyReturn ComposedBackend::send_sums(
     send_rows = to_host(has_row.view({world_size_, sizes.max_tokens_per_rank}).sum(1));
   });
   const auto reduce = [&] {
-    // The inverse of recv_row, for those tokens alone: the (wire row, slot) pair of each row of y.
+    // The inverse of recv_row, for tokens with a row: the (wire row, slot) pair of each row of y.
     const int64_t wire_rows = sum(send_rows);
     const auto y_row = recv_row.index_select(0, has_row.nonzero().squeeze(1)).to(at::kLong).view(-1);
     auto pair_of = at::full({num_rows + 1}, -1, recv_row.options());  // the last entry collects the empty slots

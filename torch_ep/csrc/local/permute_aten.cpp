@@ -1,5 +1,5 @@
-// The local kernels out of torch's own operators: any device that has them, CUDA above all. The reference that faster
-// kernels are compared with on the device; deterministic, since no scatter here writes a place twice.
+// The permute kernels composed of torch's own operators, for any device that has these. On CUDA they are the reference
+// for the faster kernels. Deterministic: where a scatter writes an element twice, the values are equal or not used.
 #include "local/permute.h"
 
 #include "core/host_copy.h"
@@ -22,7 +22,7 @@ void check_indices(const char* op, const at::Tensor& idx, int64_t num_experts) {
   if (!outside.any().logical_or(twice.any()).item<bool>()) {
     return;
   }
-  // The CPU's check finds the first offender and words the error.
+  // The CPU's check finds the first bad index and throws the error.
   cpu_kernels.plan_send(op, idx.cpu(), num_experts, 1);
 }
 
@@ -33,7 +33,8 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   const auto idx = topk_idx.to(at::kLong);
   const auto valid = idx.ge(0);
   const auto rank = idx.div(num_local_experts, "floor").clamp_min(0);
-  // visits[token, rank]: whether a row goes there; its position in the wire is the running count, rank by rank.
+  // visits[token, rank]: whether the token has a wire row to the rank. The index of that wire row is the running count,
+  // rank by rank.
   auto visits = at::zeros({num_tokens, world_size + 1}, idx.options());
   visits.scatter_(1, at::where(valid, rank, world_size), 1);
   visits = visits.narrow(1, 0, world_size);
@@ -47,7 +48,7 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   const int64_t wire_rows = counts.sum().item<int64_t>();
   auto wire_topk = at::full({wire_rows * num_topk + 1}, -1, topk_idx.options().dtype(at::kInt));
   const auto column = at::arange(num_topk, idx.options());
-  const auto target = at::where(valid, slot * num_topk + column, wire_rows * num_topk);  // the last is for nothing
+  const auto target = at::where(valid, slot * num_topk + column, wire_rows * num_topk);  // the last element is not used
   const auto expert = at::where(valid, idx.remainder(num_local_experts), -1).to(at::kInt);
   wire_topk.scatter_(0, target.view(-1), expert.view(-1));
   plan.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
@@ -97,7 +98,7 @@ void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_row
   if (send_row.numel() >= wire_rows && wire_rows > 0) {
     const auto slot = send_row.to(at::kLong).view(-1);
     const auto is_row = slot.ge(0).logical_and(slot.lt(wire_rows));
-    const auto row = at::where(is_row, slot, wire_rows);  // the last is for nothing
+    const auto row = at::where(is_row, slot, wire_rows);  // the last element is not used
     const auto token = at::arange(slot.numel(), slot.options()).div(send_row.size(1), "floor");
     const auto token_of = at::full({wire_rows + 1}, -1, slot.options()).scatter_(0, row, token);
     const auto has_token = token_of.narrow(0, 0, wire_rows).ge(0).all();
@@ -106,7 +107,7 @@ void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_row
       return;
     }
   }
-  // The CPU's check finds the first offender and words the error.
+  // The CPU's check finds the first bad index and throws the error.
   cpu_kernels.check_send_row(op, send_row.cpu(), wire_rows);
 }
 
@@ -116,7 +117,7 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
   }
 }
 
-// For each position of `size` the index i with index[i] == position, or -1.
+// For each position in [0, size): the i with index[i] == position, or -1.
 at::Tensor inverse(const at::Tensor& index, int64_t size) {
   auto out = at::full({size + 1}, -1, index.options().dtype(at::kLong));
   const auto target = at::where(index.ge(0), index.to(at::kLong), size);
@@ -124,7 +125,7 @@ at::Tensor inverse(const at::Tensor& index, int64_t size) {
   return out.narrow(0, 0, size);
 }
 
-// rows[index], zero where the index is -1. fp8 has no arithmetic, so it goes through bytes.
+// rows[index], zero where the index is -1. fp8 lacks these operators, so its rows are selected as bytes.
 at::Tensor select_or_zero(const at::Tensor& rows, const at::Tensor& index) {
   if (rows.size(0) == 0) {
     auto sizes = rows.sizes().vec();

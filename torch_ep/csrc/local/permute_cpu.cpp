@@ -1,5 +1,5 @@
-// The local kernels on the CPU. Work is cut into chunks of tokens or rows; the counting passes take two rounds (count,
-// then write at the prefix sums), so that the order of the result never depends on the number of threads.
+// The permute kernels on the CPU. Threads work on chunks of tokens or rows. Counting passes take two rounds (count,
+// then write at the prefix sums), so the order of the result does not depend on the number of threads.
 #include "local/permute.h"
 
 #include <ATen/Dispatch.h>
@@ -16,7 +16,7 @@ namespace {
 
 // Columns summed at a time: the float32 accumulators of one tile stay in the L1 cache.
 constexpr int64_t kTile = 512;
-// Smallest piece of copying worth a thread, in bytes.
+// Minimum bytes to copy per thread.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
 int64_t row_bytes(const at::Tensor& t) {
@@ -245,7 +245,7 @@ void check_slot(const char* op, const char* name, int64_t slot, int64_t most) {
       slot >= -1 && slot < most, op, ": expected ", name, " of this plan in [-1, ", most, "), got ", slot);
 }
 
-// The slots of one token that name different wire rows, in the order of the slots. Returns how many.
+// Collects the different wire rows of one token, in the order of its slots. Returns their number.
 int distinct(const int32_t* slots, int64_t num_topk, std::vector<int32_t>& rows) {
   int n = 0;
   for (int64_t slot = 0; slot < num_topk; ++slot) {
@@ -299,7 +299,7 @@ void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_
   }
 }
 
-// Runs f on every element of a row map of numbers, whatever their width: moves never look inside.
+// Calls f with an unsigned integer as wide as an element of t: copies do not interpret elements.
 template <typename F>
 void with_width(const at::Tensor& t, const F& f) {
   switch (t.element_size()) {

@@ -1,7 +1,7 @@
-// Plans of one rank, and the parts of a plan that one rank makes alone, in two kernels.
-//   count_keys   each block checks its share of the tokens and counts its keys
-//   place_keys   each block adds up what all blocks counted, and so knows where its own share goes
-// A key is what entries are grouped by: an expert, or of `route` a rank. Tokens of one key keep their order.
+// The plan of one rank, and the steps of a plan of several ranks that need no communication, in two kernels.
+//   count_keys   each block checks its share of the tokens and counts their keys
+//   place_keys   each block sums the counts of all blocks, and assigns rows to its share of the tokens
+// Entries are grouped by key: their expert, or with `route` its rank. Tokens of one key keep their order.
 #include "local/permute_kernels.h"
 
 #include "core/device/launch.cuh"
@@ -18,28 +18,28 @@ namespace {
 constexpr int kCountThreads = 512;
 constexpr int kPlaceWarps = 16;
 constexpr int kPlaceThreads = kPlaceWarps * kWarp;
-// Counts that each block of place_keys adds up, at most.
+// Maximum number of counts that each block of place_keys sums.
 constexpr int kMostCounts = 64 * 1024;
 constexpr int kMostBlocks = 64;
-// Words of kWarp tokens that a block places at once: each entry adds up those before its own.
+// Maximum words of kWarp tokens per round of a block: each entry sums the words before its own.
 constexpr int kMostWords = 8;
-// Of a block on sm_90, less what the kernel's own variables take (CUDA C++ Programming Guide, table of compute
-// capabilities: 227 KB).
+// Shared memory of a block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities: 227 KB), less the
+// kernel's static variables.
 constexpr int kSharedBytes = 226 * 1024;
 constexpr int kKeyArrays = 3;  // of KeyWords, besides `bits`
 
 struct PlanShape {
-  int keys;  // what is counted: of `route` ranks, else experts and, last, tokens with an expert
+  int keys;  // counters: with `route` one per rank, else one per expert and, last, one for tokens with an expert
   int blocks;
-  int block_words;  // of tokens of a block
-  int round_words;  // of them that are placed at once
+  int block_words;  // words of kWarp tokens per block
+  int round_words;  // words per round
 };
 
-// In shared memory, for every key.
+// Per key, in shared memory.
 struct KeyWords {
   int* total;
-  int* begin;      // of its group in the result
-  int* next;       // where the first of this block's tokens goes
+  int* begin;      // first row of its group in the result
+  int* next;       // row of this block's next token
   uint32_t* bits;  // [round_words][keys] tokens with that key
 
   __device__ KeyWords(int* words, int keys)
@@ -49,11 +49,13 @@ struct KeyWords {
         bits(reinterpret_cast<uint32_t*>(words + 3 * keys)) {}
 };
 
+// One thread.
 template <class Int>
 __device__ bool is_bad(const PermutePlanArgs& a, Int entry) {
   return entry < -1 || entry >= a.num_experts;
 }
 
+// One thread.
 template <bool kRoute>
 __device__ int key_of(const PermutePlanArgs& a, int expert) {
   return kRoute ? expert / a.num_local_experts : expert;
@@ -121,6 +123,7 @@ class PlanBlock {
   __device__ PlanBlock(const PermutePlanArgs& args, const PlanShape& shape, int* words)
       : a_(args), shape_(shape), s_(words, shape.keys), block_(static_cast<int>(blockIdx.x)) {}
 
+  // Block-collective.
   __device__ void run() {
     __shared__ int first_bad;
     for (int key = thread(); key < shape_.keys; key += kPlaceThreads) {
@@ -164,16 +167,16 @@ class PlanBlock {
   __device__ int padded(int count) const {
     return kRoute ? count : (count + a_.alignment - 1) / a_.alignment * a_.alignment;
   }
-  // Tokens are wire rows already where no send_row is wanted. Otherwise those with an expert become wire rows.
+  // Without send_row, the input consists of wire rows. Otherwise tokens with an expert become wire rows.
   __device__ bool are_wire_rows() const { return a_.send_row == nullptr; }
   __device__ int num_wire_rows() const { return are_wire_rows() ? a_.num_tokens : s_.total[a_.num_experts]; }
 
-  // A bad plan is that of tokens without experts.
+  // The plan of bad indices is that of tokens without experts.
   __device__ int entry_at(int i) const {
     return has_failed_ ? -1 : static_cast<int>(static_cast<const Int*>(a_.topk_idx)[i]);
   }
 
-  // Block-collective. Each warp adds up some blocks' counts of 32 keys.
+  // Block-collective. Each warp sums the counts of 32 keys over some blocks.
   __device__ void add_up() {
     const int chunks = (shape_.keys + kWarp - 1) / kWarp;
     const int shares = max(1, kPlaceWarps / chunks);
@@ -195,7 +198,7 @@ class PlanBlock {
     }
   }
 
-  // Block-collective: exclusive prefix sums of the groups.
+  // Block-collective. Computes the first row of each group: exclusive prefix sums.
   __device__ void begin_groups() {
     __shared__ int warp_sums[kPlaceWarps];
     int carry = 0;
@@ -238,6 +241,7 @@ class PlanBlock {
     }
   }
 
+  // One thread.
   __device__ void report_bad_index(PermuteReport& report, int index) const {
     const Int* topk_idx = static_cast<const Int*>(a_.topk_idx);
     const int token = index / a_.num_topk, slot = index % a_.num_topk;
@@ -257,7 +261,7 @@ class PlanBlock {
     *const_cast<volatile int64_t*>(&report.kind) = PermuteReport::bad_topk;
   }
 
-  // Block-collective.
+  // Block-collective, in the first block.
   __device__ void write_totals() {
     if constexpr (kRoute) {
       for (int rank = thread(); rank < shape_.keys; rank += kPlaceThreads) {
@@ -286,7 +290,7 @@ class PlanBlock {
           atomicAdd(&dropped, total - kept);
         }
       } else {
-        atomicAdd(&a_.tokens_per_expert[expert], total);  // others take off what is dropped
+        atomicAdd(&a_.tokens_per_expert[expert], total);  // blocks that drop rows subtract them
       }
     }
     __syncthreads();
@@ -295,7 +299,7 @@ class PlanBlock {
     }
   }
 
-  // Block-collective: `words` words of tokens from word `first` on.
+  // Block-collective. Assigns rows to `words` words of tokens from word `first` on.
   __device__ void place(int first, int words) {
     const int keys = shape_.keys;
     for (int i = thread(); i < words * keys; i += kPlaceThreads) {
@@ -326,6 +330,7 @@ class PlanBlock {
     __syncthreads();
   }
 
+  // Block-collective. Calls f(index, token, entry) for each entry of the tokens in [begin, end).
   template <class F>
   __device__ void each_entry(int begin, int end, const F& f) const {
     for (int i = begin * a_.num_topk + thread(); i < end * a_.num_topk; i += kPlaceThreads) {
@@ -333,7 +338,7 @@ class PlanBlock {
     }
   }
 
-  // Where the key's entry of a token goes, the `n`-th that is placed at once.
+  // One thread. The row of the round's n-th token in the group of `key`.
   __device__ int position(int n, int key) const {
     const int word = n / kWarp;
     int result = s_.next[key];
@@ -344,6 +349,7 @@ class PlanBlock {
     return result + __popc(s_.bits[word * shape_.keys + key] & ((1U << n % kWarp) - 1));
   }
 
+  // One thread. Entry `i`, of the round's n-th token.
   __device__ void place_entry(int i, int token, int n, int entry) const {
     const int slot = i - token * a_.num_topk;
     if constexpr (kRoute) {
@@ -371,7 +377,7 @@ class PlanBlock {
     }
   }
 
-  // The experts of a wire row, by the first slot of its rank.
+  // One thread. The first slot of a rank writes the experts of the wire row.
   __device__ void write_wire_topk(int first, int slot, int entry, int row) const {
     const int rank = key_of<true>(a_, entry);
     const auto is_here = [&](int other) { return other >= 0 && key_of<true>(a_, other) == rank; };
@@ -386,7 +392,7 @@ class PlanBlock {
     }
   }
 
-  // -1 wherever no entry goes.
+  // Grid-wide. Writes -1 to every element of recv_map without an entry.
   __device__ void fill_padding() const {
     if (a_.expert_major) {
       auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
@@ -407,6 +413,7 @@ class PlanBlock {
     }
   }
 
+  // Grid-wide. Writes -1 to values[begin:end].
   template <class T>
   __device__ void fill_tail(T* values, int64_t begin, int64_t end) const {
     for (int64_t i = begin + block_ * kPlaceThreads + thread(); i < end; i += int64_t{shape_.blocks} * kPlaceThreads) {
@@ -419,7 +426,7 @@ class PlanBlock {
   const KeyWords s_;
   const int block_;
   bool has_failed_ = false;
-  int num_placed_ = 0;  // rows that all groups take
+  int num_placed_ = 0;  // rows of all groups, padding included
   int rows_ = 0;        // of the result
 };
 

@@ -1,4 +1,4 @@
-// Where a thread is in its block.
+// Indices of a thread's warp and lane.
 #pragma once
 
 #include <cstdint>
