@@ -113,7 +113,7 @@ bool init_communicator(const std::string& group_name, const std::string& connect
     exchange.confirm();
     exchange.finish();
   } catch (const c10::DistError&) {
-    // Of earlier connections, one rank may have left them and wait for new ones.
+    // One rank may have closed the earlier connections and wait for new ones.
     const bool in_time = std::chrono::steady_clock::now() - begun < comm->timeout;
     if (connections.empty() && !channel->closed().empty() && in_time) {
       return false;
@@ -214,7 +214,7 @@ void send_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const st
   try {
     Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
   } catch (const c10::Error&) {
-    // A rank did not come. The failure to be sent says more.
+    // A rank is missing. The error that was to be sent says more.
   }
 }
 
