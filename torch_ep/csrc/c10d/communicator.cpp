@@ -47,7 +47,7 @@ c10::intrusive_ptr<c10d::ProcessGroup> resolve(const std::string& group_name) {
 
 constexpr int64_t kNoLimit = -1;
 
-// Choices travel in headers as numbers.
+// Headers hold choices as numbers.
 int64_t index_in(std::initializer_list<std::string_view> choices, const std::string& choice) {
   const auto found = std::find(choices.begin(), choices.end(), choice);
   TORCH_INTERNAL_ASSERT(found != choices.end());

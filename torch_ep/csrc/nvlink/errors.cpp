@@ -42,7 +42,7 @@ std::string describe_plan(const FailureReport& report) {
   return message.str();
 }
 
-// As users know it.
+// The name of a field in error messages.
 const char* field_name(HandshakeField field) {
   switch (field) {
     case HandshakeField::num_experts:
@@ -108,7 +108,7 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
   return message.str();
 }
 
-// The last exchange that rank `source` has entered, of those that use this one's words.
+// The last exchange that rank `source` has entered, among those that use the same words as exchange `epoch`.
 uint64_t last_entered(const Comm& comm, Op op, uint64_t epoch, int source, const Stream& stream) {
   const auto half = static_cast<int>(epoch % 2);
   const auto read = [&](int64_t offset) {
@@ -128,7 +128,7 @@ uint64_t last_entered(const Comm& comm, Op op, uint64_t epoch, int source, const
   }
 }
 
-// Ranks that have not entered the exchange, as far as this one can see.
+// Ranks that have not entered the exchange, as far as this rank knows.
 std::vector<int> absent(const Comm& comm, const FailureReport& report) {
   const auto epoch = static_cast<uint64_t>(report.epoch);
   std::vector<int> ranks;

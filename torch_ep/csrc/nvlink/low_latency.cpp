@@ -14,7 +14,7 @@ namespace {
 constexpr auto kDispatch = OpKind::low_latency_dispatch;
 constexpr auto kCombine = OpKind::low_latency_combine;
 
-// Rows as the kernels take them, from an address that is a multiple of 16.
+// Rows at an address that is a multiple of 16, as the kernels require.
 at::Tensor aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector == 0 ? t : t.clone();
 }
@@ -54,7 +54,7 @@ LowLatencyRows LowLatencyPair::dispatch(
   set_tokens(args, rows, topk_idx, topk_weights);
   auto result = make_results(args, options, x.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
-  // After an exchange without any, so that nobody waits for this rank in vain.
+  // After an exchange without tokens, so that no peer waits for this rank in vain.
   check_tokens(kDispatch, x.size(0), options.max_tokens_per_rank);
   return result;
 }
@@ -66,7 +66,7 @@ at::Tensor LowLatencyPair::dispatch_send(
     const LowLatencyOptions& options,
     cudaStream_t stream) const {
   if (x.size(0) > options.max_tokens_per_rank) {
-    dispatch(x, topk_idx, topk_weights, options, stream);  // throws; nothing is left on its way
+    dispatch(x, topk_idx, topk_weights, options, stream);  // throws; nothing stays in flight
   }
   auto args = args_of(options, Part::send);
   const auto rows = aligned(x);

@@ -6,12 +6,12 @@
 
 namespace ep::nvlink {
 
-// Of `torch_ep.init`.
+// Limits of `torch_ep.init`.
 struct LowLatencyLimits {
   int64_t hidden, num_topk, num_experts;
 };
 
-// What Backend's functions of these names do, on a stream of the current device.
+// Implements Backend's low-latency functions on a stream of the current device.
 class LowLatencyPair {
  public:
   // `multiprocessors`: as launch_low_latency_dispatch takes it.

@@ -1,4 +1,4 @@
-// Rows to fp8, with a scale for each group of channels: docstring of torch_ep.low_latency_dispatch.
+// Quantizes rows to fp8, with one scale per group of channels. Formulas: docstring of torch_ep.low_latency_dispatch.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -24,7 +24,8 @@ __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   if (quantize == Quantize::fp8) {
     return {__fdiv_rn(maximum, kLargest), __fdiv_rn(kLargest, maximum)};
   }
-  // The next power of two: one exponent more if there is a fraction. At most that of infinity, also for NaN.
+  // Rounds up to a power of two: the exponent grows by one if there is a fraction. It is at most that of infinity, also
+  // for NaN.
   const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kLargest));
   // fault: low latency: scale not rounded up
   const uint32_t exponent = min((bits + 0x7fffff) >> 23, 255U);
@@ -52,7 +53,7 @@ class Channels {
   }
 
   __device__ uint32_t greatest_magnitude() const {
-    uint32_t most = 0;  // of T's bits, which are ordered likewise; of two bytes, two at once
+    uint32_t most = 0;  // bits of T, which have the same order; two numbers of two bytes at once
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       for (const uint32_t word : {vectors_[i].x, vectors_[i].y, vectors_[i].z, vectors_[i].w}) {
@@ -92,8 +93,8 @@ class Channels {
   uint4 vectors_[kLoads];
 };
 
-// Warp-collective. kGroupVectors neighboring lanes have the i-th vectors of one group. Gives those vectors and their
-// scales.
+// Warp-collective. kGroupVectors neighboring lanes have the i-th vectors of one group. Returns these vectors,
+// quantized, and their scales.
 template <class T, int kVectors>
 __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {
