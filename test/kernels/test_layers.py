@@ -16,7 +16,7 @@ BELOW: dict[str, set[str]] = {
     "nvlink": {"core"},
     "ops": {"core"},
 }
-# ops/schemas.cpp registers switches of the local kernels for tests.
+# ops/schemas.cpp registers switches of the permute kernels for tests.
 ALLOWED = {("ops/schemas.cpp", "local/permute.h")}
 # Of the local folder, what another backend may be built from. backend.cpp has no header: nothing can include it.
 LIBRARY = {"local/permute.h", "local/row_exchange.h", "local/composed_backend.h"}

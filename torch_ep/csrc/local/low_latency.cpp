@@ -125,7 +125,7 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
   const int64_t num_topk = options.num_topk, num_experts = options.num_experts / world_size;
   const int64_t room = world_size * options.max_tokens_per_rank;  // rows per expert
   const auto numbers = format.topk(wire);
-  const auto recv_plan = local_kernels(wire).plan_recv(
+  const auto recv_plan = permute_kernels(wire).plan_recv(
       numbers.narrow(1, 1, num_topk).contiguous(),
       arrived.counts,
       {.expert_major = true, .num_local_experts = num_experts, .alignment = 1, .index_dtype = at::kInt});
@@ -179,12 +179,12 @@ at::Tensor pack(
     const std::optional<at::Tensor>& topk_weights,
     const LowLatencyOptions& options,
     const SendPlan& plan) {
-  const auto& local = local_kernels(x);
+  const auto& kernels = permute_kernels(x);
   const LowLatencyWireRow format(options);
   const int64_t wire_rows = plan.wire_topk.size(0);
   auto wire = at::zeros({wire_rows, format.bytes}, x.options().dtype(at::kByte));
   const auto allocate = [](at::IntArrayRef sizes, const at::TensorOptions& on) { return at::empty(sizes, on); };
-  const auto pack_rows = [&](const at::Tensor& t) { return local.pack_rows(t, plan.send_row, wire_rows, allocate); };
+  const auto pack_rows = [&](const at::Tensor& t) { return kernels.pack_rows(t, plan.send_row, wire_rows, allocate); };
   const auto put = [&](int64_t at, const at::Tensor& part) {
     const auto bytes = part.view(at::kByte);
     wire.narrow(1, at, bytes.size(1)).copy_(bytes);
@@ -197,7 +197,7 @@ at::Tensor pack(
   const auto token = at::arange(x.size(0), plan.send_row.options()).unsqueeze(1);
   put(format.topk_at, at::cat({pack_rows(token), plan.wire_topk}, 1));
   const auto weights = topk_weights.value_or(at::ones({x.size(0), options.num_topk}, x.options().dtype(at::kFloat)));
-  put(format.weights_at, local.pack_slots(weights, plan.send_row, wire_rows));
+  put(format.weights_at, kernels.pack_slots(weights, plan.send_row, wire_rows));
   return wire;
 }
 
@@ -238,7 +238,7 @@ void check_recv_row(const at::Tensor& recv_row, int64_t rows) {
 }
 
 at::Tensor sum_up(const LowLatencyArrival& arrived, const SendPlan& plan, at::ScalarType dtype) {
-  return local_kernels(arrived.wire).sum_rows(arrived.wire.view(dtype), plan.send_row);
+  return permute_kernels(arrived.wire).sum_rows(arrived.wire.view(dtype), plan.send_row);
 }
 
 }  // namespace
@@ -268,7 +268,7 @@ struct ComposedBackend::LowLatencyReturn {
 SendPlan
 ComposedBackend::low_latency_send_plan(const char* op, const at::Tensor& topk_idx, const LowLatencySizes& sizes) const {
   check_num_tokens(op, topk_idx.size(0), sizes.max_tokens_per_rank);
-  return local_kernels(topk_idx).plan_send(op, topk_idx, sizes.num_experts, sizes.world_size);
+  return permute_kernels(topk_idx).plan_send(op, topk_idx, sizes.num_experts, sizes.world_size);
 }
 
 void ComposedBackend::check_low_latency_limits(OpKind op, const LowLatencySizes& sizes, int64_t hidden) const {
@@ -339,7 +339,7 @@ ComposedBackend::LowLatencyReturn ComposedBackend::send_sums(
     auto pair_of = at::full({num_rows + 1}, -1, recv_row.options());  // the last entry collects the empty slots
     pair_of.scatter_(
         0, at::where(y_row.ge(0), y_row, num_rows), at::arange(wire_rows * sizes.num_topk, pair_of.options()));
-    const auto wire = local_kernels(y).reduce_rows(
+    const auto wire = permute_kernels(y).reduce_rows(
         y.view({num_rows, hidden}),
         row_weights.view(-1),
         pair_of.narrow(0, 0, num_rows),

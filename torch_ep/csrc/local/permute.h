@@ -46,7 +46,7 @@ struct RecvPlanOptions {
 // Allocate: allocates the tensor of wire rows. Kernels of some devices ignore it and allocate their own.
 using Allocate = std::function<at::Tensor(at::IntArrayRef sizes, const at::TensorOptions& options)>;
 
-struct LocalKernels {
+struct PermuteKernels {
   // Throws ValueError on a bad index. The message names `op`, the token, the slot and the value.
   SendPlan (*plan_send)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
   RecvPlan (*plan_recv)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions&);
@@ -87,7 +87,7 @@ inline void check_num_rows(int64_t rows, int64_t indexed) {
 // Whole operators of one rank, each in one pass over its rows. They do not wait for the device, except that an exact
 // plan waits for its number of rows. The next call raises the errors that only the device can detect.
 struct OneRankKernels {
-  // Throws as LocalKernels::plan_send does.
+  // Throws as PermuteKernels::plan_send does.
   PlanResult (*plan)(const at::Tensor& topk_idx, const RecvPlanOptions&);
   Payloads (*dispatch)(
       const PlanTensors&,
@@ -102,12 +102,12 @@ struct OneRankKernels {
       const std::optional<at::Tensor>& scales);
 };
 
-extern const LocalKernels cpu_kernels;   // threads of torch
-extern const LocalKernels aten_kernels;  // any device, composed of torch's own operators
+extern const PermuteKernels cpu_kernels;   // threads of torch
+extern const PermuteKernels aten_kernels;  // any device, composed of torch's own operators
 
 // The kernels for CUDA, in a build with CUDA.
 struct CudaKernels {
-  LocalKernels parts;
+  PermuteKernels parts;
   OneRankKernels one_rank;
   bool (*run_on)(const at::Tensor& t);  // whether they were built for the device of t, a CUDA tensor
 };
@@ -120,14 +120,14 @@ inline const CudaKernels* cuda_kernels_for(const at::Tensor& t) {
   return cuda_kernels != nullptr && !force_aten && t.is_cuda() && cuda_kernels->run_on(t) ? cuda_kernels : nullptr;
 }
 
-inline const LocalKernels& local_kernels(const at::Tensor& t) {
+inline const PermuteKernels& permute_kernels(const at::Tensor& t) {
   if (const auto* cuda = cuda_kernels_for(t)) {
     return cuda->parts;
   }
   return t.is_cpu() && !force_aten ? cpu_kernels : aten_kernels;
 }
 
-// nullptr: an operator is composed of local_kernels.
+// nullptr: an operator is composed of permute_kernels.
 inline const OneRankKernels* one_rank_kernels(const at::Tensor& t) {
   const auto* cuda = force_parts ? nullptr : cuda_kernels_for(t);
   return cuda != nullptr ? &cuda->one_rank : nullptr;

@@ -561,7 +561,7 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 
 }  // namespace
 
-const LocalKernels cpu_kernels{
+const PermuteKernels cpu_kernels{
     .plan_send = plan_send,
     .plan_recv = plan_recv,
     .check_send_row = check_send_row,
