@@ -41,14 +41,15 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   const auto position = visits.t().contiguous().view(-1).cumsum(0).view({world_size, num_tokens}).t() - 1;
 
   SendPlan plan;
-  const auto slot = at::where(valid, position.gather(1, rank), -1);
-  plan.send_row = slot.to(at::kInt).contiguous();
+  const auto wire_row = at::where(valid, position.gather(1, rank), -1);
+  plan.send_row = wire_row.to(at::kInt).contiguous();
   const auto counts = visits.sum(0);
   plan.send_counts = counts.to(at::kInt);
   const int64_t wire_rows = counts.sum().item<int64_t>();
   auto wire_topk = at::full({wire_rows * num_topk + 1}, -1, topk_idx.options().dtype(at::kInt));
   const auto column = at::arange(num_topk, idx.options());
-  const auto target = at::where(valid, slot * num_topk + column, wire_rows * num_topk);  // the last element is not used
+  const auto target =
+      at::where(valid, wire_row * num_topk + column, wire_rows * num_topk);  // the last element is not used
   const auto expert = at::where(valid, idx.remainder(num_local_experts), -1).to(at::kInt);
   wire_topk.scatter_(0, target.view(-1), expert.view(-1));
   plan.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
@@ -96,14 +97,14 @@ RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv
 
 void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
   if (send_row.numel() >= wire_rows && wire_rows > 0) {
-    const auto slot = send_row.to(at::kLong).view(-1);
-    const auto is_row = slot.ge(0).logical_and(slot.lt(wire_rows));
-    const auto row = at::where(is_row, slot, wire_rows);  // the last element is not used
-    const auto token = at::arange(slot.numel(), slot.options()).div(send_row.size(1), "floor");
-    const auto token_of = at::full({wire_rows + 1}, -1, slot.options()).scatter_(0, row, token);
+    const auto entry = send_row.to(at::kLong).view(-1);
+    const auto is_row = entry.ge(0).logical_and(entry.lt(wire_rows));
+    const auto row = at::where(is_row, entry, wire_rows);  // the last element is not used
+    const auto token = at::arange(entry.numel(), entry.options()).div(send_row.size(1), "floor");
+    const auto token_of = at::full({wire_rows + 1}, -1, entry.options()).scatter_(0, row, token);
     const auto has_token = token_of.narrow(0, 0, wire_rows).ge(0).all();
     const auto is_one = token_of.index_select(0, row).eq(token).logical_or(is_row.logical_not()).all();
-    if (is_row.logical_or(slot.eq(-1)).all().logical_and(has_token).logical_and(is_one).item<bool>()) {
+    if (is_row.logical_or(entry.eq(-1)).all().logical_and(has_token).logical_and(is_one).item<bool>()) {
       return;
     }
   }
@@ -152,9 +153,9 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
 
 // The index of (token, slot) in a flat [wire_rows, num_topk], or -1.
 at::Tensor flat_slots(const at::Tensor& send_row) {
-  const auto slot = send_row.to(at::kLong);
-  const auto column = at::arange(send_row.size(1), slot.options());
-  return at::where(slot.ge(0), slot * send_row.size(1) + column, -1).view(-1);
+  const auto wire_row = send_row.to(at::kLong);
+  const auto column = at::arange(send_row.size(1), wire_row.options());
+  return at::where(wire_row.ge(0), wire_row * send_row.size(1) + column, -1).view(-1);
 }
 
 at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {

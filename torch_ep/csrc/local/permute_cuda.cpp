@@ -25,9 +25,9 @@ namespace {
 
 using namespace nvlink;
 
-constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 // Bound of the number of pairs: the index after a thread's last one still fits an int32.
-constexpr int64_t kMostPairs = kMostInt - 64 * 1024;
+constexpr int64_t kMaxPairs = kMaxInt - 64 * 1024;
 
 bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
@@ -186,18 +186,18 @@ plan_args(const Device& device, const at::Tensor& topk_idx, int64_t num_experts,
   args.topk_idx = topk_idx.const_data_ptr();
   args.wide_idx = topk_idx.scalar_type() == at::kLong;
   args.expert_major = options.expert_major;
-  args.num_tokens = static_cast<int>(std::min(topk_idx.size(0), kMostInt));
-  args.num_topk = static_cast<int>(std::min(topk_idx.size(1), kMostInt));
-  args.num_experts = static_cast<int>(std::min(num_experts, kMostInt - 1));
-  args.num_local_experts = static_cast<int>(std::min(options.num_local_experts, kMostInt - 1));
-  args.alignment = static_cast<int>(std::min(options.alignment, kMostInt));
+  args.num_tokens = static_cast<int>(std::min(topk_idx.size(0), kMaxInt));
+  args.num_topk = static_cast<int>(std::min(topk_idx.size(1), kMaxInt));
+  args.num_experts = static_cast<int>(std::min(num_experts, kMaxInt - 1));
+  args.num_local_experts = static_cast<int>(std::min(options.num_local_experts, kMaxInt - 1));
+  args.alignment = static_cast<int>(std::min(options.alignment, kMaxInt));
   args.capacity = options.capacity.value_or(-1);
   args.reporter = device.reporter();
   return args;
 }
 
 // Upper bound of the rows of the result, padding included.
-int64_t most_rows(const PermutePlanArgs& args) {
+int64_t max_rows(const PermutePlanArgs& args) {
   const int64_t slots = std::min(args.num_topk, args.num_experts), pairs = args.num_tokens * slots;
   return args.expert_major ? pairs + std::min<int64_t>(args.num_experts, pairs) * (args.alignment - 1)
                            : args.num_tokens;
@@ -205,7 +205,7 @@ int64_t most_rows(const PermutePlanArgs& args) {
 
 // Whether the kernels support these sizes: their indices are int32, their shared memory is limited.
 bool fits(const PermutePlanArgs& args) {
-  return int64_t{args.num_tokens} * args.num_topk <= kMostPairs && most_rows(args) + args.alignment <= kMostPairs &&
+  return int64_t{args.num_tokens} * args.num_topk <= kMaxPairs && max_rows(args) + args.alignment <= kMaxPairs &&
          permute_plan_scratch(args) > 0;
 }
 
@@ -244,7 +244,7 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   options.alignment = 1;
   auto args = plan_args(device, topk_idx, num_experts, options);
   args.route = true;
-  if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMostPairs / topk_idx.size(1)) {
+  if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMaxPairs / topk_idx.size(1)) {
     return aten_kernels.plan_send(op, topk_idx, num_experts, world_size);
   }
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
@@ -261,7 +261,7 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
 
 // Allocates the results of a plan. An exact plan gets the upper bound of its rows.
 RecvPlan make_recv_plan(PermutePlanArgs& args, const at::Tensor& topk_idx) {
-  const int64_t rows = args.capacity < 0 ? most_rows(args) : args.capacity;
+  const int64_t rows = args.capacity < 0 ? max_rows(args) : args.capacity;
   RecvPlan plan;
   plan.recv_map = args.expert_major ? empty({rows}, topk_idx, at::kInt) : empty({rows, args.num_topk}, topk_idx);
   plan.offsets = empty({args.expert_major ? args.num_experts : 1}, topk_idx, at::kInt);
@@ -380,14 +380,14 @@ Map make_map(
 }
 
 Map make_map(bool is_combine, const PlanTensors& plan) {
-  const auto& slots = plan.send_row;
+  const auto& send_row = plan.send_row;
   return make_map(
       is_combine,
-      &slots,
+      &send_row,
       plan.expert_major ? &plan.recv_map : nullptr,
-      slots.size(0),
+      send_row.size(0),
       plan.recv_map.size(0),
-      slots.size(1),
+      send_row.size(1),
       &plan);
 }
 
