@@ -349,13 +349,13 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   }
 
   Raw* const out = reinterpret_cast<Raw*>(a.out) + int64_t{item} * vectors + first;
-  const Raw* const lone = y + int64_t{last_row} * vectors;
+  const Raw* const single_row = y + int64_t{last_row} * vectors;
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
     if (first + b * kWarp < vectors) {
       // A single row is copied unchanged, NaN included.
       // fault: unpermute: zero of an empty sum
-      out[b * kWarp] = terms == 0 ? Raw{} : !kWeighted && terms == 1 ? lone[b * kWarp] : sum[b].rounded();
+      out[b * kWarp] = terms == 0 ? Raw{} : !kWeighted && terms == 1 ? single_row[b * kWarp] : sum[b].rounded();
     }
   }
 }
@@ -382,8 +382,8 @@ cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
   const auto vectors = static_cast<int>(args.row_bytes / static_cast<int64_t>(sizeof(V)));
   const int64_t pieces = std::max<int64_t>(1, divide_up(vectors, kBatch * kWarp));
   // The fewest blocks that write at full speed: without padding, they only cost time.
-  constexpr int64_t kMostPaddingBlocks = 528;
-  const int64_t padding_blocks = std::min(divide_up(args.map.rows, kThreads), kMostPaddingBlocks);
+  constexpr int64_t kMaxPaddingBlocks = 528;
+  const int64_t padding_blocks = std::min(divide_up(args.map.rows, kThreads), kMaxPaddingBlocks);
   const int64_t blocks = padding_blocks + divide_up(args.map.items * pieces, kWarps);
   if (blocks == 0) {
     return cudaSuccess;
