@@ -25,7 +25,7 @@ constexpr milliseconds kGrace{1500};
 constexpr milliseconds kPoll{5};
 // How long a closing rank waits until its notes are sent. They are small, and their receives are posted.
 constexpr milliseconds kFlush{200};
-constexpr int kLateLooks = 5;
+constexpr int kLatePolls = 5;
 // Timeout of gloo's own waits, longer than any exchange: gloo closes all connections when such a wait times out.
 constexpr milliseconds kNever{std::chrono::hours{24 * 365}};
 
@@ -345,7 +345,7 @@ std::optional<Failure> Channel::check_peers() {
 }
 
 Channel::Waited Channel::wait_one(Transfers::Transfer& transfer, Transfers& all, Deadline& deadline) {
-  int late_looks = 0;
+  int late_polls = 0;
   while (true) {
     // After the deadline, poll again: the transfer may have ended while this rank waited for another one. A wait that
     // is woken before it begins returns false even then, hence several polls. An arrived header always ends the wait.
@@ -358,7 +358,7 @@ Channel::Waited Channel::wait_one(Transfers::Transfer& transfer, Transfers& all,
     } catch (const std::exception&) {
       return Waited::lost;
     }
-    if (is_late && (transfer.header == nullptr || !has_arrived(*transfer.header)) && ++late_looks == kLateLooks) {
+    if (is_late && (transfer.header == nullptr || !has_arrived(*transfer.header)) && ++late_polls == kLatePolls) {
       return Waited::deadline;
     }
     run_signal_handlers();

@@ -278,11 +278,11 @@ void Exchange::finish() {
 
 // The group's own backend moves these rows, and does not receive failure notes: poll for them.
 void Exchange::await_device(const c10::intrusive_ptr<c10d::Work>& work) {
-  auto look = steady_clock::now() + kDeviceTick;
+  auto next_poll = steady_clock::now() + kDeviceTick;
   while (!work->isCompleted()) {
     const auto now = steady_clock::now();
-    if (now > look) {
-      look = now + kDeviceTick;
+    if (now > next_poll) {
+      next_poll = now + kDeviceTick;
       const auto failure = comm_->channel->check_peers();
       if (failure || now > deadline_) {
         fail(Phase::rows, failure.value_or(Failure{}), "the transfer of the group's own backend did not end");

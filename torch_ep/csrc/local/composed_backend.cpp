@@ -337,21 +337,21 @@ Payloads ComposedBackend::combine_payloads(
     wire_scales = wire_of(kernels, plan, *scales, std::nullopt, wire_rows, allocate_new);
   }
   transfer.confirm();
-  const auto home_y = transfer.start(wire_y, allocator(WireBuffer::recv));
-  std::optional<at::Tensor> home_weights, home_scales;
+  const auto returned_y = transfer.start(wire_y, allocator(WireBuffer::recv));
+  std::optional<at::Tensor> returned_weights, returned_scales;
   if (wire_weights) {
-    home_weights = transfer.start(*wire_weights);
+    returned_weights = transfer.start(*wire_weights);
   }
   if (wire_scales) {
-    home_scales = transfer.start(*wire_scales);
+    returned_scales = transfer.start(*wire_scales);
   }
   transfer.finish();
-  Payloads result{kernels.sum_rows(home_y, plan.send_row), std::nullopt, std::nullopt};
-  if (home_weights) {
-    std::get<1>(result) = kernels.gather_slots(*home_weights, plan.send_row);
+  Payloads result{kernels.sum_rows(returned_y, plan.send_row), std::nullopt, std::nullopt};
+  if (returned_weights) {
+    std::get<1>(result) = kernels.gather_slots(*returned_weights, plan.send_row);
   }
-  if (home_scales) {
-    std::get<2>(result) = kernels.sum_rows(*home_scales, plan.send_row);
+  if (returned_scales) {
+    std::get<2>(result) = kernels.sum_rows(*returned_scales, plan.send_row);
   }
   return result;
 }

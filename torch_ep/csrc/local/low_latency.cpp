@@ -123,7 +123,7 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
   const auto& wire = arrived.wire;
   const auto world_size = static_cast<int64_t>(arrived.counts.size());
   const int64_t num_topk = options.num_topk, num_experts = options.num_experts / world_size;
-  const int64_t room = world_size * options.max_tokens_per_rank;  // rows per expert
+  const int64_t rows_per_expert = world_size * options.max_tokens_per_rank;
   const auto numbers = format.topk(wire);
   const auto recv_plan = permute_kernels(wire).plan_recv(
       numbers.narrow(1, 1, num_topk).contiguous(),
@@ -137,30 +137,32 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
   const auto counts = recv_plan.tokens_per_expert.to(at::kLong);
   const auto expert = index_by_count(counts, from.size(0));
   const auto begin = recv_plan.offsets.to(at::kLong) - counts;
-  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * room;
+  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * rows_per_expert;
   const auto source = index_by_count(to_device(arrived.counts, wire), wire.size(0));
-  const auto home = source * options.max_tokens_per_rank + numbers.select(1, 0);
-  const auto pair = home.index_select(0, from_wire) * num_topk + from.remainder(num_topk);
+  const auto source_token = source * options.max_tokens_per_rank + numbers.select(1, 0);
+  const auto pair = source_token.index_select(0, from_wire) * num_topk + from.remainder(num_topk);
 
-  const auto recv_pair = at::full({num_experts * room}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
-  const auto recv_row = at::full({room * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
+  const auto recv_pair = at::full({num_experts * rows_per_expert}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
+  const auto recv_row = at::full({rows_per_expert * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
   const auto weights = format.part(wire, format.weights_at, format.weight_bytes, at::kFloat).view(-1);
   const auto row_weights =
-      at::zeros({num_experts * room}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
-  const auto visits = expert * world_size + source.index_select(0, from_wire);
+      at::zeros({num_experts * rows_per_expert}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
+  const auto expert_and_source = expert * world_size + source.index_select(0, from_wire);
   const auto source_offsets =
-      visits.bincount({}, num_experts * world_size).view({num_experts, world_size}).cumsum(1).to(at::kInt);
-  const auto spread = [&](const at::Tensor& values) {  // [wire, n] to [num_experts, room, n]
-    return at::zeros({num_experts * room, values.size(1)}, values.options())
+      expert_and_source.bincount({}, num_experts * world_size).view({num_experts, world_size}).cumsum(1).to(at::kInt);
+  const auto spread = [&](const at::Tensor& values) {  // [wire, n] to [num_experts, rows_per_expert, n]
+    return at::zeros({num_experts * rows_per_expert, values.size(1)}, values.options())
         .index_copy_(0, row, values.index_select(0, from_wire))
-        .view({num_experts, room, values.size(1)});
+        .view({num_experts, rows_per_expert, values.size(1)});
   };
   const auto rows = spread(format.part(wire, 0, format.row_bytes, at::kByte)).view(format.row_type);
   std::optional<at::Tensor> scales;
   if (format.row_type == at::kFloat8_e4m3fn) {
     const auto values = spread(format.part(wire, format.scales_at, 4 * format.num_scales, format.scale_type));
-    const int64_t padded = ceil_div(room, kScaleRows) * kScaleRows;
-    scales = at::zeros({num_experts, format.num_scales, padded}, values.options()).transpose(1, 2).narrow(1, 0, room);
+    const int64_t padded = ceil_div(rows_per_expert, kScaleRows) * kScaleRows;
+    scales = at::zeros({num_experts, format.num_scales, padded}, values.options())
+                 .transpose(1, 2)
+                 .narrow(1, 0, rows_per_expert);
     scales->copy_(values);
   }
   return {
@@ -168,9 +170,9 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
       scales,
       recv_plan.tokens_per_expert,
       source_offsets,
-      recv_pair.view({num_experts, room}),
-      recv_row.view({room, num_topk}),
-      row_weights.view({num_experts, room}),
+      recv_pair.view({num_experts, rows_per_expert}),
+      recv_row.view({rows_per_expert, num_topk}),
+      row_weights.view({num_experts, rows_per_expert}),
       to_device(arrived.wait_ns, wire)};
 }
 
@@ -389,8 +391,8 @@ LowLatencySums ComposedBackend::low_latency_combine(
     const at::Tensor& row_weights,
     const at::Tensor& recv_row,
     int64_t num_experts) {
-  const auto home = send_sums(y, topk_idx, row_weights, recv_row, num_experts);
-  return {sum_up(home.arrived, home.plan, y.scalar_type()), to_device(home.arrived.wait_ns, y)};
+  const auto returned = send_sums(y, topk_idx, row_weights, recv_row, num_experts);
+  return {sum_up(returned.arrived, returned.plan, y.scalar_type()), to_device(returned.arrived.wait_ns, y)};
 }
 
 InFlight ComposedBackend::low_latency_combine_send(
