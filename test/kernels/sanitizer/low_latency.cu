@@ -365,7 +365,7 @@ class Run {
       LowLatencyDispatchArgs a{};
       a.comm = world_.comm(r);
       a.handshake = handshake();
-      a.in_flight = memory_.make<int64_t>(2);
+      a.status = memory_.make<int64_t>(2);
       a.x = reinterpret_cast<const char*>(memory_.copy(x_[r]));
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;
@@ -412,7 +412,7 @@ class Run {
       LowLatencyCombineArgs a{};
       a.comm = world_.comm(r);
       a.handshake = handshake();
-      a.in_flight = memory_.make<int64_t>(2);
+      a.status = memory_.make<int64_t>(2);
       a.y = reinterpret_cast<const char*>(memory_.copy(y));
       a.row_weights = dispatched.row_weights;
       a.recv_row = dispatched.recv_row;

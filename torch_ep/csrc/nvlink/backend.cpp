@@ -524,9 +524,9 @@ class Nvlink final : public Backend {
 
   int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
 
-  static int64_t wire_row_tail(WireFormat record, int64_t num_topk) {
-    record.row_bytes = 0;
-    return record.bytes(static_cast<int>(num_topk));
+  static int64_t wire_row_tail(WireFormat format, int64_t num_topk) {
+    format.row_bytes = 0;
+    return format.bytes(static_cast<int>(num_topk));
   }
 
   // Runs one exchange per slice of columns that fits into a wire row. The first one also sends weights and scales.
@@ -569,15 +569,15 @@ class Nvlink final : public Backend {
   // Waits for the number of rows of an exact plan.
   int64_t await_rows(cudaStream_t stream) {
     // The kernel's own waits time out. The query detects a kernel that ended without a result, or never began.
-    const auto count_entry = std::chrono::milliseconds(10);
-    auto look = steady_clock::now() + count_entry;
+    constexpr auto kQueryEvery = std::chrono::milliseconds(10);
+    auto next_query = steady_clock::now() + kQueryEvery;
     std::atomic_ref<uint64_t> word(host_report_->plan);
-    uint64_t told = 0;
-    while ((told = word.load(std::memory_order_acquire)) == 0) {
-      if (steady_clock::now() < look) {
+    uint64_t reply = 0;
+    while ((reply = word.load(std::memory_order_acquire)) == 0) {
+      if (steady_clock::now() < next_query) {
         continue;
       }
-      look += count_entry;
+      next_query += kQueryEvery;
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
@@ -585,12 +585,12 @@ class Nvlink final : public Backend {
       }
       std::this_thread::yield();
     }
-    if ((told & kPlanFailed) != 0) {
+    if ((reply & kPlanFailed) != 0) {
       C10_CUDA_CHECK(cudaStreamSynchronize(stream));
       throw_failure();
       TORCH_CHECK(false, "ep::plan: the kernel reported a failure without a record");
     }
-    return static_cast<int64_t>(told & (kPlanFailed - 1));
+    return static_cast<int64_t>(reply & (kPlanFailed - 1));
   }
 
   // --- errors ---

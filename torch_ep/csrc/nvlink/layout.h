@@ -135,16 +135,16 @@ struct Layout {
       dispatch_rows_at, combine_rows_at, end;
 
   Layout() = default;
-  Layout(int ranks, int blocks, int topk, int experts, int64_t tokens, int64_t slot)
+  Layout(int ranks, int blocks, int topk, int experts, int64_t tokens, int64_t row_bytes)
       : world_size(ranks),
         num_blocks(blocks),
         num_topk(topk),
         num_experts(experts),
         max_tokens(tokens),
-        wire_row_bytes(slot),
+        wire_row_bytes(row_bytes),
         counts_bytes(round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16)),
         topk_bytes(round_up(tokens * topk * 4, 16)),
-        rows_bytes((ranks - 1) * tokens * slot),
+        rows_bytes((ranks - 1) * tokens * row_bytes),
         done_at(header(2, 0)),
         abort_signals_at(done_at + ranks * int64_t{8}),
         plan_flags_at(abort_signals_at + ranks * int64_t{8}),
@@ -253,18 +253,25 @@ struct LowLatencyLayout {
 
   LowLatencyLayout() = default;
   // `packed`: packet_tokens; if not given, as many as the limits above allow.
-  LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
+  LowLatencyLayout(
+      int64_t begin_at,
+      int ranks,
+      int tokens,
+      int topk,
+      int local_experts,
+      int64_t row_bytes,
+      int packed = -1)
       : begin(begin_at),
         world_size(ranks),
         max_tokens(tokens),
         num_topk(topk),
         num_local_experts(local_experts),
-        wire_row_bytes(slot),
+        wire_row_bytes(row_bytes),
         words(Handshake::kFields + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
         scale_packets_at(round_up(topk * int64_t{kPacketBytes}, 128)),
-        row_packets_at(scale_packets_at + round_up(chunks_of(slot) * kScalePacketsPerChunk * kPacketBytes, 128)),
-        packet_row_bytes(packet_row_bytes_of(slot)) {
+        row_packets_at(scale_packets_at + round_up(chunks_of(row_bytes) * kScalePacketsPerChunk * kPacketBytes, 128)),
+        packet_row_bytes(packet_row_bytes_of(row_bytes)) {
     const int64_t share = kMaxPacketBytes / (ranks > 1 ? ranks - 1 : 1);
     const int64_t most = (share < kMaxPacketBytesPerPeer ? share : kMaxPacketBytesPerPeer) / packet_row_bytes;
     packet_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);

@@ -228,7 +228,7 @@ struct LowLatencyDispatchArgs {
   Comm comm;
   Handshake handshake;
   Part part;
-  int64_t* in_flight;  // for the halves: the number of the exchange
+  int64_t* status;  // for the halves: the number of the exchange
   // To send.
   const char* x;
   const void* topk_idx;
@@ -261,9 +261,9 @@ struct LowLatencyDispatchArgs {
 
 struct LowLatencyCombineArgs {
   Comm comm;
-  Handshake handshake;  // without max_tokens, which a separate receive reads from `in_flight`
+  Handshake handshake;  // without max_tokens, which a separate receive reads from `status`
   Part part;
-  int64_t* in_flight;  // the number of the exchange, and max_tokens
+  int64_t* status;  // the number of the exchange, and max_tokens
   // To send.
   const char* y;
   const float* row_weights;

@@ -22,7 +22,7 @@ namespace ep::nvlink {
 
 // One thread. For a load or store that the compiler neither drops nor repeats.
 template <class T>
-__device__ __forceinline__ volatile T& fresh(T& value) {
+__device__ __forceinline__ volatile T& as_volatile(T& value) {
   return value;
 }
 
@@ -38,7 +38,7 @@ __device__ __forceinline__ void prefetch_arguments(const Args& args) {
 
 // Block-collective. Returns the same answer in every thread, although another block may fail meanwhile.
 __device__ inline bool has_failed(const Comm& comm) {
-  return __syncthreads_or(static_cast<int>(fresh(comm.state->failed))) != 0;
+  return __syncthreads_or(static_cast<int>(as_volatile(comm.state->failed))) != 0;
 }
 
 // One exchange of this rank.
@@ -47,7 +47,7 @@ struct Exchange {
   Op op;
   uint64_t epoch;
 
-  __device__ Exchange(const Comm& c, Op o) : Exchange(c, o, fresh(c.state->epoch) + 1) {}
+  __device__ Exchange(const Comm& c, Op o) : Exchange(c, o, as_volatile(c.state->epoch) + 1) {}
   __device__ Exchange(const Comm& c, Op o, uint64_t e) : comm(c), op(o), epoch(e) {}
   __device__ const Layout& layout() const { return comm.layout; }
   __device__ int world_size() const { return comm.layout.world_size; }
@@ -75,21 +75,21 @@ struct FailureCause {
 __device__ inline void publish_failure(const Exchange& x, const FailureCause& cause, uint64_t* reported) {
   FailureReport& report = x.comm.host_report->failure;
   const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(reported), x.epoch);
-  if (last < x.epoch && fresh(report.kind) == Failure::none) {
-    fresh(report.op) = x.op;
-    fresh(report.phase) = cause.phase;
-    fresh(report.epoch) = static_cast<int64_t>(x.epoch);
-    fresh(report.peer) = cause.peer;
-    fresh(report.missing_rank) = cause.missing_rank;
-    fresh(report.field) = cause.field;
-    fresh(report.token) = cause.token;
-    fresh(report.slot) = cause.slot;
-    fresh(report.earlier_slot) = cause.earlier_slot;
-    fresh(report.ours) = cause.ours;
-    fresh(report.theirs) = cause.theirs;
-    fresh(report.their_epoch) = cause.their_epoch;
+  if (last < x.epoch && as_volatile(report.kind) == Failure::none) {
+    as_volatile(report.op) = x.op;
+    as_volatile(report.phase) = cause.phase;
+    as_volatile(report.epoch) = static_cast<int64_t>(x.epoch);
+    as_volatile(report.peer) = cause.peer;
+    as_volatile(report.missing_rank) = cause.missing_rank;
+    as_volatile(report.field) = cause.field;
+    as_volatile(report.token) = cause.token;
+    as_volatile(report.slot) = cause.slot;
+    as_volatile(report.earlier_slot) = cause.earlier_slot;
+    as_volatile(report.ours) = cause.ours;
+    as_volatile(report.theirs) = cause.theirs;
+    as_volatile(report.their_epoch) = cause.their_epoch;
     __threadfence_system();
-    fresh(report.kind) = cause.kind;
+    as_volatile(report.kind) = cause.kind;
   }
 }
 
@@ -104,12 +104,12 @@ __device__ __noinline__ inline void publish_failure(Exchange x, FailureCause cau
 
 // One thread. Ends every wait of this exchange on this rank.
 __device__ inline void abort_exchange(const Exchange& x) {
-  fresh(x.comm.state->aborted) = x.epoch;
+  as_volatile(x.comm.state->aborted) = x.epoch;
 }
 
 // One thread.
 __device__ inline bool is_aborted(const Exchange& x) {
-  return fresh(x.comm.state->aborted) == x.epoch;
+  return as_volatile(x.comm.state->aborted) == x.epoch;
 }
 
 // An abort signal: the epoch, and why the exchange was aborted: a mismatch, or 1 + the rank that did not come.
@@ -132,9 +132,9 @@ __device__ __noinline__ inline void publish_abort(Exchange x, uint64_t cause) {
 // One thread. Makes every later exchange end at once, until a reset. The report may still hold an earlier failure:
 // `stopped` shows the host that a fatal one followed.
 __device__ inline void stop(const Exchange& x) {
-  fresh(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
+  as_volatile(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
   __threadfence_system();
-  fresh(x.comm.state->failed) = 1;
+  as_volatile(x.comm.state->failed) = 1;
 }
 
 // One thread. Reports a fatal failure and aborts the exchange. `missing`: the rank without which it cannot end.
@@ -166,7 +166,7 @@ class Wait {
     // A mismatch ends neither the wait for handshakes nor the wait for credits before it: no rank ends an exchange
     // before it has all handshakes, so both sides find every mismatch.
     const bool in_handshake = phase == Phase::handshake || phase == Phase::credit;
-    if (is_aborted(x) && !(in_handshake && fresh(x.comm.state->failed) == 0)) {
+    if (is_aborted(x) && !(in_handshake && as_volatile(x.comm.state->failed) == 0)) {
       return -1;
     }
     const auto now = static_cast<int64_t>(global_timer_ns());
@@ -188,7 +188,7 @@ class Wait {
         return -1;
       }
       if (signal == (x.epoch | kAbortForMismatch) && !in_handshake) {
-        fresh(x.comm.state->mismatched_peer) = p + 1;
+        as_volatile(x.comm.state->mismatched_peer) = p + 1;
         abort_exchange(x);
         return -1;
       }
@@ -376,10 +376,10 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   if (fetch_add_acq_rel_device(&state.blocks_done, 1) != gridDim.x - 1) {
     return;
   }
-  if (fresh(state.failed) != 0) {
+  if (as_volatile(state.failed) != 0) {
     return;  // a reset restores the state
   }
-  if (const uint32_t peer = fresh(state.mismatched_peer); peer != 0) {
+  if (const uint32_t peer = as_volatile(state.mismatched_peer); peer != 0) {
     state.mismatched_peer = 0;
     // Not reported again if this rank has found a mismatch itself.
     publish_failure(x, {Failure::mismatch_of_peer, Phase::rows, static_cast<int>(peer) - 1});

@@ -50,27 +50,27 @@ struct LowLatencyExchangeState {
 // One low-latency exchange of this rank.
 class LowLatencyExchange {
  public:
-  // `in_flight`: the result of the send, for a separate receive.
+  // `status`: the result of the send, for a separate receive.
   __device__
-  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* in_flight, LowLatencyExchangeState& memory)
+  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* status, LowLatencyExchangeState& memory)
       : state_(comm.state->low_latency[kind]),
         kind_(kind),
         part_(part),
-        in_flight_(in_flight),
+        status_(status),
         memory_(memory),
         x_(comm, op_of(kind), 0) {}
 
   // Warp-collective. One warp per block calls it first.
   __device__ void poll_state() const {
     const State& state = *x_.comm.state;
-    const uint32_t failed = fresh(state.failed);
-    const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
-    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*in_flight_) : (sent >> kShareBits) + 1;
+    const uint32_t failed = as_volatile(state.failed);
+    const uint64_t sent = as_volatile(state_.sent), received = as_volatile(state_.received) >> kShareBits;
+    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*status_) : (sent >> kShareBits) + 1;
     RankSet active, awaited;
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       const int p = rank_at(step);
-      const uint32_t masked = fresh(state.masked_by_host[step]) | fresh(state.masked_by_timeout[step]);
+      const uint32_t masked = as_volatile(state.masked_by_host[step]) | as_volatile(state.masked_by_timeout[step]);
       const bool is_peer = part_ != Part::receive && x_.is_peer(p);
       const uint64_t done = is_peer ? inbox().poll_signal(layout().done(kind_, p)) : 0;
       active.words[step] = ~masked & __ballot_sync(kFullWarp, p < world_size());
@@ -191,7 +191,7 @@ class LowLatencyExchange {
   // `is_there`: this block's own answer.
   __device__ bool decide(int rank, bool is_there) const {
     auto* verdict = reinterpret_cast<unsigned long long*>(&state_.verdict[half()][rank]);
-    unsigned long long seen = fresh(*verdict);
+    unsigned long long seen = as_volatile(*verdict);
     while (seen >> 1 != number()) {
       const unsigned long long mine = number() << 1 | (is_there ? 1 : 0);
       const unsigned long long found = atomicCAS(verdict, seen, mine);
@@ -253,8 +253,8 @@ class LowLatencyExchange {
   __device__ void write_credits() const {
     const State& state = *x_.comm.state;
     const uint64_t received[LowLatencyLayout::kKinds] = {
-        fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
-        fresh(state.low_latency[kCombineKind].received) >> kShareBits};
+        as_volatile(state.low_latency[kDispatchKind].received) >> kShareBits,
+        as_volatile(state.low_latency[kCombineKind].received) >> kShareBits};
     fence_system();  // between the reads of those kernels and the peers' next writes
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
@@ -269,7 +269,7 @@ class LowLatencyExchange {
   __device__ void report_waits(int64_t* wait_ns) const {
     for (int p = lane_id(); p < world_size(); p += kWarp) {
       uint64_t& before = state_.wait_ns[1 - half()][p];
-      wait_ns[p] = static_cast<int64_t>(fresh(before));
+      wait_ns[p] = static_cast<int64_t>(as_volatile(before));
       before = 0;
     }
   }
@@ -279,11 +279,12 @@ class LowLatencyExchange {
   __device__ static __noinline__ Outcome
   check_slowly(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
     State& state = *comm.state;
-    if (fresh(state.failed) != 0) {
+    if (as_volatile(state.failed) != 0) {
       return Outcome::failed;
     }
     const int word = peer / kWarp;
-    if (((fresh(state.masked_by_host[word]) | fresh(state.masked_by_timeout[word])) >> peer % kWarp & 1) != 0) {
+    if (((as_volatile(state.masked_by_host[word]) | as_volatile(state.masked_by_timeout[word])) >> peer % kWarp & 1) !=
+        0) {
       return Outcome::absent;
     }
     if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
@@ -304,7 +305,7 @@ class LowLatencyExchange {
   LowLatencyState& state_;
   const int kind_;
   const Part part_;
-  const int64_t* in_flight_;
+  const int64_t* status_;
   LowLatencyExchangeState& memory_;
   Exchange x_;
 };

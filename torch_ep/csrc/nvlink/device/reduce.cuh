@@ -134,10 +134,10 @@ __device__ __forceinline__ void reduce_rows(
   }
   const int others = list.count - list.own;
   // A single row is copied unchanged.
-  const bool lone = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
+  const bool is_single_row = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
   for (int piece = 0; piece * kPieceVectors < vectors; ++piece) {
     Part part = {};
-    if (lone) {
+    if (is_single_row) {
       take(part);
     } else {
       if (list.own != 0) {

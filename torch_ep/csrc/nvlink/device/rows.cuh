@@ -17,13 +17,13 @@ __device__ inline void publish_bad_index(const Exchange& x, Failure kind, int64_
   publish_failure(x, cause);
 }
 
-// How a kernel divides its thread blocks, and their shared memory among warps.
-struct Shape {
+// How ep::dispatch divides its thread blocks, and their shared memory among warps.
+struct DispatchShape {
   int send_blocks;
   int warps;   // per block
   int stages;  // per warp
   int stage_bytes;
-  int chunk_tokens;  // dispatch only
+  int chunk_tokens;
 };
 
 // Shared memory of a thread block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities: 227 KB), less
@@ -33,16 +33,16 @@ constexpr int kStageMemory = 227 * 1024 - 1024;
 // The stages of one warp, used one after another. Each has a barrier for its loads.
 class Ring {
  public:
-  __device__ Ring(char* stages, uint64_t* barriers, const Shape& shape)
-      : stages_(stages), barriers_(barriers), count_(shape.stages), bytes_(shape.stage_bytes) {}
+  __device__ Ring(char* stages, uint64_t* barriers, int count, int stage_bytes)
+      : stages_(stages), barriers_(barriers), count_(count), bytes_(stage_bytes) {}
 
-  __device__ static Ring of_warp(const Shape& shape) {
+  __device__ static Ring of_warp(const DispatchShape& shape) {
     const int warp = warp_id(), warps = shape.warps;
     extern __shared__ __align__(128) char shared[];
     char* stages = shared + static_cast<int64_t>(warp) * shape.stages * shape.stage_bytes;
     auto* barriers =
         reinterpret_cast<uint64_t*>(shared + static_cast<int64_t>(warps) * shape.stages * shape.stage_bytes);
-    return {stages, barriers + warp * shape.stages, shape};
+    return {stages, barriers + warp * shape.stages, shape.stages, shape.stage_bytes};
   }
 
   __device__ void init() const {
@@ -140,7 +140,7 @@ __device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, i
   if (k >= plan.num_topk) {
     return -1;
   }
-  const uint64_t entry = fresh(x.comm.rows_of[wire_row * plan.num_topk + k]);
+  const uint64_t entry = as_volatile(x.comm.rows_of[wire_row * plan.num_topk + k]);
   return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
 }
 

@@ -50,7 +50,7 @@ class Combine {
     if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
       going = exchange_handshakes(x_, a_.handshake, {in_.counts(), out_.counts()}) && going;
     }
-    going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
+    going = going && wait_for_credits(x_, as_volatile(a_.comm.state->last_combine));
     if (going && sends) {
       send();
     }
@@ -280,7 +280,7 @@ class Combine {
   // Warp-collective. Two pieces of the warp's memory hold data that is being copied to peers.
   __device__ void send_reduced(SendQueue& work) {
     ChunkFlags flags(x_);
-    char* leaving = memory_ + kSumDepth * kPieceBytes;
+    char* outgoing = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
     while (work.advance()) {
       for (int row = work.begin; row < work.end; ++row) {
@@ -290,7 +290,7 @@ class Combine {
         const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
           bulk_wait_read<1>();
           __syncwarp();
-          char* stage = leaving + parity * kPieceBytes;
+          char* stage = outgoing + parity * kPieceBytes;
           parity ^= 1;
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
@@ -425,14 +425,14 @@ class Combine {
       const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
       const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
       const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
-      const TokenRows slot = find_rows(x_, entry, out_);
-      const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
+      const TokenRows sent = find_rows(x_, entry, out_);
+      const uint32_t terms = __ballot_sync(kFullWarp, sent.first);
 
       // Waits for these columns of the row of every rank.
       bool going = true;
 #pragma unroll
       for (int step = 0; step < kRankSteps; ++step) {
-        const int row = slot.row_to[step], from = rank_at(step);
+        const int row = sent.row_to[step], from = rank_at(step);
         // fault: combine: only the first part awaited
         const int last_chunk = chunk_of<few>(theirs[step], row, columns.end - 1);
         int chunk = chunk_of<few>(theirs[step], row, columns.begin);
@@ -454,14 +454,14 @@ class Combine {
       }
 
       // Lane k: the returned row of slot k, unless its expert is on this rank.
-      const char* arrived_row = x_.inbox().data(layout.combine_rows(slot.rank, me) + slot.row * layout.wire_row_bytes);
-      const bool is_own = slot.row >= 0 && slot.rank == me;
+      const char* arrived_row = x_.inbox().data(layout.combine_rows(sent.rank, me) + sent.row * layout.wire_row_bytes);
+      const bool is_own = sent.row >= 0 && sent.rank == me;
       const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
       Rows own{0, -1, Wide{1}};
       int64_t own_wire_row = 0;
       if (own_lanes != 0) {
         const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
-        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
+        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, sent.row, own_lane);
         own = rows_of(own_wire_row, own_lane);
         own.lanes &= own_lanes;  // the same lanes, unless the plan is inconsistent
       }
@@ -494,7 +494,7 @@ class Combine {
 
       if (weight_bytes != 0 && columns.begin == 0 && lane < num_topk) {
         char* to = a_.out_weights + (int64_t{token} * num_topk + lane) * weight_bytes;
-        if (slot.row < 0) {
+        if (sent.row < 0) {
           zero_weight(to, weight_bytes);
         } else if (is_own) {
           take_weight(to, own_wire_row, own);
@@ -514,7 +514,7 @@ class Combine {
   }
   static constexpr int kHalf = kWarpBytes / 2;
 
-  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, {0, 0, 2, kHalf}}; }
+  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, 2, kHalf}; }
   __device__ static uint64_t* barriers() {
     return reinterpret_cast<uint64_t*>(shared_memory() + kMaxWarps * kWarpBytes);
   }

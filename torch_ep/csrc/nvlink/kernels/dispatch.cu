@@ -16,7 +16,7 @@ constexpr int kMaxWarps = 24, kFewWarps = 16;
 
 class Dispatch {
  public:
-  __device__ Dispatch(const DispatchArgs& args, const Shape& shape)
+  __device__ Dispatch(const DispatchArgs& args, const DispatchShape& shape)
       : a_(args),
         x_(args.comm, Op::dispatch),
         receiver_(
@@ -177,7 +177,7 @@ class Dispatch {
       load_token_row(token.index, 0);
     }
     int n = 0;
-    if (!wait_for_credits(x_, fresh(a_.comm.state->last_dispatch))) {
+    if (!wait_for_credits(x_, as_volatile(a_.comm.state->last_dispatch))) {
       if (token.index >= 0) {
         ring_.wait(n++);
       }
@@ -513,7 +513,7 @@ class Dispatch {
 };
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
+    dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ DispatchShape shape) {
   prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Dispatch(args, shape).run();
@@ -534,7 +534,7 @@ int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
 
 // Eight blocks that only copy rows fill the links of an H200. Here they also wait for flags and for the first rows. In
 // rank_major each arrived row goes to one row of the result, so the receivers need one block less.
-Shape shape_of(const DispatchArgs& args) {
+DispatchShape shape_of(const DispatchArgs& args) {
   const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
   const auto stage = static_cast<int>(round_up(args.format.bytes(args.plan.num_topk), 128));
@@ -558,7 +558,7 @@ cudaError_t prepare_dispatch() {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
-  const Shape shape = shape_of(args);
+  const DispatchShape shape = shape_of(args);
   const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
   const int blocks = args.comm.layout.num_blocks, threads = shape.warps * kWarp;
   return launch_kernel(Launch::in_clusters, dispatch_kernel, blocks, threads, shared, stream, args, shape);

@@ -42,10 +42,10 @@ class LowLatencyCombine {
   LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, LowLatencyExchangeState& memory)
       : a_(args),
         shape_(shape),
-        x_(args.comm, kCombineKind, args.part, args.in_flight, memory),
+        x_(args.comm, kCombineKind, args.part, args.status, memory),
         entries_{args.topk_idx, args.wide_idx},
         vectors_(args.row_bytes / 16),
-        max_tokens_(args.part == Part::receive ? static_cast<int>(args.in_flight[1]) : args.max_tokens),
+        max_tokens_(args.part == Part::receive ? static_cast<int>(args.status[1]) : args.max_tokens),
         parts_(uses_packets() ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
     memory_ = shared + (uses_packets() ? warp_id() % warps() * kAheadBytes : warp_id() * kWarpBytes);
@@ -63,7 +63,7 @@ class LowLatencyCombine {
       return;
     }
     const bool is_sender = kTransfer != Transfer::either && sends();
-    const int first = is_sender ? kNobody : rank_of_slot(begin());  // before any wait
+    const int first = is_sender ? kNoRank : rank_of_slot(begin());  // before any wait
     // All warps of a block begin at one barrier.
     if (!(kTransfer == Transfer::either ? may_begin() : send(is_sender))) {
       return;
@@ -172,8 +172,8 @@ class LowLatencyCombine {
         }
       }
       if (lane_id() == 0 && a_.part == Part::send) {
-        a_.in_flight[0] = static_cast<int64_t>(x_.number());
-        a_.in_flight[1] = max_tokens_;
+        a_.status[0] = static_cast<int64_t>(x_.number());
+        a_.status[1] = max_tokens_;
       }
     }
     return ranks;
@@ -242,7 +242,7 @@ class LowLatencyCombine {
   __device__ void send_part(int source, int token, int part, uint32_t lanes, const char* y, float weight, int& parity)
       const {
     constexpr int kDepth = kPieces - 2;  // the last two pieces hold data that is being copied to peers
-    char* leaving = memory_ + kDepth * kPieceBytes;
+    char* outgoing = memory_ + kDepth * kPieceBytes;
     const int lane = lane_id();
     const Columns columns = columns_of(part);
     const Peer peer = x_.peer(source);
@@ -250,7 +250,7 @@ class LowLatencyCombine {
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
       bulk_wait_read<1>();
       __syncwarp();
-      char* stage = leaving + parity * kPieceBytes;
+      char* stage = outgoing + parity * kPieceBytes;
       parity ^= 1;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -273,23 +273,23 @@ class LowLatencyCombine {
 
   // --- receive ---
 
-  static constexpr int kNobody = -1;
+  static constexpr int kNoRank = -1;
 
   // Warp-collective. The rank whose row this lane awaits for a piece of work. Of the lanes whose slots are on one rank,
-  // the first lane has that rank; the others have kNobody.
+  // the first lane has that rank; the others have kNoRank.
   __device__ int rank_of_slot(int work) const {
     const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
     const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
-    const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : kNobody;
+    const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : kNoRank;
     const int first = __ffs(static_cast<int>(__match_any_sync(kFullWarp, rank))) - 1;
-    return first == lane_id() ? rank : kNobody;
+    return first == lane_id() ? rank : kNoRank;
   }
 
   // Warp-collective. `rank`: rank_of_slot of the first piece of work.
   __device__ void receive(int rank) const {
     for (int i = begin(); i < a_.num_tokens * parts_;) {
       const int token = row_of(i), part = i - token * parts_;
-      const bool counts = rank != kNobody && x_.is_active(rank);
+      const bool counts = rank != kNoRank && x_.is_active(rank);
       const bool going =
           uses_packets() ? receive_packets(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {

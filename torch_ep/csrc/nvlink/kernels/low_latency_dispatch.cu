@@ -25,7 +25,7 @@ constexpr int kSendStages = 2;
 // Dynamic shared memory of a thread block: less than kStageMemory by the static variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 
-constexpr int kNowhere = INT_MIN;  // no expert
+constexpr int kNoExpert = INT_MIN;
 
 struct LowLatencyShared {
   LowLatencyExchangeState flight;
@@ -39,7 +39,7 @@ class LowLatencyDispatch {
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        x_(args.comm, kDispatchKind, args.part, args.in_flight, shared.flight),
+        x_(args.comm, kDispatchKind, args.part, args.status, shared.flight),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
@@ -134,7 +134,7 @@ class LowLatencyDispatch {
       publish_faults();
     }
     if (threadIdx.x == 0 && a_.part == Part::send) {
-      *a_.in_flight = static_cast<int64_t>(x_.number());
+      *a_.status = static_cast<int64_t>(x_.number());
     }
     return true;
   }
@@ -203,11 +203,11 @@ class LowLatencyDispatch {
 
   __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
-  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNowhere: no expert, or the expert of an
+  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNoExpert: no expert, or the expert of an
   // earlier slot.
   __device__ int expert_of(int entry) const {
     const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
-    return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
+    return first_same == lane_id() && is_expert(entry) ? entry : kNoExpert;
   }
 
   // Warp-collective. The ranks that a token visits. Lane k has entry k.
@@ -382,7 +382,7 @@ class LowLatencyDispatch {
         load_piece(x, warp_id(), ahead);
       }
       counter.load(token);
-      int expert = kNowhere;
+      int expert = kNoExpert;
       if (Counter::leads()) {
         expert = expert_of(entry.value());
         counter.begin(expert);

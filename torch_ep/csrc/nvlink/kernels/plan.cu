@@ -181,7 +181,7 @@ class PlanBlock {
     if (is_handshake_warp()) {
       publish_handshake(x_, a_.handshake, RowCounts::unknown());
     }
-    const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
+    const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, as_volatile(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
       if (first != own.begin) {
         __syncthreads();  // the bits have been read and may be cleared
@@ -716,10 +716,10 @@ class PlanBlock {
     }
     const int row = shared_.received_begin[source][w] + __popc(visits & below);
     const int local = rank == me_ ? expert - me_ * num_local_ : -1;
-    const int64_t slot = int64_t{row} * a_.num_topk + k;
+    const int64_t pair = int64_t{row} * a_.num_topk + k;
     if (!a_.expert_major) {
       if (row < rows_) {
-        write_topk(slot, local);
+        write_topk(pair, local);
         if (counts && local >= 0) {
           atomicAdd(&s_.histogram[local], 1);
         }
@@ -733,7 +733,7 @@ class PlanBlock {
       }
       row_of_expert += __popc(bits[w * num_local_] & below);
       if (row_of_expert < rows_) {
-        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(slot);
+        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(pair);
       }
     }
   }
@@ -765,16 +765,16 @@ class PlanBlock {
       }
       return;
     }
-    auto* slots = static_cast<int32_t*>(a_.recv_map);
+    auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
     for (int e = block_; e < num_local_; e += blocks_) {
       const int64_t used = int64_t{s_.expert_begin[e]} + s_.expert_total[e];
       const int64_t end = min(end_of(e), rows_);
       for (int64_t i = used + tid; i < end; i += kThreads) {
-        slots[i] = -1;
+        recv_pair[i] = -1;
       }
     }
     for (int64_t i = needed_ + thread; i < rows_; i += threads) {
-      slots[i] = -1;
+      recv_pair[i] = -1;
     }
   }
 
