@@ -11,6 +11,7 @@
 #include <memory>
 
 namespace dispatch_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/low_latency_dispatch.cu"
 
@@ -57,6 +58,7 @@ cudaError_t launch_virtual(
 }  // namespace dispatch_file
 
 namespace combine_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/low_latency_combine.cu"
 

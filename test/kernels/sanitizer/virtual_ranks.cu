@@ -12,6 +12,7 @@
 // The kernels' bodies, which use only blockIdx.x and gridDim.x: here blockIdx.y is the rank. Each file has a namespace
 // of its own, since some names occur in several files.
 namespace plan_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/plan.cu"
 
@@ -40,6 +41,7 @@ cudaError_t launch_virtual(const std::vector<PlanArgs>& ranks, const PlanArgs* o
 }  // namespace plan_file
 
 namespace dispatch_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/dispatch.cu"
 
@@ -67,6 +69,7 @@ cudaError_t launch_virtual(const std::vector<DispatchArgs>& ranks, const Dispatc
 }  // namespace dispatch_file
 
 namespace combine_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/combine.cu"
 

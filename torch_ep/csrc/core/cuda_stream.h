@@ -3,7 +3,7 @@
 
 #include <c10/cuda/CUDAException.h>
 
-namespace ep::nvlink {
+namespace ep {
 
 // A stream for small copies. It does not wait for kernels on other streams.
 class Stream {
@@ -22,4 +22,4 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-}  // namespace ep::nvlink
+}  // namespace ep

@@ -6,7 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 
-namespace ep::nvlink {
+namespace ep {
 
 inline Element element_of(at::ScalarType type) {
   switch (type) {
@@ -40,4 +40,4 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return empty(sizes, like, like.scalar_type());
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

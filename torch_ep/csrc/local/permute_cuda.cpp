@@ -23,8 +23,6 @@
 namespace ep {
 namespace {
 
-using namespace nvlink;
-
 constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 // Bound of the number of pairs: the index after a thread's last one still fits an int32.
 constexpr int64_t kMaxPairs = kMaxInt - 64 * 1024;

@@ -16,7 +16,7 @@
 
 #include <algorithm>
 
-namespace ep::nvlink {
+namespace ep {
 namespace {
 
 constexpr int kWarps = 4;
@@ -469,4 +469,4 @@ cudaError_t launch_unpermute_rows(const UnpermuteArgs& args, cudaStream_t stream
   }
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace ep::nvlink {
+namespace ep {
 
 inline int64_t divide_up(int64_t n, int64_t by) {
   return (n + by - 1) / by;
@@ -120,4 +120,4 @@ struct UnpermuteArgs {
 };
 cudaError_t launch_unpermute_rows(const UnpermuteArgs& args, cudaStream_t stream);
 
-}  // namespace ep::nvlink
+}  // namespace ep

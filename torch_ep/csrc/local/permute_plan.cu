@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <climits>
 
-namespace ep::nvlink {
+namespace ep {
 namespace {
 
 // One H200, 4096 tokens, top-8 of 256, assign_rows of 8, 16 and 32 warps: 13.6, 12.4 and 12.6 us for both kernels; 32,
@@ -501,4 +501,4 @@ cudaError_t launch_permute_plan(const PermutePlanArgs& args, cudaStream_t stream
   return args.wide_idx ? launch<int64_t, false>(args, shape, stream) : launch<int32_t, false>(args, shape, stream);
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

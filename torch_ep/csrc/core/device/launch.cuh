@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-namespace ep::nvlink {
+namespace ep {
 
 enum class Launch {
   plain,
@@ -55,4 +55,4 @@ cudaError_t launch_kernel(
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-namespace ep::nvlink {
+namespace ep {
 
 template <class T>
 struct Vector {
@@ -120,4 +120,4 @@ struct Sum {
   }
 };
 
-}  // namespace ep::nvlink
+}  // namespace ep
