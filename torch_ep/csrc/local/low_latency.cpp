@@ -3,6 +3,7 @@
 //   combine    reduce rows per token                         -> exchange | sum
 // The _send half ends at the bar; the _recv half begins there.
 #include "core/host_copy.h"
+#include "core/integer_math.h"
 #include "core/low_latency_wire_row.h"
 #include "local/composed_backend.h"
 
@@ -69,7 +70,7 @@ Quantized quantize_rows(const at::Tensor& x, Quantize quantize) {
     scales = exponent.bitwise_left_shift(mantissa_bits).view(at::kFloat);
     factor = scales.reciprocal();
     if (quantize == Quantize::fp8_ue8m0) {
-      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, ceil_div(groups, 4) * 4 - groups}).view(at::kInt);
+      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, round_up(groups, 4) - groups}).view(at::kInt);
     }
   }
   const auto rows = wide.mul(factor.unsqueeze(2)).clamp(-kMaxFp8, kMaxFp8).to(at::kFloat8_e4m3fn);
@@ -159,7 +160,7 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
   std::optional<at::Tensor> scales;
   if (format.row_type == at::kFloat8_e4m3fn) {
     const auto values = spread(format.part(wire, format.scales_at, 4 * format.num_scales, format.scale_type));
-    const int64_t padded = ceil_div(rows_per_expert, kScaleRows) * kScaleRows;
+    const int64_t padded = round_up(rows_per_expert, kScaleRows);
     scales = at::zeros({num_experts, format.num_scales, padded}, values.options())
                  .transpose(1, 2)
                  .narrow(1, 0, rows_per_expert);

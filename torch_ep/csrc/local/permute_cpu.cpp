@@ -2,6 +2,8 @@
 // then write at the prefix sums), so the order of the result does not depend on the number of threads.
 #include "local/permute.h"
 
+#include "core/integer_math.h"
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -207,7 +209,7 @@ RecvPlan plan_recv_expert_major(const at::Tensor& wire_topk, const RecvPlanOptio
       row += std::exchange(next[chunk * num_experts + expert], row);
     }
     counts[expert] = row - needed;
-    ends[expert] = needed += (counts[expert] + alignment - 1) / alignment * alignment;
+    ends[expert] = needed += round_up(counts[expert], alignment);
   }
   const int64_t rows = options.capacity.value_or(needed);
   check_num_rows(rows, wire_rows * num_topk);

@@ -13,6 +13,7 @@
 
 #include "core/device/launch.cuh"
 #include "core/device/numbers.cuh"
+#include "core/integer_math.h"
 
 #include <algorithm>
 
@@ -380,11 +381,11 @@ cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
   // 168.0, 170.9, 169.7 for 16384 x 2048, top-8; 36.3, 35.0, 34.7, 36.0 for 4096 x 2048, top-6.
   constexpr int kBatch = 2;
   const auto vectors = static_cast<int>(args.row_bytes / static_cast<int64_t>(sizeof(V)));
-  const int64_t pieces = std::max<int64_t>(1, divide_up(vectors, kBatch * kWarp));
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(vectors, kBatch * kWarp));
   // The fewest blocks that write at full speed: without padding, they only cost time.
   constexpr int64_t kMaxPaddingBlocks = 528;
-  const int64_t padding_blocks = std::min(divide_up(args.map.rows, kThreads), kMaxPaddingBlocks);
-  const int64_t blocks = padding_blocks + divide_up(args.map.items * pieces, kWarps);
+  const int64_t padding_blocks = std::min(ceil_div(args.map.rows, kThreads), kMaxPaddingBlocks);
+  const int64_t blocks = padding_blocks + ceil_div(args.map.items * pieces, kWarps);
   if (blocks == 0) {
     return cudaSuccess;
   }
@@ -407,11 +408,11 @@ cudaError_t launch_unpermute_of(const UnpermuteArgs& args, cudaStream_t stream) 
   // us for 4096 x 7168, top-8; 167, 152, 150, 162, 151 for 16384 x 2048, top-8.
   constexpr int kBatch = 2, kAhead = 4;
   const auto vectors = static_cast<int>(args.hidden / Share<T, kVectors>::kNumbers);
-  const int64_t pieces = std::max<int64_t>(1, divide_up(vectors, kBatch * kWarp));
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(vectors, kBatch * kWarp));
   return launch_kernel(
       launch_of(args.map),
       unpermute_rows<T, kVectors, kWeighted, kBatch, kAhead>,
-      static_cast<int>(divide_up(args.map.items * pieces, kWarps)),
+      static_cast<int>(ceil_div(args.map.items * pieces, kWarps)),
       kThreads,
       0,
       stream,
@@ -434,7 +435,7 @@ cudaError_t launch_unpermute(const UnpermuteArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_invert_recv_pair(const RowMap& map, cudaStream_t stream) {
-  const auto blocks = static_cast<int>(std::max<int64_t>(1, divide_up(map.rows, kInvertThreads)));
+  const auto blocks = static_cast<int>(std::max<int64_t>(1, ceil_div(map.rows, kInvertThreads)));
   return launch_kernel(Launch::plain, fill_row_of, blocks, kInvertThreads, 0, stream, map);
 }
 

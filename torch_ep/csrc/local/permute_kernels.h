@@ -9,10 +9,6 @@
 
 namespace ep {
 
-inline int64_t divide_up(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-
 // --- kernel error reports ---
 
 // One per device, in page-locked host memory. Holds the first failure since the host last read it. A kernel writes

@@ -6,6 +6,7 @@
 
 #include "core/device/launch.cuh"
 #include "core/device/warp.cuh"
+#include "core/integer_math.h"
 
 #include <algorithm>
 #include <climits>
@@ -441,10 +442,10 @@ __global__ void __launch_bounds__(kAssignThreads)
 PlanShape shape_of(const PermutePlanArgs& args) {
   PlanShape shape{};
   shape.keys = args.route ? args.num_experts / args.num_local_experts : args.num_experts + 1;
-  const auto words = static_cast<int>(std::max<int64_t>(1, divide_up(args.num_tokens, kWarp)));
+  const auto words = static_cast<int>(std::max<int64_t>(1, ceil_div(args.num_tokens, kWarp)));
   const int most_blocks = std::clamp(kMaxCounts / shape.keys, 1, kMaxPlanBlocks);
-  shape.block_words = static_cast<int>(divide_up(words, most_blocks));
-  shape.blocks = static_cast<int>(divide_up(words, shape.block_words));
+  shape.block_words = static_cast<int>(ceil_div(words, most_blocks));
+  shape.blocks = static_cast<int>(ceil_div(words, shape.block_words));
   const int most_words = kSharedBytes / static_cast<int>(sizeof(int)) / shape.keys - kKeyArrays;
   shape.round_words = std::min({shape.block_words, kMaxWords, most_words});
   return shape;

@@ -2,13 +2,9 @@
 // in every peer's buffer. docs/protocol.md has the table of signals.
 #pragma once
 
-#include <cstdint>
+#include "core/integer_math.h"
 
-#ifdef __CUDACC__
-#define EP_HOST_DEVICE __host__ __device__
-#else
-#define EP_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace ep::nvlink {
 
@@ -54,10 +50,6 @@ EP_HOST_DEVICE constexpr int64_t plan_words_per_expert(int world_size) {
 EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
   constexpr int64_t kSharedBytes = 200 * 1024;
   return kSharedBytes / 4 / plan_words_per_expert(static_cast<int>(world_size)) * world_size;
-}
-
-EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
 }
 
 // Values on which all ranks of an exchange must agree. An operator sets the fields that it uses; the others are 0.
