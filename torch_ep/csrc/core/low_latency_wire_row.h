@@ -6,9 +6,6 @@
 
 namespace ep {
 
-// Channels that share a scale.
-constexpr int64_t kScaleGroup = 128;
-
 // Byte layout of one wire row: the row, its scales, int32 [1 + num_topk] (the token, then its local experts on the
 // destination rank, -1 for none) and float32 [num_topk] weights. Each part begins at a multiple of 16 bytes.
 struct LowLatencyWireRow {

@@ -3,6 +3,9 @@
 // W: ranks; T: tokens of this rank; K: experts per token; L: experts per rank; R: rows that dispatch returns.
 #pragma once
 
+#include "core/op_kind.h"
+#include "core/quantization.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -10,17 +13,6 @@
 #include <tuple>
 
 namespace ep {
-
-// The operator of an exchange. Every rank issues the same sequence of operators on one group. The halves of a
-// low-latency operator are one exchange, which `_send` begins.
-enum class OpKind : int64_t {
-  init = 0,
-  plan = 1,
-  dispatch = 2,
-  combine = 3,
-  low_latency_dispatch = 4,
-  low_latency_combine = 5
-};
 
 const char* name_of(OpKind op);
 // Throws if no operator has that name.
@@ -53,8 +45,6 @@ struct PlanTensors {
 using PlanResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 // rows, topk_weights, scales
 using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>;
-
-enum class Quantize : int64_t { none, fp8, fp8_pow2, fp8_ue8m0 };
 
 // Options of a low-latency dispatch. They are equal on all ranks.
 struct LowLatencyOptions {

@@ -29,10 +29,6 @@ namespace {
 constexpr auto kDispatch = OpKind::low_latency_dispatch;
 constexpr auto kCombine = OpKind::low_latency_combine;
 
-// Largest number of float8_e4m3fn.
-constexpr double kMaxFp8 = 448;
-// Lower bound of a group's maximum, so that zeros have a positive scale too.
-constexpr double kMinAmax = 1e-4;
 // Rows of an expert are padded to a multiple of this in the layout of scales.
 constexpr int64_t kScaleRows = 4;
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/integer_math.h"
+#include "core/quantization.h"
 
 #include <cstdint>
 
@@ -205,8 +206,7 @@ constexpr int kLanesPerChunk = 32;
 constexpr int kChunkVectors = kLanesPerChunk * kVectorsPerLane;
 constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // in packets
 
-constexpr int kGroup = 128;                 // channels that share a scale
-constexpr int kGroupVectors = kGroup / 16;  // of fp8
+constexpr int kGroupVectors = kScaleGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
 constexpr int kScalePacketsPerChunk = kChunkGroups / 3;
 

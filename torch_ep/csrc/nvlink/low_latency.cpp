@@ -178,7 +178,7 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.comm = comm_;
   args.part = part;
   args.element = element_of(options.dtype);
-  args.quantize = static_cast<nvlink::Quantize>(options.quantize);
+  args.quantize = options.quantize;
   args.max_tokens = static_cast<int>(options.max_tokens_per_rank);
   args.num_topk = static_cast<int>(options.num_topk);
   args.num_experts = static_cast<int>(options.num_experts);
@@ -189,12 +189,12 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.handshake.dtype = static_cast<int32_t>(options.dtype);
   args.handshake.max_tokens = args.max_tokens;
   args.handshake.quantize = static_cast<int32_t>(options.quantize);
-  const auto groups = static_cast<int>((options.hidden + 127) / 128);
-  if (options.quantize == ep::Quantize::none) {
+  const auto groups = static_cast<int>(ceil_div(options.hidden, kScaleGroup));
+  if (options.quantize == Quantize::none) {
     args.row_bytes = args.hidden * static_cast<int>(c10::elementSize(options.dtype));
   } else {
     args.row_bytes = args.hidden;
-    args.num_scales = options.quantize == ep::Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
+    args.num_scales = options.quantize == Quantize::fp8_ue8m0 ? static_cast<int>(ceil_div(groups, 4)) : groups;
   }
   check_row(kDispatch, options.num_topk, options.num_experts, options.hidden, args.row_bytes);
   check_limit(name_of(kDispatch), "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
@@ -208,7 +208,7 @@ LowLatencyRows LowLatencyPair::make_results(
     const at::TensorOptions& on) const {
   const int64_t world_size = layout_.world_size, num_local = options.num_experts / world_size;
   const int64_t rows_per_expert = world_size * options.max_tokens_per_rank;
-  const bool quantized = options.quantize != ep::Quantize::none;
+  const bool quantized = options.quantize != Quantize::none;
   const auto ints = on.dtype(at::kInt);
   const auto rows =
       at::empty({num_local, rows_per_expert, options.hidden}, on.dtype(quantized ? at::kFloat8_e4m3fn : options.dtype));
@@ -218,7 +218,7 @@ LowLatencyRows LowLatencyPair::make_results(
     scales = at::empty_strided(
         {num_local, rows_per_expert, args.num_scales},
         {args.num_scales * args.scale_rows, 1, args.scale_rows},
-        on.dtype(options.quantize == ep::Quantize::fp8_ue8m0 ? at::kInt : at::kFloat));
+        on.dtype(options.quantize == Quantize::fp8_ue8m0 ? at::kInt : at::kFloat));
     args.scales = scales->mutable_data_ptr();
   }
   const auto tokens_per_expert = at::empty({num_local}, ints);

@@ -2,14 +2,12 @@
 #pragma once
 
 #include "core/element.h"
+#include "core/op_kind.h"
 #include "nvlink/layout.h"
 
 #include <cuda_runtime_api.h>
 
 namespace ep::nvlink {
-
-// Values of ep::OpKind (core/types.h), without a torch header.
-enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
 
 // The failures that the device reports, with the fields of FailureReport that they set besides `peer`. After a fatal
 // failure every exchange ends at once, until a reset.
@@ -38,7 +36,7 @@ enum class Phase : int64_t { handshake, credit, counts, rows, gate };
 
 struct FailureReport {
   Failure kind;  // written last by a kernel, reset by the host
-  Op op;
+  OpKind op;
   Phase phase;
   int64_t epoch;
   int32_t peer;
@@ -218,8 +216,6 @@ struct CombineArgs {
 };
 
 // --- the low-latency pair ---
-
-enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
 
 // The part of an operator that a kernel runs.
 enum class Part : int { both, send, receive };

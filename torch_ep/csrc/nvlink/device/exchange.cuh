@@ -44,11 +44,11 @@ __device__ inline bool has_failed(const Comm& comm) {
 // One exchange of this rank.
 struct Exchange {
   const Comm& comm;
-  Op op;
+  OpKind op;
   uint64_t epoch;
 
-  __device__ Exchange(const Comm& c, Op o) : Exchange(c, o, as_volatile(c.state->epoch) + 1) {}
-  __device__ Exchange(const Comm& c, Op o, uint64_t e) : comm(c), op(o), epoch(e) {}
+  __device__ Exchange(const Comm& c, OpKind o) : Exchange(c, o, as_volatile(c.state->epoch) + 1) {}
+  __device__ Exchange(const Comm& c, OpKind o, uint64_t e) : comm(c), op(o), epoch(e) {}
   __device__ const Layout& layout() const { return comm.layout; }
   __device__ int world_size() const { return comm.layout.world_size; }
   __device__ Peer peer(int rank) const { return Peer(comm.buffers[rank]); }

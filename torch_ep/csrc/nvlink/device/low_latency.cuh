@@ -298,8 +298,8 @@ class LowLatencyExchange {
     return Outcome::failed;
   }
 
-  __device__ static Op op_of(int kind) {
-    return kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine;
+  __device__ static OpKind op_of(int kind) {
+    return kind == kDispatchKind ? OpKind::low_latency_dispatch : OpKind::low_latency_combine;
   }
 
   LowLatencyState& state_;

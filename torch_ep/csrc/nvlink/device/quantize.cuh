@@ -8,9 +8,6 @@
 
 namespace ep::nvlink {
 
-constexpr float kLargest = 448;  // of e4m3
-constexpr float kLeastMaximum = 1e-4F;
-
 // The bits of absolute values are ordered as the values are, NaN above all.
 __device__ inline uint32_t magnitude(float v) {
   return __float_as_uint(v) & 0x7fffffff;
@@ -22,11 +19,11 @@ struct Scale {
 
 __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   if (quantize == Quantize::fp8) {
-    return {__fdiv_rn(maximum, kLargest), __fdiv_rn(kLargest, maximum)};
+    return {__fdiv_rn(maximum, kMaxFp8), __fdiv_rn(kMaxFp8, maximum)};
   }
   // Rounds up to a power of two: the exponent grows by one if there is a fraction. It is at most that of infinity, also
   // for NaN.
-  const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kLargest));
+  const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kMaxFp8));
   // fault: low latency: scale not rounded up
   const uint32_t exponent = min((bits + 0x7fffff) >> 23, 255U);
   const float scale = __uint_as_float(exponent << 23);
@@ -100,7 +97,7 @@ __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {
   static_assert(kVectors <= kGroupVectors);
   const int lane = lane_id();
-  uint32_t maximum = magnitude(kLeastMaximum);  // of the i-th vectors, in the i-th lane of a group
+  uint32_t maximum = magnitude(kMinAmax);  // of the i-th vectors, in the i-th lane of a group
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     uint32_t most = channels[i].greatest_magnitude();

@@ -28,7 +28,7 @@ class Combine {
 
   __device__ Combine(const CombineArgs& args, int send_blocks)
       : a_(args),
-        x_(args.comm, Op::combine),
+        x_(args.comm, OpKind::combine),
         send_blocks_(send_blocks),
         memory_(shared_memory() + warp_id() * kWarpBytes),
         out_(wire_rows(x_, args.plan.send_counts)),

@@ -18,7 +18,7 @@ class Dispatch {
  public:
   __device__ Dispatch(const DispatchArgs& args, const DispatchShape& shape)
       : a_(args),
-        x_(args.comm, Op::dispatch),
+        x_(args.comm, OpKind::dispatch),
         receiver_(
             static_cast<int>(blockIdx.x) - shape.send_blocks +
             (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),

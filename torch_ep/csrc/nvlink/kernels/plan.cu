@@ -73,7 +73,7 @@ class PlanBlock {
   __device__ PlanBlock(const PlanArgs& args, const PlanShape& shape, PlanShared& shared, int* words)
       : a_(args),
         shape_(shape),
-        x_(args.comm, Op::plan),
+        x_(args.comm, OpKind::plan),
         shared_(shared),
         world_size_(x_.world_size()),
         me_(args.comm.rank),
