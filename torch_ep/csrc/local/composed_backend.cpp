@@ -1,6 +1,6 @@
 #include "local/composed_backend.h"
 
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>

@@ -2,8 +2,8 @@
 //   dispatch   quantize, pack one wire row per (token, rank) -> exchange | sort rows by expert
 //   combine    reduce rows per token                         -> exchange | sum
 // The _send half ends at the bar; the _recv half begins there.
-#include "core/host_copy.h"
 #include "core/integer_math.h"
+#include "core/integer_tensors.h"
 #include "core/low_latency_wire_row.h"
 #include "local/composed_backend.h"
 

@@ -2,7 +2,7 @@
 // for the faster kernels. Deterministic: where a scatter writes an element twice, the values are equal or not used.
 #include "local/permute.h"
 
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>

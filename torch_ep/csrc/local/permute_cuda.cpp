@@ -3,7 +3,7 @@
 
 #include "core/cuda_stream.h"
 #include "core/cuda_tensors.h"
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 #include "local/permute_kernels.h"
 
 #include <c10/cuda/CUDAException.h>
