@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- unpermute ---
 
-// What a lane loads of a row: 16 bytes, or one number if rows are not aligned to 16 bytes.
+// The unit in which lanes load rows: 16 bytes, or one number if rows are not aligned to 16 bytes.
 template <class T, bool kVectors>
 struct Share {
   using Raw = uint4;

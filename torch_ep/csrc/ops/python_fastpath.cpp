@@ -23,7 +23,7 @@
 
 namespace {
 
-// A plan as Python has it: the fields of torch_ep.Plan, in its order.
+// The fields of torch_ep.Plan, in its order.
 enum PlanField : Py_ssize_t {
   kSendRow,
   kSendCounts,
@@ -38,7 +38,7 @@ enum PlanField : Py_ssize_t {
   kPlanFields
 };
 
-// Torch has one level of dual numbers; torch.func nests its own by wrapping tensors.
+// Torch has one level of dual numbers; torch.func nests levels by wrapping tensors.
 bool has_tangent(const at::Tensor& t) {
   return t._fw_grad(/*level=*/0).defined();
 }
@@ -107,7 +107,7 @@ bool is_rank_major(PyObject* layout) {
   return PyUnicode_Check(layout) && PyUnicode_CompareWithASCIIString(layout, "rank_major") == 0;
 }
 
-// What dispatch and combine take of a plan, as arguments of their own.
+// The tensors of a plan that dispatch and combine use, as separate arguments.
 class PlanArguments {
  public:
   PlanArguments(PyObject* type, PyObject* plan) {
@@ -140,7 +140,7 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// Past autograd: of tensors of which none requires a gradient.
+// Calls below autograd, since no argument requires a gradient.
 template <class Function, class... Args>
 auto call(const c10::TypedOperatorHandle<Function>& op, const Args&... args) {
   const WithoutGil without_gil;
@@ -157,7 +157,7 @@ PyObject* wrap(const at::Tensor& t) {
   return THPVariable_Wrap(t);
 }
 
-// Rows alone, or a tuple with what else there is.
+// Rows alone, or a tuple of rows and the other payloads.
 PyObject* wrap(const ep::Payloads& payloads) {
   const auto& [rows, weights, scales] = payloads;
   if (!weights && !scales) {
@@ -199,7 +199,7 @@ PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* la
   return result;
 }
 
-// As the operator is called, which takes the capacity as a symbol.
+// The arguments as the operator's schema has them: the capacity is a symbol.
 using PlanCapacity = ep::PlanResult(
     const at::Tensor&,
     int64_t,
@@ -248,7 +248,7 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// f(arguments of the plan) for a call that nobody is to notice.
+// Calls f(arguments of the plan) if nothing intercepts the call.
 template <class F>
 PyObject* with_plan(const Arguments& a, const PlanArguments& plan, const F& f) {
   if (a.is_noticed() || !plan.is_whole()) {
