@@ -24,7 +24,7 @@ struct SendPlan {
   at::Tensor wire_topk;    // int32 [wire rows, num_topk]: local expert on the destination rank, or -1
 };
 
-// The rows of the result that received wire rows become.
+// Maps received wire rows to rows of the result.
 struct RecvPlan {
   at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_pair int32 [rows]
   at::Tensor offsets;            // int32: end of the group of each local expert (rank_major: source rank)

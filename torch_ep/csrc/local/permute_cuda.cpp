@@ -257,7 +257,7 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   return result;
 }
 
-// Allocates the results of a plan. An exact plan gets the upper bound of its rows.
+// Allocates the results of a plan: the upper bound of its rows, if it is exact.
 RecvPlan make_recv_plan(PermutePlanArgs& args, const at::Tensor& topk_idx) {
   const int64_t rows = args.capacity < 0 ? max_rows(args) : args.capacity;
   RecvPlan plan;

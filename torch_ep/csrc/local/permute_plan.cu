@@ -1,6 +1,6 @@
 // The plan of one rank, and the steps of a plan of several ranks that need no communication, in two kernels.
 //   count_keys   each block checks its share of the tokens and counts their keys
-//   assign_rows   each block sums the counts of all blocks, and assigns rows to its share of the tokens
+//   assign_rows  each block sums the counts of all blocks, and assigns rows to its share of the tokens
 // Entries are grouped by key: their expert, or with `route` its rank. Tokens of one key keep their order.
 #include "local/permute_kernels.h"
 
@@ -172,7 +172,7 @@ class PlanBlock {
   __device__ bool are_wire_rows() const { return a_.send_row == nullptr; }
   __device__ int num_wire_rows() const { return are_wire_rows() ? a_.num_tokens : s_.total[a_.num_experts]; }
 
-  // The plan of bad indices is that of tokens without experts.
+  // With a bad index, the plan is computed as if the tokens had no experts.
   __device__ int entry_at(int i) const {
     return has_failed_ ? -1 : static_cast<int>(static_cast<const Int*>(a_.topk_idx)[i]);
   }
