@@ -52,23 +52,23 @@ bool is_transformed() {
 class Arguments {
  public:
   Arguments(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
-      : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
+      : next_(arguments), needs_slow_path_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
     TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
   // True if a mode, a subclass, autograd or a torch.func transform intercepts the call, or if an argument has another
   // type, which the slow path reports.
-  bool is_noticed() const { return is_noticed_; }
+  bool needs_slow_path() const { return needs_slow_path_; }
 
   PyObject* object() { return *next_++; }
   const at::Tensor& tensor() {
     PyObject* argument = object();
     if (!THPVariable_CheckExact(argument)) {
       static const at::Tensor none;
-      is_noticed_ = true;
+      needs_slow_path_ = true;
       return none;
     }
     const at::Tensor& t = THPVariable_Unpack(argument);
-    is_noticed_ = is_noticed_ || t.requires_grad() || has_tangent(t) || t.layout() != at::kStrided;
+    needs_slow_path_ = needs_slow_path_ || t.requires_grad() || has_tangent(t) || t.layout() != at::kStrided;
     return t;
   }
   std::optional<at::Tensor> optional_tensor() { return is_none() ? std::nullopt : std::optional(tensor()); }
@@ -76,7 +76,7 @@ class Arguments {
     PyObject* argument = object();
     int overflow = 1;
     const int64_t value = PyLong_CheckExact(argument) ? PyLong_AsLongLongAndOverflow(argument, &overflow) : 0;
-    is_noticed_ = is_noticed_ || overflow != 0;
+    needs_slow_path_ = needs_slow_path_ || overflow != 0;
     return value;
   }
   std::optional<int64_t> optional_integer() { return is_none() ? std::nullopt : std::optional(integer()); }
@@ -86,7 +86,7 @@ class Arguments {
     const char* text = PyUnicode_Check(argument) ? PyUnicode_AsUTF8AndSize(argument, &size) : nullptr;
     if (text == nullptr) {
       PyErr_Clear();
-      is_noticed_ = true;
+      needs_slow_path_ = true;
       return {};
     }
     return {text, static_cast<size_t>(size)};
@@ -100,7 +100,7 @@ class Arguments {
   }
 
   PyObject* const* next_;
-  bool is_noticed_;
+  bool needs_slow_path_;
 };
 
 bool is_rank_major(PyObject* layout) {
@@ -227,7 +227,7 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto group_name = a.string();
   const auto max_tokens_per_rank = a.optional_integer();
   const auto after = a.optional_tensor();
-  if (a.is_noticed()) {
+  if (a.needs_slow_path()) {
     Py_RETURN_NONE;
   }
   const auto planned = [&](const auto& op, const auto&... optional_capacity) {
@@ -251,14 +251,14 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 // Calls f(arguments of the plan) if nothing intercepts the call.
 template <class F>
 PyObject* with_plan(const Arguments& a, const PlanArguments& plan, const F& f) {
-  if (a.is_noticed() || !plan.is_whole()) {
+  if (a.needs_slow_path() || !plan.is_whole()) {
     Py_RETURN_NONE;
   }
   Arguments p = plan.arguments();
   const at::Tensor &send_row = p.tensor(), &send_counts = p.tensor(), &recv_counts = p.tensor();
   const at::Tensor& recv_map = p.tensor();
   const auto layout = p.string(), group_name = p.string();
-  if (p.is_noticed()) {
+  if (p.needs_slow_path()) {
     Py_RETURN_NONE;
   }
   return wrap(f(send_row, send_counts, recv_counts, recv_map, layout, group_name));

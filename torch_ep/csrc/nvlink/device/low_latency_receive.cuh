@@ -35,12 +35,12 @@ class LowLatencyReceive {
   __device__ LowLatencyReceive(
       const LowLatencyDispatchArgs& args,
       const LowLatencyShape& shape,
-      const LowLatencyExchange& flight,
+      const LowLatencyExchange& exchange,
       const LowLatencyMemory& memory,
       int loads)
       : a_(args),
         shape_(shape),
-        x_(flight),
+        x_(exchange),
         memory_(memory),
         loads_(loads),
         num_local_(args.num_experts / args.comm.low_latency.world_size),

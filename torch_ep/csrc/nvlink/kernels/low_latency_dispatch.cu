@@ -28,7 +28,7 @@ constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 constexpr int kNoExpert = INT_MIN;
 
 struct LowLatencyShared {
-  LowLatencyExchangeState flight;
+  LowLatencyExchangeState exchange;
   bool is_lost[kMaxRanks];
 };
 
@@ -39,7 +39,7 @@ class LowLatencyDispatch {
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        x_(args.comm, kDispatchKind, args.part, args.status, shared.flight),
+        x_(args.comm, kDispatchKind, args.part, args.status, shared.exchange),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
