@@ -200,7 +200,7 @@ Header& Channel::outbox(int64_t sequence, int peer) {
 const Header* Channel::note_of(int peer) {
   for (const int64_t parity : {0, 1}) {
     auto& header = inbox(parity, peer);
-    if (has_arrived(header) && (header.state == Header::kClosed || header.state == Header::kLeft)) {
+    if (has_arrived(header) && (header.state == Header::kAborted || header.state == Header::kClosed)) {
       return &header;
     }
   }
@@ -212,7 +212,7 @@ const Header* Channel::note_of(int peer) {
 bool Channel::has_failure_notes() {
   for (int peer = 0; peer < world_size_; ++peer) {
     const auto* note = peer == rank_ ? nullptr : note_of(peer);
-    if (note != nullptr && note->state == Header::kClosed) {
+    if (note != nullptr && note->state == Header::kAborted) {
       return true;
     }
   }
@@ -432,7 +432,7 @@ Failure Channel::failure_of(const Transfers& transfers) {
     if (note == nullptr) {
       continue;
     }
-    failure.leavers.push_back(peer);
+    failure.note_senders.push_back(peer);
     const auto count = std::clamp<int64_t>(note->agreed[0], 0, Header::kMaxAgreed - 1);
     if (count == 0) {
       if (failure.origins.empty()) {
@@ -468,7 +468,7 @@ void Channel::close(const std::string& why, const std::vector<int>& blamed, bool
       auto& note = outbox(sequence_, peer);
       note = Header{};
       note.sequence = sequence_;
-      note.state = in_exchange ? Header::kClosed : Header::kLeft;
+      note.state = in_exchange ? Header::kAborted : Header::kClosed;
       note.agreed[0] = static_cast<int64_t>(std::min(blamed.size(), Header::kMaxAgreed - 1));
       std::copy_n(blamed.begin(), note.agreed[0], note.agreed.begin() + 1);
       std::strncpy(note.message.data(), closed_.c_str(), note.message.size() - 1);

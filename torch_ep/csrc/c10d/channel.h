@@ -43,9 +43,9 @@ struct Header {
 
   enum State : int64_t {
     kHealthy,
-    kFailed,  // the sender failed before the exchange: only headers are exchanged, and the channel stays open
-    kClosed,  // a failure note: the sender closed its channel in the exchange before this one
-    kLeft,    // the sender closed its channel between exchanges: destroyed, or its process ended
+    kFailed,   // the sender failed before the exchange: only headers are exchanged, and the channel stays open
+    kAborted,  // a failure note: the sender closed its channel in the exchange before this one
+    kClosed,   // the sender closed its channel between exchanges: destroyed, or its process ended
   };
 
   int64_t op;
@@ -55,7 +55,7 @@ struct Header {
   int64_t send_rows;                      // rows from the sender of this header to its receiver
   int64_t expected_rows;                  // rows that the sender expects from the receiver, or kUnknown
   uint64_t send_digest, expected_digest;  // see Note [One verdict] in exchange.cpp
-  // kHealthy: numbers on which all ranks must agree. kClosed: the number of ranks that the sender blames, then these
+  // kHealthy: numbers on which all ranks must agree. kAborted: the number of ranks that the sender blames, then these
   // ranks.
   std::array<int64_t, kMaxAgreed> agreed;
   std::array<char, kMaxMessage> message;
@@ -84,9 +84,9 @@ class Transfers {
 struct Failure {
   std::vector<int> lost;                 // ranks whose connection is gone and that sent no note
   std::vector<int> silent;               // ranks from which nothing came before the deadline
-  std::vector<int> leavers;              // ranks that sent a note
+  std::vector<int> note_senders;         // ranks that sent a note
   std::vector<int> blamed;               // ranks that these notes blame
-  std::vector<int> origins;              // leavers that blame no one: the failure was their own
+  std::vector<int> origins;              // note senders that blame no rank: the failure was their own
   std::string note;                      // the note of the first origin
   std::chrono::milliseconds stalled{0};  // how long this process did not run, for example while it was stopped
 };

@@ -308,11 +308,11 @@ void Exchange::fail(Phase phase, const Failure& failure, const std::string& caus
                        (failure.stalled >= comm_->timeout && failure.origins.empty() && !failure.lost.empty());
   auto missing = failure.origins.empty() ? failure.lost : std::vector<int>();
   for (const int other : failure.blamed) {
-    if (!has(failure.leavers, other) && !has(missing, other)) {
+    if (!has(failure.note_senders, other) && !has(missing, other)) {
       missing.push_back(other);
     }
   }
-  if (failure.leavers.empty() && missing.empty()) {
+  if (failure.note_senders.empty() && missing.empty()) {
     missing = failure.silent;
   }
   std::sort(missing.begin(), missing.end());

@@ -38,7 +38,7 @@ class Exchange final : public RowExchange {
   void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) override;
   void finish() override;
 
-  void abandon(const std::string& why) override { close(why); }
+  void abort(const std::string& why) override { close(why); }
 
  private:
   enum class Phase { headers, rows };

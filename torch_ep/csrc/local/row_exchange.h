@@ -28,7 +28,7 @@ class RowExchange {
   // Waits for everything started. The exchange ends here.
   virtual void finish() = 0;
   // Aborts an exchange that this rank cannot finish, and reports the reason to the peers.
-  virtual void abandon(const std::string& why) = 0;
+  virtual void abort(const std::string& why) = 0;
   // After `confirm`: per rank, how much later than this rank it entered the exchange, in ns; 0 if earlier. Between
   // hosts, it is as accurate as their clocks.
   virtual const std::vector<int64_t>& wait_ns() const = 0;
@@ -39,7 +39,7 @@ class RowExchange {
     try {
       return f();
     } catch (const std::exception& error) {
-      abandon(message_of(error));
+      abort(message_of(error));
       throw;
     }
   }
