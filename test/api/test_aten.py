@@ -1,4 +1,4 @@
-"""The local kernels out of torch's own operators, which other devices than the CPU take: here on the CPU, on one rank.
+"""The permute kernels composed of torch's own operators, for devices without others: here on the CPU, on one rank.
 
 `test_cuda.py` runs them where they are meant to run.
 """

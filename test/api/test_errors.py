@@ -1848,8 +1848,8 @@ def test_low_latency_combine_by_another_plan_ends_by_the_time_out() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-def test_a_ticket_of_nothing_in_flight() -> None:
-    """All that nvlink can find wrong between the halves: a ticket holds a number, and the rows lie in the buffers."""
+def test_a_status_of_nothing_in_flight() -> None:
+    """All that nvlink can find wrong between the halves: a status holds a number, and the rows lie in the buffers."""
     for kind in ("recv-counts", "combine-recv-tokens"):
         case = CASES[f"low_latency-{kind}"]
         with one_rank_on("cuda"):

@@ -161,7 +161,7 @@ def can_repeat(name: str, world_size: int, device: str) -> bool:
     if name not in LOW_LATENCY:
         return True
     if device == "cuda":
-        # No two sends have the same ticket, which is good for one receive; and rows behind the counts are undefined.
+        # No two sends have the same status, which is good for one receive; and rows behind the counts are undefined.
         return world_size == 1 and name.startswith("low_latency_combine") and not is_half(name)
     return world_size == 1 or "_recv" in name  # no two exchanges wait for the same time
 
@@ -229,7 +229,7 @@ def _alias(rank: int, world_size: int, device: str, name: str, tokens: int) -> l
     seen = _storages(call.args)
     found = []
     for turn in range(3):
-        if turn > 0 and device == "cuda" and "_recv" in name:  # there a ticket is good for one receive
+        if turn > 0 and device == "cuda" and "_recv" in name:  # there a status is good for one receive
             kept.append(call)
             call = make_call(name, rank, world_size, device, tokens, grad=False)
             seen |= _storages(call.args)

@@ -40,8 +40,11 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kSharedBytes = 227 * 1024;
 
 // Whether the environment selects this planted fault (FAULTS of test_emulator.py).
-inline const int planted_fault = std::getenv("EMULATOR_FAULT") != nullptr ? std::atoi(std::getenv("EMULATOR_FAULT")) : -1;
-inline bool is_planted(int number) { return number == planted_fault; }
+inline const int planted_fault =
+    std::getenv("EMULATOR_FAULT") != nullptr ? std::atoi(std::getenv("EMULATOR_FAULT")) : -1;
+inline bool is_planted(int number) {
+  return number == planted_fault;
+}
 
 struct Warp {
   uint64_t value[2][kWarp];

@@ -1,7 +1,7 @@
 // Stands in for core/device/launch.cuh: here the kernels of a rank run one after another.
 #pragma once
 
-namespace ep::nvlink {
+namespace ep {
 
 enum class Launch { plain, overlapped, in_clusters };
 
@@ -20,4 +20,4 @@ cudaError_t launch_kernel(
   return cudaSuccess;
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

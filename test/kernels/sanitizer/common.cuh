@@ -21,6 +21,7 @@
 
 namespace ranks {
 
+using namespace ep;
 using namespace ep::nvlink;
 using std::vector;
 

@@ -11,6 +11,7 @@
 #include <memory>
 
 namespace dispatch_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/low_latency_dispatch.cu"
 
@@ -57,6 +58,7 @@ cudaError_t launch_virtual(
 }  // namespace dispatch_file
 
 namespace combine_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/low_latency_combine.cu"
 
@@ -365,7 +367,7 @@ class Run {
       LowLatencyDispatchArgs a{};
       a.comm = world_.comm(r);
       a.handshake = handshake();
-      a.in_flight = memory_.make<int64_t>(2);
+      a.status = memory_.make<int64_t>(2);
       a.x = reinterpret_cast<const char*>(memory_.copy(x_[r]));
       a.topk_idx = c_.wide_idx ? copy_topk<int64_t>(r) : copy_topk<int32_t>(r);
       a.wide_idx = c_.wide_idx;
@@ -412,7 +414,7 @@ class Run {
       LowLatencyCombineArgs a{};
       a.comm = world_.comm(r);
       a.handshake = handshake();
-      a.in_flight = memory_.make<int64_t>(2);
+      a.status = memory_.make<int64_t>(2);
       a.y = reinterpret_cast<const char*>(memory_.copy(y));
       a.row_weights = dispatched.row_weights;
       a.recv_row = dispatched.recv_row;

@@ -562,7 +562,7 @@ class Run {
     return report;
   }
 
-  // The first bad entry is told, and the plan is that of tokens without experts.
+  // The first bad entry is reported, and the plan is that of tokens without experts.
   void check_bad_index() {
     vector<int> topk = topk_;
     const int bad = random_.below(c_.num_tokens), slot = random_.below(c_.num_topk);
@@ -579,7 +579,7 @@ class Run {
       }
     }
     if (bad + 1 < c_.num_tokens) {
-      topk[index + c_.num_topk] = -9;  // a later one is not told
+      topk[index + c_.num_topk] = -9;  // a later one is not reported
     }
     PermutePlanArgs args = plan_args(put_topk(topk), c_.num_tokens, c_.num_experts(), false);
     const int rows = std::max(c_.capacity, 0);

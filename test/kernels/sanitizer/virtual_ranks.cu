@@ -12,6 +12,7 @@
 // The kernels' bodies, which use only blockIdx.x and gridDim.x: here blockIdx.y is the rank. Each file has a namespace
 // of its own, since some names occur in several files.
 namespace plan_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/plan.cu"
 
@@ -40,19 +41,20 @@ cudaError_t launch_virtual(const std::vector<PlanArgs>& ranks, const PlanArgs* o
 }  // namespace plan_file
 
 namespace dispatch_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/dispatch.cu"
 
 namespace ep::nvlink {
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    virtual_dispatch(const DispatchArgs* ranks, const __grid_constant__ Shape shape) {
+    virtual_dispatch(const DispatchArgs* ranks, const __grid_constant__ DispatchShape shape) {
   Dispatch(ranks[blockIdx.y], shape).run();
 }
 
 cudaError_t launch_virtual(const std::vector<DispatchArgs>& ranks, const DispatchArgs* on_device) {
   const DispatchArgs& args = ranks[0];
-  const Shape shape = shape_of(args);
+  const DispatchShape shape = shape_of(args);
   const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
   const auto error = cudaFuncSetAttribute(virtual_dispatch, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   if (error != cudaSuccess) {
@@ -67,6 +69,7 @@ cudaError_t launch_virtual(const std::vector<DispatchArgs>& ranks, const Dispatc
 }  // namespace dispatch_file
 
 namespace combine_file {
+using namespace ::ep;
 using namespace ::ep::nvlink;
 #include "nvlink/kernels/combine.cu"
 
@@ -593,12 +596,12 @@ class Run {
       const PlanArgs& a = ranks[r];
       const Wanted& w = wanted_[r];
       if (capacity_ < 0) {
-        const uint64_t told = a.comm.host_report->plan;
-        if (told != (kPlanRowsReady | static_cast<uint64_t>(w.rows))) {
+        const uint64_t reply = a.comm.host_report->plan;
+        if (reply != (kPlanRowsReady | static_cast<uint64_t>(w.rows))) {
           fail(
               "exact plan of rank " + std::to_string(r) + ": expected " + std::to_string(w.rows) + " rows, got " +
-              ((told & kPlanRowsReady) != 0 ? std::to_string(told & (kPlanFailed - 1)) : std::string("no number")) +
-              ((told & kPlanFailed) != 0 ? ", failed" : ""));
+              ((reply & kPlanRowsReady) != 0 ? std::to_string(reply & (kPlanFailed - 1)) : std::string("no number")) +
+              ((reply & kPlanFailed) != 0 ? ", failed" : ""));
         }
       }
       expect("send_row", r, fetch(a.send_row, w.send_row.size()), w.send_row);

@@ -1,5 +1,5 @@
-// The backend of any process group: local kernels, with rows exchanged over the communicator's own connections (CPU) or
-// over the process group (CUDA).
+// The backend of any process group: permute kernels, and an exchange of rows over the communicator's own connections
+// (CPU) or over the process group (CUDA).
 #include "c10d/communicator.h"
 #include "c10d/exchange.h"
 #include "core/checks.h"
@@ -57,7 +57,7 @@ void check_c10d_group(OpKind op, const std::string& group_name, int64_t world_si
   find_communicator(op, group_name, world_size);
 }
 
-// Last: it takes every group that no other kind does, or says why it cannot.
+// Last in order: it runs every group that no other kind runs, or throws the reason why it cannot.
 const BackendRegistration registration(
     {.name = "c10d",
      .order = 2,

@@ -23,15 +23,15 @@ constexpr milliseconds kTick{100};
 // How long a rank that saw a failure waits for the notes of others. They fail at almost the same time.
 constexpr milliseconds kGrace{1500};
 constexpr milliseconds kPoll{5};
-// How long a closing rank waits for its notes to leave. They are small and their slots are posted.
+// How long a closing rank waits until its notes are sent. They are small, and their receives are posted.
 constexpr milliseconds kFlush{200};
-constexpr int kLateLooks = 5;
-// Longer than any exchange: gloo closes all connections when a wait of its own times out.
+constexpr int kLatePolls = 5;
+// Timeout of gloo's own waits, longer than any exchange: gloo closes all connections when such a wait times out.
 constexpr milliseconds kNever{std::chrono::hours{24 * 365}};
 
 constexpr int kHeaderTag = 0, kRowsTag = 1, kUnusedTag = 2;
 
-// Wakes waits up once per tick, without a wait of theirs timing out. Never destroyed: a wait may outlive main.
+// Wakes all waits once per tick, so that none of gloo's own waits times out. Never destroyed: a wait may outlive main.
 class Ticker {
  public:
   static Ticker& get() {
@@ -41,7 +41,7 @@ class Ticker {
 
   class Waiting {
    public:
-    // `is_late`: wake it up as soon as it cannot but wait.
+    // `is_late`: the deadline has passed, so wake the wait as soon as it blocks.
     Waiting(const c10::intrusive_ptr<c10d::Work>& work, bool is_late) : work_(work), is_late_(is_late) {
       auto& ticker = get();
       std::lock_guard<std::mutex> lock(ticker.mutex_);
@@ -65,7 +65,7 @@ class Ticker {
     const bool is_late_;
   };
 
-  // The longest time that this process stood still, if it did so lately.
+  // How long this process did not run when it last stalled; 0 if that was not recently.
   milliseconds stalled() {
     std::lock_guard<std::mutex> lock(mutex_);
     return steady_clock::now() - stall_ended_ < kStallMemory ? stall_ : milliseconds(0);
@@ -200,26 +200,27 @@ Header& Channel::outbox(int64_t sequence, int peer) {
 const Header* Channel::note_of(int peer) {
   for (const int64_t parity : {0, 1}) {
     auto& header = inbox(parity, peer);
-    if (has_arrived(header) && (header.state == Header::kClosed || header.state == Header::kLeft)) {
+    if (has_arrived(header) && (header.state == Header::kAborted || header.state == Header::kClosed)) {
       return &header;
     }
   }
   return nullptr;
 }
 
-// Of this exchange. A rank that left between exchanges may have done its part of this one.
+// Whether there are failure notes of this exchange. A rank that left between exchanges may have done its part of this
+// exchange.
 bool Channel::has_failure_notes() {
   for (int peer = 0; peer < world_size_; ++peer) {
     const auto* note = peer == rank_ ? nullptr : note_of(peer);
-    if (note != nullptr && note->state == Header::kClosed) {
+    if (note != nullptr && note->state == Header::kAborted) {
       return true;
     }
   }
   return false;
 }
 
-// Both: nullptr if the connection is gone. A profiler does not see them: they may outlive its session, and a record
-// that ends after its session corrupts memory (torch 2.13).
+// post_send and post_recv return nullptr if the connection is gone. They are hidden from profilers: a transfer may
+// outlive a profiler's session, and an event that ends after its session corrupts memory (torch 2.13).
 c10::intrusive_ptr<c10d::Work> Channel::post_send(const at::Tensor& t, int peer, int tag) {
   std::vector<at::Tensor> tensors{t};
   const at::DisableRecordFunctionGuard unrecorded;
@@ -255,9 +256,9 @@ void Channel::post_headers(int64_t sequence) {
 void Channel::send_headers(const std::function<void(int, Header&)>& fill, Deadline deadline) {
   const int64_t sequence = sequence_++;
   auto& sends = header_sends_[sequence & 1];
-  wait_all(sends, deadline);  // of the exchange before the last. A failure will show in the headers that do not come.
+  wait_all(sends, deadline);  // those of the exchange before the last. A failure will show as missing headers.
   sends.pending_.clear();
-  // Peers in turn, beginning with the next: no rank is the first that all others send to.
+  // Each rank begins with the next rank, so that not all ranks send to the same rank first.
   for (int step = 1; step < world_size_; ++step) {
     const int peer = (rank_ + step) % world_size_;
     auto& header = outbox(sequence, peer);
@@ -321,7 +322,7 @@ at::Tensor Channel::wire_buffer(size_t which, at::IntArrayRef sizes, const at::T
   }
   auto& kept = kept_[which];
   if (!kept.defined() || kept.size(0) < bytes) {
-    kept = at::Tensor();  // before the larger one is there
+    kept = at::Tensor();  // freed before the larger one is allocated
     kept = at::empty({bytes}, options.dtype(at::kByte));
   }
   return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype())).view(sizes);
@@ -344,10 +345,10 @@ std::optional<Failure> Channel::check_peers() {
 }
 
 Channel::Waited Channel::wait_one(Transfers::Transfer& transfer, Transfers& all, Deadline& deadline) {
-  int late_looks = 0;
+  int late_polls = 0;
   while (true) {
-    // Once the deadline has passed, look again: it may have come while this rank waited for another. A wait that was
-    // woken up before it began returns false even then, hence several looks; an arrived header is sure to end it.
+    // After the deadline, poll again: the transfer may have ended while this rank waited for another one. A wait that
+    // is woken before it begins returns false even then, hence several polls. An arrived header always ends the wait.
     const bool is_late = steady_clock::now() >= deadline;
     try {
       const Ticker::Waiting waiting(transfer.work, is_late);
@@ -357,7 +358,7 @@ Channel::Waited Channel::wait_one(Transfers::Transfer& transfer, Transfers& all,
     } catch (const std::exception&) {
       return Waited::lost;
     }
-    if (is_late && (transfer.header == nullptr || !has_arrived(*transfer.header)) && ++late_looks == kLateLooks) {
+    if (is_late && (transfer.header == nullptr || !has_arrived(*transfer.header)) && ++late_polls == kLatePolls) {
       return Waited::deadline;
     }
     run_signal_handlers();
@@ -367,7 +368,7 @@ Channel::Waited Channel::wait_one(Transfers::Transfer& transfer, Transfers& all,
   }
 }
 
-// Marks transfers whose connection is gone, without waiting. Whether it found any.
+// Marks transfers whose connection is gone, without waiting. Returns whether it found any.
 bool Channel::find_lost(Transfers& all) {
   bool found = false;
   for (auto& transfer : all.pending_) {
@@ -402,7 +403,7 @@ std::optional<Failure> Channel::wait_all(Transfers& transfers, Deadline deadline
 }
 
 Failure Channel::failure_of(const Transfers& transfers) {
-  // One that is silent may be about to leave a note: it waits for a third one, and began a moment later.
+  // A silent rank may be about to send a note: it may wait for a third rank and have begun a moment later.
   const auto give_up = steady_clock::now() + kGrace;
   Failure failure;
   const auto add = [](std::vector<int>& ranks, int rank) {
@@ -431,7 +432,7 @@ Failure Channel::failure_of(const Transfers& transfers) {
     if (note == nullptr) {
       continue;
     }
-    failure.leavers.push_back(peer);
+    failure.note_senders.push_back(peer);
     const auto count = std::clamp<int64_t>(note->agreed[0], 0, Header::kMaxAgreed - 1);
     if (count == 0) {
       if (failure.origins.empty()) {
@@ -467,7 +468,7 @@ void Channel::close(const std::string& why, const std::vector<int>& blamed, bool
       auto& note = outbox(sequence_, peer);
       note = Header{};
       note.sequence = sequence_;
-      note.state = in_exchange ? Header::kClosed : Header::kLeft;
+      note.state = in_exchange ? Header::kAborted : Header::kClosed;
       note.agreed[0] = static_cast<int64_t>(std::min(blamed.size(), Header::kMaxAgreed - 1));
       std::copy_n(blamed.begin(), note.agreed[0], note.agreed.begin() + 1);
       std::strncpy(note.message.data(), closed_.c_str(), note.message.size() - 1);
@@ -497,7 +498,7 @@ void Channel::close(const std::string& why, const std::vector<int>& blamed, bool
   }
 }
 
-// A wait of gloo that times out closes all connections of the backend: there is no other way to ask for that.
+// gloo closes all connections of a backend when a wait times out. It has no function for that.
 void Channel::disconnect() noexcept {
   for (int peer = 0; peer < world_size_; ++peer) {
     if (peer != rank_) {

@@ -1,5 +1,5 @@
-// The connections between the ranks of one communicator: messages from rank to rank, waits that end by themselves, and
-// the failure notes by which a rank that aborts reports the reason to its peers.
+// The connections between the ranks of one communicator: messages between two ranks, waits with a deadline, and failure
+// notes, in which a rank that aborts reports the reason to its peers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,32 +20,32 @@ namespace ep {
 
 using Deadline = std::chrono::steady_clock::time_point;
 
-// Runs the handlers of signals that Python has received; throws what they raise. Nothing happens off the main thread.
+// Runs the handlers of signals that Python has received, and throws what they raise. Does nothing on other threads than
+// the main thread.
 void run_signal_handlers();
 
 // Note [Channel]
-// A communicator does not send over the user's process group but over connections of its own: a gloo backend that
-// torch_ep.init creates (torch_ep/rendezvous.py). A collective of the program can never be taken for a message of
-// torch_ep, or the reverse; a failure here leaves the user's group alone; and torch_ep.init or reset can reconnect
-// after one. Rows of CUDA tensors are the exception: they travel over the CUDA backend of the user's group.
+// A communicator does not use the user's process group. It has its own connections: a gloo backend that torch_ep.init
+// creates (torch_ep/rendezvous.py). Messages of torch_ep therefore never mix with the program's collectives, a failure
+// here does not affect the user's group, and torch_ep.init or reset can reconnect after a failure. Rows of CUDA tensors
+// are the exception: the CUDA backend of the user's group transfers them.
 //
-// Every message has one sender and one receiver, so a rank knows who is missing without asking anyone. Header slots are
+// Every message has one sender and one receiver, so each rank detects missing peers by itself. Receives of headers are
 // posted ahead, two per peer: the header of exchange n + 1 can arrive while this rank is in exchange n. A rank that
-// gives up in exchange n therefore leaves a failure note, the header of exchange n + 1, before it closes its
-// connections.
+// aborts exchange n therefore sends a failure note, as the header of exchange n + 1, before it closes its connections.
 
 // What a rank sends to one peer at the start of an exchange.
 struct Header {
   static constexpr size_t kMaxAgreed = 10;
-  static constexpr size_t kMaxMessage = 192;  // bytes of a failed rank's message that travel to its peers
+  static constexpr size_t kMaxMessage = 192;  // bytes of a failure message that peers receive
   static constexpr int64_t kUnknown = -1;
   static constexpr int64_t kArrived = 0x65702d6865616421;
 
   enum State : int64_t {
     kHealthy,
-    kFailed,  // before the exchange: nothing but the headers follows, and the channel stays open
-    kClosed,  // a failure note: the sender closed its channel in the exchange before this one
-    kLeft,    // the sender closed its channel between exchanges: destroyed, or its process ended
+    kFailed,   // the sender failed before the exchange: only headers are exchanged, and the channel stays open
+    kAborted,  // a failure note: the sender closed its channel in the exchange before this one
+    kClosed,   // the sender closed its channel between exchanges: destroyed, or its process ended
   };
 
   int64_t op;
@@ -55,10 +55,11 @@ struct Header {
   int64_t send_rows;                      // rows from the sender of this header to its receiver
   int64_t expected_rows;                  // rows that the sender expects from the receiver, or kUnknown
   uint64_t send_digest, expected_digest;  // see Note [One verdict] in exchange.cpp
-  // kHealthy: numbers on which all ranks must agree. kClosed: how many other ranks the sender blames, then those ranks.
+  // kHealthy: numbers on which all ranks must agree. kAborted: the number of ranks that the sender blames, then these
+  // ranks.
   std::array<int64_t, kMaxAgreed> agreed;
   std::array<char, kMaxMessage> message;
-  int64_t arrived;  // kArrived once the whole header has been received: bytes arrive in order
+  int64_t arrived;  // kArrived once the whole header has arrived: bytes arrive in order
 };
 static_assert(sizeof(Header) == 344, "bytes per peer, whatever the number of ranks: docs/protocol.md says so");
 
@@ -74,20 +75,20 @@ class Transfers {
     int peer;
     c10::intrusive_ptr<c10d::Work> work;  // keeps its tensor alive
     State state;
-    Header* header = nullptr;  // that it receives, if it is one
+    Header* header = nullptr;  // the header that it receives, or nullptr
   };
   std::vector<Transfer> pending_;
 };
 
 // Why an exchange cannot go on.
 struct Failure {
-  std::vector<int> lost;                 // ranks whose connection is gone and that left no note
+  std::vector<int> lost;                 // ranks whose connection is gone and that sent no note
   std::vector<int> silent;               // ranks from which nothing came before the deadline
-  std::vector<int> leavers;              // ranks that left a note
+  std::vector<int> note_senders;         // ranks that sent a note
   std::vector<int> blamed;               // ranks that these notes blame
-  std::vector<int> origins;              // leavers that blame no one: the failure was their own
-  std::string note;                      // that of the first of them
-  std::chrono::milliseconds stalled{0};  // how long this process stood still, as when it was stopped
+  std::vector<int> origins;              // note senders that blame no rank: the failure was their own
+  std::string note;                      // the note of the first origin
+  std::chrono::milliseconds stalled{0};  // how long this process did not run, for example while it was stopped
 };
 
 class Channel {
@@ -114,29 +115,29 @@ class Channel {
   const std::string& closed() const { return closed_; }
   // Whether this process was forked from the process that connected.
   bool is_forked() const;
-  // Whether a peer has left, as far as this rank has heard. Never waits.
+  // Whether this rank knows of a peer that has closed its channel. Never waits.
   bool is_deserted();
 
-  // Starts the next exchange. `fill(peer, header)`: what goes to each peer.
+  // Starts the next exchange. `fill(peer, header)` fills the header for each peer.
   void send_headers(const std::function<void(int, Header&)>& fill, Deadline deadline);
-  // Waits for the headers of that exchange. headers[peer]; this rank's own is left as it was.
+  // Waits for the headers of that exchange, and sets headers[peer] for each peer. This rank's own element does not
+  // change.
   std::optional<Failure> wait_headers(std::vector<Header>& headers, Deadline deadline);
 
-  // Bytes [rows, width]; counts[peer] rows to or from each peer, in the order of the ranks; own rows are skipped.
-  // Post receives last: a peer may exit as soon as all that it sends has been asked for.
+  // `rows`: bytes [rows, width], in the order of the ranks: counts[peer] to or from each peer. Own rows are skipped.
   void send_rows(const at::Tensor& rows, const std::vector<int64_t>& counts, Transfers& transfers);
   void recv_rows(const at::Tensor& rows, const std::vector<int64_t>& counts, Transfers& transfers);
   std::optional<Failure> wait(Transfers& transfers, Deadline deadline);
 
   // A tensor for the wire rows of the exchange in progress, on the CPU. Memory of up to kKeptBytes stays with the
-  // channel for the next exchange: fresh memory costs a page fault per 4 KiB, more than the copy into it. `which`: 0
-  // or 1.
+  // channel for the next exchange: new memory costs a page fault per 4 KiB, more than the copy into it. `which`: 0 or
+  // 1.
   at::Tensor wire_buffer(size_t which, at::IntArrayRef sizes, const at::TensorOptions& options);
   static constexpr int64_t kKeptBytes = int64_t{64} << 20;
   // For waits outside the channel: runs signal handlers and polls for an abort of a peer.
   std::optional<Failure> check_peers();
 
-  // Leaves failure notes and closes all connections. Nothing happens if it is closed already.
+  // Sends failure notes and closes all connections. Does nothing if it is already closed.
   void close(const std::string& why, const std::vector<int>& blamed = {}, bool in_exchange = true) noexcept;
 
  private:

@@ -47,7 +47,7 @@ c10::intrusive_ptr<c10d::ProcessGroup> resolve(const std::string& group_name) {
 
 constexpr int64_t kNoLimit = -1;
 
-// Choices travel in headers as numbers.
+// Headers hold choices as numbers.
 int64_t index_in(std::initializer_list<std::string_view> choices, const std::string& choice) {
   const auto found = std::find(choices.begin(), choices.end(), choice);
   TORCH_INTERNAL_ASSERT(found != choices.end());
@@ -113,7 +113,7 @@ bool init_communicator(const std::string& group_name, const std::string& connect
     exchange.confirm();
     exchange.finish();
   } catch (const c10::DistError&) {
-    // Of earlier connections, one rank may have left them and wait for new ones.
+    // One rank may have closed the earlier connections and wait for new ones.
     const bool in_time = std::chrono::steady_clock::now() - begun < comm->timeout;
     if (connections.empty() && !channel->closed().empty() && in_time) {
       return false;
@@ -214,7 +214,7 @@ void send_failure(OpKind op, const std::shared_ptr<Communicator>& comm, const st
   try {
     Exchange(comm, op, std::vector<int64_t>(comm->world_size, 0), {}, {}, failure).confirm();
   } catch (const c10::Error&) {
-    // A rank did not come. The failure to be sent says more.
+    // A rank is missing. The error that was to be sent says more.
   }
 }
 

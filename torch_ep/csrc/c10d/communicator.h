@@ -1,4 +1,4 @@
-// Communicators: what torch_ep.init agreed on for a group, found again by the operators through the group's name.
+// Communicators: the state that torch_ep.init creates for a group. Operators find it by the group's name.
 #pragma once
 
 #include "c10d/channel.h"
@@ -15,10 +15,11 @@
 
 namespace ep {
 
-// One rank's end of a group.
+// A group as one of its ranks uses it.
 struct Communicator {
   std::string group_name;
-  // Tells a re-created group from the one of `init`. Weak: the group may go, but its address is not used again.
+  // Distinguishes a re-created group from the group of `init`. Weak: the group may be destroyed, but its address is not
+  // reused.
   c10::weak_intrusive_ptr<c10d::ProcessGroup> group;
   std::shared_ptr<Channel> channel;
   int rank;
@@ -26,11 +27,11 @@ struct Communicator {
   std::chrono::milliseconds timeout;
   // Limits of `init`; -1: none. max_tokens_per_rank is an argument of the plan, since shapes depend on it.
   int64_t max_hidden, max_topk, max_experts;
-  // For errors about a part of the job's ranks: which global ranks the group's are. "" where they are the same.
+  // For errors: which global ranks the group's ranks are. "" if they are the same.
   std::string rank_note;
 };
 
-// What the ranks agree on in torch_ep.init.
+// Options of torch_ep.init, on which all ranks must agree.
 struct InitOptions {
   int64_t timeout_ms;
   std::optional<int64_t> max_tokens_per_rank, hidden, num_topk, num_experts, low_latency_tokens;
@@ -42,9 +43,9 @@ struct InitOptions {
 
 // Collective. Throws unless every rank of the group passes the same options. `connections`: the name of a process group
 // whose CPU backend becomes the communicator's channel; empty: use the channel of the group's earlier communicator, and
-// return false if there is none that all ranks are still on.
+// return false if there is none to which all ranks are still connected.
 bool init_communicator(const std::string& group_name, const std::string& connections, const InitOptions& options);
-// Whether the group has a communicator that all ranks are still on, as far as this rank has heard. Local.
+// Whether the group has a communicator to which all ranks are still connected, as far as this rank knows. Local.
 bool is_connected(const std::string& group_name);
 // Local; a name without a communicator is not an error.
 void destroy_communicator(const std::string& group_name);
@@ -55,8 +56,8 @@ void hint_at_init(const std::string& hint);
 
 // Throws if the group was not initialized, was re-created since, or its size is not `world_size`.
 std::shared_ptr<Communicator> find_communicator(OpKind op, const std::string& group_name, int64_t world_size);
-// The communicator that `group_name` means in an error. A group that does not exist can only be a mistake for another
-// one: if there is just one, it is that. nullptr: none.
+// The communicator to which an error about `group_name` is sent. If there is no such group but exactly one other, it is
+// that one. nullptr: none.
 std::shared_ptr<Communicator> guess_communicator(const std::string& group_name);
 
 // Sends this rank's own error to the other ranks, which are in `op` or will come to it. Collective with their exchange.

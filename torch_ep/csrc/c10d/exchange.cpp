@@ -36,10 +36,10 @@ std::string list_ranks(const std::vector<int>& ranks) {
 }
 
 // Note [One verdict]
-// A header tells its receiver only the rows between the two: per-pair counts for all pairs would be W numbers per
-// header and W squared per rank. So that every rank still learns of a disagreement between any two, a header also
-// carries two sums of hashes: over the rows that its sender sends to each peer, and over those that it expects from
-// each. Over all headers the two sums are equal if every rank receives the rows it expects.
+// A header holds only the rows between its sender and its receiver: the counts of all pairs would be W numbers per
+// header and W squared per rank. But every rank must detect a disagreement between any two ranks. So a header also
+// holds two sums of hashes: one over the rows that its sender sends to each peer, one over the rows that it expects
+// from each peer. Added over all headers, the two sums are equal if every rank receives the rows that it expects.
 uint64_t mix(uint64_t x) {  // the finalizer of splitmix64
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
   x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
@@ -50,7 +50,8 @@ uint64_t digest(int from, int to, int64_t rows) {
   return mix(mix(mix(static_cast<uint64_t>(from) + 1) + static_cast<uint64_t>(to)) + static_cast<uint64_t>(rows));
 }
 
-// Rows of bytes: nobody needs to know their dtype. Rows that are none may have strides of zero, which no view takes.
+// Rows as bytes: a transfer does not depend on their dtype. An empty tensor may have strides of zero, which `view`
+// rejects.
 at::Tensor as_bytes(const at::Tensor& rows) {
   return rows.numel() > 0
              ? rows.view(at::kByte)
@@ -144,7 +145,7 @@ std::vector<int64_t> Exchange::confirm() {
   const int rank = comm_->rank, world_size = comm_->world_size;
   std::ostringstream message;
   message << name_of(op_) << ": ";
-  // All ranks come to the same verdict, so none of them goes on to the rows: the channel stays open.
+  // All ranks come to the same verdict, so no rank sends rows: the channel stays open.
   const auto disagree = [&] {
     is_over_ = true;
     C10_THROW_ERROR(DistError, message.str() + comm_->rank_note);
@@ -251,7 +252,7 @@ void Exchange::start(const at::Tensor& output, const at::Tensor& input, const st
     }
     tensors_.insert(tensors_.end(), {output, input});
     auto& channel = *comm_->channel;
-    // Receives first: gloo sends nothing before its peer has asked for it. The copy of own rows goes on beside both.
+    // Receives first: gloo sends nothing before the peer has posted the receive. The copy of own rows overlaps both.
     channel.recv_rows(out, recv_rows, transfers_);
     channel.send_rows(in, send_rows_, transfers_);
     const int rank = comm_->rank;
@@ -273,7 +274,7 @@ void Exchange::finish() {
       fail(Phase::rows, *failure);
     }
   });
-  // What follows, such as expanding the received rows, may use the memory of the send buffers.
+  // Frees the send buffers: later steps, such as expand, can use their memory.
   transfers_ = {};
   tensors_.clear();
   device_transfers_.clear();
@@ -282,11 +283,11 @@ void Exchange::finish() {
 
 // The group's own backend moves these rows, and does not receive failure notes: poll for them.
 void Exchange::await_device(const c10::intrusive_ptr<c10d::Work>& work) {
-  auto look = steady_clock::now() + kDeviceTick;
+  auto next_poll = steady_clock::now() + kDeviceTick;
   while (!work->isCompleted()) {
     const auto now = steady_clock::now();
-    if (now > look) {
-      look = now + kDeviceTick;
+    if (now > next_poll) {
+      next_poll = now + kDeviceTick;
       const auto failure = comm_->channel->check_peers();
       if (failure || now > deadline_) {
         fail(Phase::rows, failure.value_or(Failure{}), "the transfer of the group's own backend did not end");
@@ -307,16 +308,16 @@ void Exchange::fail(Phase phase, const Failure& failure, const std::string& caus
   const auto has = [](const std::vector<int>& ranks, int one) {
     return std::find(ranks.begin(), ranks.end(), one) != ranks.end();
   };
-  // Others closed their connections because of this rank, or it stood still for so long that they must have.
+  // Other ranks closed their connections because of this rank, or it did not run for longer than their timeout.
   const bool is_late = has(failure.blamed, rank) ||
                        (failure.stalled >= comm_->timeout && failure.origins.empty() && !failure.lost.empty());
   auto missing = failure.origins.empty() ? failure.lost : std::vector<int>();
   for (const int other : failure.blamed) {
-    if (!has(failure.leavers, other) && !has(missing, other)) {
+    if (!has(failure.note_senders, other) && !has(missing, other)) {
       missing.push_back(other);
     }
   }
-  if (failure.leavers.empty() && missing.empty()) {
+  if (failure.note_senders.empty() && missing.empty()) {
     missing = failure.silent;
   }
   std::sort(missing.begin(), missing.end());

@@ -7,13 +7,13 @@
 namespace ep {
 
 // Note [One exchange]
-// Every rank sends a header to every other: op kind, sequence number, the numbers on which they must agree, the rows
-// that it sends to and expects from that peer, and whether it failed before it could send any. Only when all headers
-// agree does a byte of data move. All ranks come to the same verdict, so a rank that runs another op, passes other
-// sizes or has a bad argument becomes an error on every rank in the same exchange, and the group stays usable.
+// Every rank sends a header to every peer: operator, sequence number, the numbers on which all ranks must agree, the
+// rows that it sends to and expects from that peer, and whether it failed before it could send any. No data is sent
+// before all headers agree. All ranks come to the same verdict. So a rank that runs another operator, passes other
+// sizes or has a bad argument causes an error on every rank in the same exchange, and the group stays usable.
 //
-// Allocate before the exchange begins whatever can be allocated then. An error between its start and its end closes the
-// channel: the other ranks get a failure note instead of rows, and later calls on this rank raise.
+// Allocate as much as possible before the exchange begins. An error between its start and its end closes the channel:
+// the other ranks get a failure note instead of rows, and later calls on this rank throw.
 class Exchange final : public RowExchange {
  public:
   // Starts the headers and returns at once. `send_rows[r]`: rows that this rank will send to r; `recv_rows[r]`: rows
@@ -29,8 +29,8 @@ class Exchange final : public RowExchange {
   Exchange(const Exchange&) = delete;
   Exchange& operator=(const Exchange&) = delete;
 
-  // Waits for the headers and checks them. Returns the rows that each rank will send here; nothing on a rank that
-  // failed itself: its own error says more.
+  // Waits for the headers and checks them. Returns the rows that each rank will send here; empty on a rank that failed
+  // itself: its own error says more.
   std::vector<int64_t> confirm() override;
 
   const std::vector<int64_t>& wait_ns() const override { return wait_ns_; }
@@ -38,7 +38,7 @@ class Exchange final : public RowExchange {
   void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) override;
   void finish() override;
 
-  void abandon(const std::string& why) override { close(why); }
+  void abort(const std::string& why) override { close(why); }
 
  private:
   enum class Phase { headers, rows };

@@ -72,8 +72,8 @@ struct BackendKind {
   // Sends an error of this rank alone to the other ranks, which are in `op` or will come to it. Collective with their
   // exchange. False: the group is not this kind's. Throws nothing except what a signal handler raises.
   bool (*report_failure)(OpKind op, const std::string& group_name, const std::string& failure);
-  // Throws unless the group is still the process group that torch_ep.init was called with. nullptr: the kind has no
-  // say.
+  // Throws unless the group is still the process group that torch_ep.init was called with. nullptr: the kind does not
+  // check.
   void (*check_group)(OpKind op, const std::string& group_name, int64_t world_size) = nullptr;
 };
 
@@ -110,11 +110,11 @@ void report_to_linked_group(OpKind op, std::string_view group_name, const std::s
 // Reports to the group and to the group that is linked with it.
 void report_failure(OpKind op, std::string_view group_name, const std::string& failure);
 
-// Exchanges that this thread has begun: tells whether an operator that failed had come to its exchange, where its peers
-// learn of the failure.
+// Number of exchanges that this thread has begun. It shows whether a failed operator had reached its exchange, in which
+// its peers learn of the failure.
 int64_t& exchanges_begun();
 
-// Returns what `run` does, a backend's part of an operator. The backend reports a failure to the group itself.
+// Runs `run`, a backend's part of an operator, and returns its result. The backend reports a failure to the group itself.
 template <class Run>
 auto linked(OpKind op, std::string_view group_name, const Run& run) {
   try {
@@ -125,7 +125,7 @@ auto linked(OpKind op, std::string_view group_name, const Run& run) {
   }
 }
 
-// Returns what `check` does. An error on this rank alone reaches the other ranks of the group, which would wait for
+// Runs `check` and returns its result. Reports an error to the other ranks of the group, which would otherwise wait for
 // this rank until they time out.
 template <class Check>
 auto checked(OpKind op, std::string_view group_name, const Check& check) {

@@ -1,5 +1,5 @@
-// Argument checks shared by the operators. A message names the op, what was expected and what came; `torch_ep/meta.py`
-// raises the same ones while tracing.
+// Argument checks shared by the operators. A message names the operator, the expected and the actual value.
+// `torch_ep/meta.py` raises the same messages while tracing.
 #pragma once
 
 #include "core/types.h"
@@ -15,8 +15,8 @@
 
 namespace ep {
 
-// Upper bounds of integer arguments. With them no product of two arguments and no sum of rows overflows an int64, and
-// no table that is sized by one of them is out of proportion. `torch_ep/meta.py` has the same ones.
+// Upper bounds of integer arguments. They keep every product of two arguments and every sum of rows within an int64,
+// and they bound the size of every table. `torch_ep/meta.py` has the same bounds.
 constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // bound of int32 counts and indices
 constexpr int64_t kMaxExperts = int64_t{1} << 24;
 constexpr int64_t kMaxTopk = (int64_t{1} << 16) - 1;
@@ -31,7 +31,7 @@ inline void check_topk(const char* op, int64_t num_topk) {
   check_at_most(op, "num_topk", num_topk, kMaxTopk);
 }
 
-// With the two after it, bounds world_size as well.
+// Also bounds world_size, which divides num_experts.
 inline void check_experts(const char* op, int64_t num_experts, int64_t world_size) {
   TORCH_CHECK_VALUE(world_size > 0, op, ": expected a positive world_size, got ", world_size);
   TORCH_CHECK_VALUE(
@@ -77,7 +77,7 @@ inline bool is_expert_major(const char* op, std::string_view layout) {
   return layout == "expert_major";
 }
 
-// A size that a tensor must have, or the name of one that may be any.
+// One dimension of an expected shape: a size, or the name of a size that may take any value.
 struct Dim {
   Dim(int64_t size) : size(size) {}
   Dim(const char* name) : name(name) {}
@@ -94,7 +94,7 @@ inline c10::SmallVector<Dim, 2> dims_of(const at::Tensor& t) {
   return {t.sizes().begin(), t.sizes().end()};
 }
 
-// The reason for an expected shape, and the remedy for another shape.
+// Ends of an error message: why a shape is expected, and what to do about another shape.
 struct ShapeOf {
   const char* what;
   const char* remedy;
@@ -120,7 +120,7 @@ constexpr ShapeOf kLowLatencyPlanField{"", ": pass the plan as torch_ep.low_late
 constexpr ShapeOf kInFlight{"", ": pass what the send returned, whole"};
 constexpr ShapeOf kGroups{", one end per group", ""};
 
-// Throws if the tensor's memory was freed: who does that and keeps the tensor, as FSDP, resizes its storage.
+// Throws if the tensor's memory was freed. FSDP, for example, frees the storage of a parameter and keeps the tensor.
 inline void check_memory(const char* op, const char* name, const at::Tensor& t) {
   int64_t elements = t.numel() == 0 ? 0 : t.storage_offset() + 1;
   for (int64_t dim = 0; elements > 0 && dim < t.dim(); ++dim) {
@@ -189,7 +189,7 @@ inline void check_plan(const char* op, const PlanTensors& plan) {
   }
 }
 
-// What the low-latency operators carry.
+// Throws unless the low-latency operators send rows of this dtype.
 inline void check_low_latency_type(const char* op, const char* name, at::ScalarType type) {
   TORCH_CHECK_TYPE(
       type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
@@ -214,7 +214,7 @@ inline void check_sum_type(const char* op, const char* name, const at::Tensor& t
       t.scalar_type());
 }
 
-// What dispatch copies unseen: numbers, or bytes that hold some of four bits.
+// Throws unless dispatch copies rows of this dtype. It does not interpret them: a Byte may hold two 4-bit numbers.
 inline void check_row_type(const char* op, const char* name, const at::Tensor& t) {
   TORCH_CHECK_TYPE(
       is_sum_type(t.scalar_type()) || t.scalar_type() == at::kFloat8_e4m3fn || t.scalar_type() == at::kFloat8_e5m2 ||

@@ -1,10 +1,11 @@
+// Copies that do not wait for kernels.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
 
-namespace ep::nvlink {
+namespace ep {
 
-// A stream that waits for no kernel, for a few words.
+// A stream for small copies. It does not wait for kernels on other streams.
 class Stream {
  public:
   Stream() { C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
@@ -21,4 +22,4 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-}  // namespace ep::nvlink
+}  // namespace ep

@@ -1,4 +1,4 @@
-// Tensors as the kernels take them.
+// Converts tensors to kernel arguments, and allocates results.
 #pragma once
 
 #include "core/element.h"
@@ -6,7 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/EmptyTensor.h>
 
-namespace ep::nvlink {
+namespace ep {
 
 inline Element element_of(at::ScalarType type) {
   switch (type) {
@@ -31,7 +31,7 @@ T* mutable_data(const at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// As at::empty, on the device of `like`, without the way there through the dispatcher.
+// at::empty on the device of `like`, without the overhead of the dispatcher.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType type) {
   return at::detail::empty_cuda(sizes, type, like.device(), std::nullopt);
 }
@@ -40,4 +40,4 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return empty(sizes, like, like.scalar_type());
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

@@ -1,20 +1,13 @@
-// The wire row of the low-latency pair on backends that are composed of local kernels and an exchange.
+// The wire row of the low-latency pair on composed backends (local/composed_backend.h).
 #pragma once
 
+#include "core/integer_math.h"
 #include "core/types.h"
 
 namespace ep {
 
-inline int64_t ceil_div(int64_t n, int64_t by) {
-  return (n + by - 1) / by;
-}
-
-// Channels that share a scale.
-constexpr int64_t kScaleGroup = 128;
-
-// What one rank sends of one token to another, as bytes: the row, its scales, int32 [1 + num_topk] (the token, then its
-// experts as the destination rank numbers them, -1 for none) and float32 [num_topk] weights. Parts begin at multiples
-// of 16 bytes.
+// Byte layout of one wire row: the row, its scales, int32 [1 + num_topk] (the token, then its local experts on the
+// destination rank, -1 for none) and float32 [num_topk] weights. Each part begins at a multiple of 16 bytes.
 struct LowLatencyWireRow {
   explicit LowLatencyWireRow(const LowLatencyOptions& options)
       : row_type(options.quantize == Quantize::none ? options.dtype : at::kFloat8_e4m3fn),
@@ -24,12 +17,12 @@ struct LowLatencyWireRow {
     num_scales = options.quantize == Quantize::none        ? 0
                  : options.quantize == Quantize::fp8_ue8m0 ? ceil_div(groups, 4)
                                                            : groups;
-    scales_at = aligned(row_bytes);
-    topk_at = aligned(scales_at + 4 * num_scales);
+    scales_at = round_up(row_bytes, kAlignment);
+    topk_at = round_up(scales_at + 4 * num_scales, kAlignment);
     topk_bytes = 4 * (1 + options.num_topk);
-    weights_at = aligned(topk_at + topk_bytes);
+    weights_at = round_up(topk_at + topk_bytes, kAlignment);
     weight_bytes = 4 * options.num_topk;
-    bytes = aligned(weights_at + weight_bytes);
+    bytes = round_up(weights_at + weight_bytes, kAlignment);
   }
 
   // One part of all wire rows.
@@ -38,7 +31,7 @@ struct LowLatencyWireRow {
   }
   at::Tensor topk(const at::Tensor& wire) const { return part(wire, topk_at, topk_bytes, at::kInt); }
 
-  static int64_t aligned(int64_t n) { return ceil_div(n, 16) * 16; }
+  static constexpr int64_t kAlignment = 16;
 
   at::ScalarType row_type;
   int64_t row_bytes;

@@ -1,7 +1,10 @@
-// The vocabulary that operators and backends share. Shapes and meanings: torch_ep/ops.py and low_latency.py.
+// Types that operators and backends share. Shapes and meanings: torch_ep/ops.py and low_latency.py.
 //
 // W: ranks; T: tokens of this rank; K: experts per token; L: experts per rank; R: rows that dispatch returns.
 #pragma once
+
+#include "core/op_kind.h"
+#include "core/quantization.h"
 
 #include <ATen/core/Tensor.h>
 
@@ -10,17 +13,6 @@
 #include <tuple>
 
 namespace ep {
-
-// What an exchange is for. Every rank issues the same sequence of these on one group. The halves of a low-latency
-// operator are one exchange, which `_send` begins.
-enum class OpKind : int64_t {
-  init = 0,
-  plan = 1,
-  dispatch = 2,
-  combine = 3,
-  low_latency_dispatch = 4,
-  low_latency_combine = 5
-};
 
 const char* name_of(OpKind op);
 // Throws if no operator has that name.
@@ -37,7 +29,7 @@ struct PlanOptions {
   std::optional<int64_t> max_tokens_per_rank;
 };
 
-// What dispatch and combine take of a plan.
+// The tensors of a plan that dispatch and combine use.
 struct PlanTensors {
   const at::Tensor& send_row;
   const at::Tensor& send_counts;
@@ -54,9 +46,7 @@ using PlanResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at
 // rows, topk_weights, scales
 using Payloads = std::tuple<at::Tensor, std::optional<at::Tensor>, std::optional<at::Tensor>>;
 
-enum class Quantize : int64_t { none, fp8, fp8_pow2, fp8_ue8m0 };
-
-// Of a low-latency dispatch; equal on all ranks.
+// Options of a low-latency dispatch. They are equal on all ranks.
 struct LowLatencyOptions {
   Quantize quantize;
   int64_t num_experts, num_topk, max_tokens_per_rank, hidden;

@@ -1,4 +1,4 @@
-// The backend of a group of one rank: permute and unpermute, with nobody to exchange rows with. Needs no torch_ep.init.
+// The backend of a group of one rank: permutes and unpermutes, without an exchange. Needs no torch_ep.init.
 #include "local/composed_backend.h"
 
 namespace ep {

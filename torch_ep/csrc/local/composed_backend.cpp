@@ -1,6 +1,6 @@
 #include "local/composed_backend.h"
 
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
@@ -51,7 +51,7 @@ void check_counts(const char* op, const char* name, const std::vector<int64_t>& 
   }
 }
 
-// Throws unless the plan's numbers fit each other: the kernels follow them without a check of their own.
+// Throws unless the values of the plan are consistent: the kernels do not check them.
 void check_plan_values(
     const char* op,
     const PlanTensors& plan,
@@ -59,9 +59,9 @@ void check_plan_values(
     const std::vector<int64_t>& received) {
   check_counts(op, "send_counts", sent);
   check_counts(op, "recv_counts", received);
-  const auto& local = local_kernels(plan.send_row);
-  local.check_send_row(op, plan.send_row, sum(sent));
-  // With several ranks the headers compare these.
+  const auto& kernels = permute_kernels(plan.send_row);
+  kernels.check_send_row(op, plan.send_row, sum(sent));
+  // With several ranks, the headers compare these.
   TORCH_CHECK_VALUE(
       sent.size() > 1 || sent == received,
       op,
@@ -72,7 +72,7 @@ void check_plan_values(
   const int64_t wire_rows = sum(received);
   check_at_most(op, "rows of recv_counts of this plan", wire_rows, kMaxSize);
   if (plan.expert_major) {
-    local.check_recv_pair(op, plan.recv_map, wire_rows * plan.num_topk());
+    kernels.check_recv_pair(op, plan.recv_map, wire_rows * plan.num_topk());
   }
 }
 
@@ -89,23 +89,23 @@ std::vector<Agreed> agreed_of(
       {"dtype of scales", dtype_of(scales), true}};
 }
 
-// The wire rows that combine sends of one payload: this rank's rows of one token, reduced.
+// The wire rows that combine sends for one payload: each is the sum of this rank's rows of one token.
 at::Tensor wire_of(
-    const LocalKernels& local,
+    const PermuteKernels& kernels,
     const PlanTensors& plan,
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     int64_t wire_rows,
     const Allocate& allocate) {
   if (plan.expert_major) {
-    return local.reduce_rows(y, row_weights, plan.recv_map, wire_rows, plan.num_topk(), allocate);
+    return kernels.reduce_rows(y, row_weights, plan.recv_map, wire_rows, plan.num_topk(), allocate);
   }
   if (!row_weights) {
     return fit_rows(y, wire_rows);
   }
-  // rank_major: row and wire row are one; a reduction over a single slot applies the weight.
+  // rank_major: every row is a wire row. A reduction over a single slot applies the weight.
   const auto pairs = at::arange(std::min(y.size(0), wire_rows), plan.send_row.options());
-  return local.reduce_rows(y, row_weights, pairs, wire_rows, 1, allocate);
+  return kernels.reduce_rows(y, row_weights, pairs, wire_rows, 1, allocate);
 }
 
 at::Tensor allocate_new(at::IntArrayRef sizes, const at::TensorOptions& options) {
@@ -114,7 +114,7 @@ at::Tensor allocate_new(at::IntArrayRef sizes, const at::TensorOptions& options)
 
 }  // namespace
 
-// The exchange of one operator under a plan. With one rank rows stay where they are.
+// The exchange of one operator under a plan. With one rank, nothing is exchanged.
 class ComposedBackend::Transfer {
  public:
   Transfer(
@@ -133,7 +133,8 @@ class ComposedBackend::Transfer {
     exchange_ = backend.begin_exchange(op, out_rows, in_rows, agreed);
   }
 
-  // Every rank checks the headers before any row moves; packing goes on meanwhile.
+  // Waits until every rank has checked the headers, before any row is sent. Call it after packing, which overlaps the
+  // exchange of headers.
   void confirm() {
     if (exchange_ && !confirmed_) {
       exchange_->confirm();
@@ -141,7 +142,7 @@ class ComposedBackend::Transfer {
     }
   }
 
-  // Starts to send `wire`. Returns what comes in exchange, in a tensor made by `allocate`; it is there after `finish`.
+  // Starts to send `wire`. Returns the tensor of received rows, made by `allocate`; it is complete after `finish`.
   at::Tensor start(const at::Tensor& wire, const Allocate& allocate = allocate_new) {
     if (!exchange_) {
       return wire;
@@ -195,13 +196,13 @@ void ComposedBackend::check_limit(OpKind op, const char* name, int64_t limit, in
 
 PlanResult ComposedBackend::plan(const at::Tensor& topk_idx, const PlanOptions& options) {
   constexpr auto kOp = OpKind::plan;
-  const auto& local = local_kernels(topk_idx);
+  const auto& kernels = permute_kernels(topk_idx);
   const int64_t num_topk = topk_idx.size(1);
   const auto send_plan = reported(kOp, [&] {
     check_limit(kOp, "num_topk", limits_.num_topk, num_topk);
     check_limit(kOp, "num_experts", limits_.num_experts, options.num_experts);
     check_num_tokens(name_of(kOp), topk_idx.size(0), options.max_tokens_per_rank);
-    return local.plan_send(name_of(kOp), topk_idx, options.num_experts, world_size_);
+    return kernels.plan_send(name_of(kOp), topk_idx, options.num_experts, world_size_);
   });
 
   at::Tensor wire_topk = send_plan.wire_topk;
@@ -217,7 +218,7 @@ PlanResult ComposedBackend::plan(const at::Tensor& topk_idx, const PlanOptions& 
     exchange->start(wire_topk, send_plan.wire_topk, recv_rows);
     exchange->finish();
   }
-  const auto recv_plan = local.plan_recv(
+  const auto recv_plan = kernels.plan_recv(
       wire_topk,
       recv_rows,
       {options.expert_major,
@@ -250,19 +251,19 @@ Payloads ComposedBackend::dispatch_payloads(
     const at::Tensor& x,
     const std::optional<at::Tensor>& topk_weights,
     const std::optional<at::Tensor>& scales) {
-  const auto& local = local_kernels(x);
+  const auto& kernels = permute_kernels(x);
   const int64_t out_rows = sum(transfer.out_rows), in_rows = sum(transfer.in_rows);
   const int64_t rows = plan.recv_map.size(0);
   // With one rank, rank_major rows are the wire rows: they are the result.
   const bool is_result = world_size_ == 1 && !plan.expert_major;
   auto wire_x =
-      local.pack_rows(x, plan.send_row, out_rows, is_result ? Allocate(allocate_new) : allocator(WireBuffer::send));
+      kernels.pack_rows(x, plan.send_row, out_rows, is_result ? Allocate(allocate_new) : allocator(WireBuffer::send));
   std::optional<at::Tensor> wire_weights, wire_scales;
   if (topk_weights) {
-    wire_weights = local.pack_slots(*topk_weights, plan.send_row, out_rows);
+    wire_weights = kernels.pack_slots(*topk_weights, plan.send_row, out_rows);
   }
   if (scales) {
-    wire_scales = local.pack_rows(*scales, plan.send_row, out_rows, allocate_new);
+    wire_scales = kernels.pack_rows(*scales, plan.send_row, out_rows, allocate_new);
   }
   transfer.confirm();
 
@@ -271,7 +272,7 @@ Payloads ComposedBackend::dispatch_payloads(
       wire = transfer.start(wire, allocate);
       return;
     }
-    // Without expansion rows arrive in the result; only its tail is left to clear.
+    // rank_major: rows arrive in the result itself, so only its tail has to be zeroed.
     auto result = with_rows(wire, rows);
     result.narrow(0, in_rows, rows - in_rows).zero_();
     transfer.start_into(result, wire);
@@ -288,14 +289,14 @@ Payloads ComposedBackend::dispatch_payloads(
 
   const auto finish_rows = [&](const at::Tensor& wire) {
     if (plan.expert_major) {
-      return local.expand_rows(wire, plan.recv_map, plan.num_topk());
+      return kernels.expand_rows(wire, plan.recv_map, plan.num_topk());
     }
     return rows < wire.size(0) ? wire.narrow(0, 0, rows).clone() : wire;
   };
   Payloads result{finish_rows(wire_x), std::nullopt, std::nullopt};
   if (wire_weights) {
     std::get<1>(result) =
-        plan.expert_major ? local.expand_slots(*wire_weights, plan.recv_map) : finish_rows(*wire_weights);
+        plan.expert_major ? kernels.expand_slots(*wire_weights, plan.recv_map) : finish_rows(*wire_weights);
   }
   if (wire_scales) {
     std::get<2>(result) = finish_rows(*wire_scales);
@@ -320,37 +321,37 @@ Payloads ComposedBackend::combine_payloads(
     const std::optional<at::Tensor>& row_weights,
     const std::optional<at::Tensor>& topk_weights,
     const std::optional<at::Tensor>& scales) {
-  const auto& local = local_kernels(y);
+  const auto& kernels = permute_kernels(y);
   const int64_t wire_rows = sum(transfer.out_rows);
   if (wire_rows > plan.recv_map.size(0)) {
-    // Rows were dropped. The headers bound their number: no memory for them before all ranks agree.
+    // Rows were dropped. The headers bound their number, so allocate memory for them only after all ranks agree.
     transfer.confirm();
   }
-  const auto wire_y = wire_of(local, plan, y, row_weights, wire_rows, allocator(WireBuffer::send));
+  const auto wire_y = wire_of(kernels, plan, y, row_weights, wire_rows, allocator(WireBuffer::send));
   std::optional<at::Tensor> wire_weights, wire_scales;
   if (topk_weights) {
-    wire_weights = plan.expert_major ? local.return_slots(*topk_weights, plan.recv_map, wire_rows, plan.num_topk())
+    wire_weights = plan.expert_major ? kernels.return_slots(*topk_weights, plan.recv_map, wire_rows, plan.num_topk())
                                      : fit_rows(*topk_weights, wire_rows);
   }
   if (scales) {
-    wire_scales = wire_of(local, plan, *scales, std::nullopt, wire_rows, allocate_new);
+    wire_scales = wire_of(kernels, plan, *scales, std::nullopt, wire_rows, allocate_new);
   }
   transfer.confirm();
-  const auto home_y = transfer.start(wire_y, allocator(WireBuffer::recv));
-  std::optional<at::Tensor> home_weights, home_scales;
+  const auto returned_y = transfer.start(wire_y, allocator(WireBuffer::recv));
+  std::optional<at::Tensor> returned_weights, returned_scales;
   if (wire_weights) {
-    home_weights = transfer.start(*wire_weights);
+    returned_weights = transfer.start(*wire_weights);
   }
   if (wire_scales) {
-    home_scales = transfer.start(*wire_scales);
+    returned_scales = transfer.start(*wire_scales);
   }
   transfer.finish();
-  Payloads result{local.sum_rows(home_y, plan.send_row), std::nullopt, std::nullopt};
-  if (home_weights) {
-    std::get<1>(result) = local.gather_slots(*home_weights, plan.send_row);
+  Payloads result{kernels.sum_rows(returned_y, plan.send_row), std::nullopt, std::nullopt};
+  if (returned_weights) {
+    std::get<1>(result) = kernels.gather_slots(*returned_weights, plan.send_row);
   }
-  if (home_scales) {
-    std::get<2>(result) = local.sum_rows(*home_scales, plan.send_row);
+  if (returned_scales) {
+    std::get<2>(result) = kernels.sum_rows(*returned_scales, plan.send_row);
   }
   return result;
 }

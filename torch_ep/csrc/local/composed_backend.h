@@ -1,8 +1,8 @@
-// A backend composed of local kernels and one exchange of wire rows per operator:
+// A backend composed of permute kernels and one exchange of wire rows per operator:
 //   plan       plan_send -> exchange of the wire rows' experts -> plan_recv
 //   dispatch   pack -> exchange -> (expert_major) expand
 //   combine    (expert_major) reduce -> exchange -> sum
-// With one rank nothing is exchanged.
+// With one rank, nothing is exchanged.
 #pragma once
 
 #include "core/backend.h"
@@ -13,7 +13,7 @@
 
 namespace ep {
 
-// What one rank sends to the others and receives from them in a low-latency operator.
+// The wire rows that a rank has received in a low-latency operator.
 struct LowLatencyArrival {
   at::Tensor wire;                       // uint8 [rows, bytes per wire row], in the order of the source ranks
   std::vector<int64_t> counts, wait_ns;  // per source rank
@@ -80,7 +80,7 @@ class ComposedBackend : public Backend {
       const std::vector<int64_t>& send_rows,
       const std::vector<int64_t>& recv_rows,
       const std::vector<Agreed>& agreed) = 0;
-  // Reports an error that this rank raised before its exchange began to the peers.
+  // Reports to the peers an error that this rank raised before its exchange began.
   virtual void report(OpKind op, const std::string& failure) = 0;
   virtual at::Tensor make_wire_buffer(WireBuffer which, at::IntArrayRef sizes, const at::TensorOptions& options);
 

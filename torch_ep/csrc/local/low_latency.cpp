@@ -2,7 +2,8 @@
 //   dispatch   quantize, pack one wire row per (token, rank) -> exchange | sort rows by expert
 //   combine    reduce rows per token                         -> exchange | sum
 // The _send half ends at the bar; the _recv half begins there.
-#include "core/host_copy.h"
+#include "core/integer_math.h"
+#include "core/integer_tensors.h"
 #include "core/low_latency_wire_row.h"
 #include "local/composed_backend.h"
 
@@ -28,14 +29,10 @@ namespace {
 constexpr auto kDispatch = OpKind::low_latency_dispatch;
 constexpr auto kCombine = OpKind::low_latency_combine;
 
-// Largest number of float8_e4m3fn.
-constexpr double kMaxFp8 = 448;
-// Smallest maximum of a group, so that zeros have a positive scale too.
-constexpr double kMinAmax = 1e-4;
 // Rows of an expert are padded to a multiple of this in the layout of scales.
 constexpr int64_t kScaleRows = 4;
 
-// Each index as often as its count says; `total`: the sum of the counts.
+// Repeats each index counts[index] times. `total`: the sum of the counts.
 at::Tensor index_by_count(const at::Tensor& counts, int64_t total) {
   return at::repeat_interleave(counts, std::optional<int64_t>(total));
 }
@@ -54,7 +51,7 @@ Quantized quantize_rows(const at::Tensor& x, Quantize quantize) {
   const auto wide =
       at::constant_pad_nd(x.to(at::kFloat), {0, groups * kScaleGroup - hidden}).view({num_tokens, groups, kScaleGroup});
   const auto amax = wide.abs().amax(2).clamp_min(kMinAmax);
-  // A tensor, since a division by a number may become a product with its reciprocal.
+  // A tensor, since division by a scalar may become multiplication by its reciprocal.
   const auto most = at::full_like(amax, kMaxFp8);
   const auto quotient = amax.div(most);
   at::Tensor scales, factor;
@@ -69,7 +66,7 @@ Quantized quantize_rows(const at::Tensor& x, Quantize quantize) {
     scales = exponent.bitwise_left_shift(mantissa_bits).view(at::kFloat);
     factor = scales.reciprocal();
     if (quantize == Quantize::fp8_ue8m0) {
-      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, ceil_div(groups, 4) * 4 - groups}).view(at::kInt);
+      scales = at::constant_pad_nd(exponent.to(at::kByte), {0, round_up(groups, 4) - groups}).view(at::kInt);
     }
   }
   const auto rows = wide.mul(factor.unsqueeze(2)).clamp(-kMaxFp8, kMaxFp8).to(at::kFloat8_e4m3fn);
@@ -83,7 +80,7 @@ void check_wire(
     const LowLatencyArrival& arrived,
     const LowLatencyWireRow& format,
     const LowLatencyOptions& options) {
-  const auto host = format.topk(arrived.wire).cpu();  // one wait
+  const auto host = format.topk(arrived.wire).cpu();  // waits for the device once
   const int64_t num_local_experts = options.num_experts / static_cast<int64_t>(arrived.counts.size());
   const auto* number = host.const_data_ptr<int32_t>();
   const auto check_range = [op](const char* name, int64_t value, int64_t low, int64_t high) {
@@ -123,44 +120,46 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
   const auto& wire = arrived.wire;
   const auto world_size = static_cast<int64_t>(arrived.counts.size());
   const int64_t num_topk = options.num_topk, num_experts = options.num_experts / world_size;
-  const int64_t room = world_size * options.max_tokens_per_rank;  // rows per expert
+  const int64_t rows_per_expert = world_size * options.max_tokens_per_rank;
   const auto numbers = format.topk(wire);
-  const auto recv_plan = local_kernels(wire).plan_recv(
+  const auto recv_plan = permute_kernels(wire).plan_recv(
       numbers.narrow(1, 1, num_topk).contiguous(),
       arrived.counts,
       {.expert_major = true, .num_local_experts = num_experts, .alignment = 1, .index_dtype = at::kInt});
 
-  // For each row that an expert gets, in the order of the experts: whose it is, and where it goes.
+  // For each row of an expert, in the order of the experts: its source and its row of the result.
   const auto ints = numbers.options(), longs = ints.dtype(at::kLong);
   const auto from = recv_plan.recv_map.to(at::kLong);  // wire row * num_topk + slot
   const auto from_wire = from.div(num_topk, "floor");
   const auto counts = recv_plan.tokens_per_expert.to(at::kLong);
   const auto expert = index_by_count(counts, from.size(0));
   const auto begin = recv_plan.offsets.to(at::kLong) - counts;
-  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * room;
+  const auto row = at::arange(from.size(0), longs) - begin.index_select(0, expert) + expert * rows_per_expert;
   const auto source = index_by_count(to_device(arrived.counts, wire), wire.size(0));
-  const auto home = source * options.max_tokens_per_rank + numbers.select(1, 0);
-  const auto pair = home.index_select(0, from_wire) * num_topk + from.remainder(num_topk);
+  const auto source_token = source * options.max_tokens_per_rank + numbers.select(1, 0);
+  const auto pair = source_token.index_select(0, from_wire) * num_topk + from.remainder(num_topk);
 
-  const auto recv_pair = at::full({num_experts * room}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
-  const auto recv_row = at::full({room * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
+  const auto recv_pair = at::full({num_experts * rows_per_expert}, -1, ints).index_copy_(0, row, pair.to(at::kInt));
+  const auto recv_row = at::full({rows_per_expert * num_topk}, -1, ints).index_copy_(0, pair, row.to(at::kInt));
   const auto weights = format.part(wire, format.weights_at, format.weight_bytes, at::kFloat).view(-1);
   const auto row_weights =
-      at::zeros({num_experts * room}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
-  const auto visits = expert * world_size + source.index_select(0, from_wire);
+      at::zeros({num_experts * rows_per_expert}, weights.options()).index_copy_(0, row, weights.index_select(0, from));
+  const auto expert_and_source = expert * world_size + source.index_select(0, from_wire);
   const auto source_offsets =
-      visits.bincount({}, num_experts * world_size).view({num_experts, world_size}).cumsum(1).to(at::kInt);
-  const auto spread = [&](const at::Tensor& values) {  // [wire, n] to [num_experts, room, n]
-    return at::zeros({num_experts * room, values.size(1)}, values.options())
+      expert_and_source.bincount({}, num_experts * world_size).view({num_experts, world_size}).cumsum(1).to(at::kInt);
+  const auto spread = [&](const at::Tensor& values) {  // [wire, n] to [num_experts, rows_per_expert, n]
+    return at::zeros({num_experts * rows_per_expert, values.size(1)}, values.options())
         .index_copy_(0, row, values.index_select(0, from_wire))
-        .view({num_experts, room, values.size(1)});
+        .view({num_experts, rows_per_expert, values.size(1)});
   };
   const auto rows = spread(format.part(wire, 0, format.row_bytes, at::kByte)).view(format.row_type);
   std::optional<at::Tensor> scales;
   if (format.row_type == at::kFloat8_e4m3fn) {
     const auto values = spread(format.part(wire, format.scales_at, 4 * format.num_scales, format.scale_type));
-    const int64_t padded = ceil_div(room, kScaleRows) * kScaleRows;
-    scales = at::zeros({num_experts, format.num_scales, padded}, values.options()).transpose(1, 2).narrow(1, 0, room);
+    const int64_t padded = round_up(rows_per_expert, kScaleRows);
+    scales = at::zeros({num_experts, format.num_scales, padded}, values.options())
+                 .transpose(1, 2)
+                 .narrow(1, 0, rows_per_expert);
     scales->copy_(values);
   }
   return {
@@ -168,9 +167,9 @@ to_expert_rows(const LowLatencyArrival& arrived, const LowLatencyWireRow& format
       scales,
       recv_plan.tokens_per_expert,
       source_offsets,
-      recv_pair.view({num_experts, room}),
-      recv_row.view({room, num_topk}),
-      row_weights.view({num_experts, room}),
+      recv_pair.view({num_experts, rows_per_expert}),
+      recv_row.view({rows_per_expert, num_topk}),
+      row_weights.view({num_experts, rows_per_expert}),
       to_device(arrived.wait_ns, wire)};
 }
 
@@ -179,12 +178,12 @@ at::Tensor pack(
     const std::optional<at::Tensor>& topk_weights,
     const LowLatencyOptions& options,
     const SendPlan& plan) {
-  const auto& local = local_kernels(x);
+  const auto& kernels = permute_kernels(x);
   const LowLatencyWireRow format(options);
   const int64_t wire_rows = plan.wire_topk.size(0);
   auto wire = at::zeros({wire_rows, format.bytes}, x.options().dtype(at::kByte));
   const auto allocate = [](at::IntArrayRef sizes, const at::TensorOptions& on) { return at::empty(sizes, on); };
-  const auto pack_rows = [&](const at::Tensor& t) { return local.pack_rows(t, plan.send_row, wire_rows, allocate); };
+  const auto pack_rows = [&](const at::Tensor& t) { return kernels.pack_rows(t, plan.send_row, wire_rows, allocate); };
   const auto put = [&](int64_t at, const at::Tensor& part) {
     const auto bytes = part.view(at::kByte);
     wire.narrow(1, at, bytes.size(1)).copy_(bytes);
@@ -197,11 +196,11 @@ at::Tensor pack(
   const auto token = at::arange(x.size(0), plan.send_row.options()).unsqueeze(1);
   put(format.topk_at, at::cat({pack_rows(token), plan.wire_topk}, 1));
   const auto weights = topk_weights.value_or(at::ones({x.size(0), options.num_topk}, x.options().dtype(at::kFloat)));
-  put(format.weights_at, local.pack_slots(weights, plan.send_row, wire_rows));
+  put(format.weights_at, kernels.pack_slots(weights, plan.send_row, wire_rows));
   return wire;
 }
 
-// What `_send` returns: tensors of the same sizes on every call, with room for `rows` wire rows.
+// The result of `_send`. Its size does not depend on the number of wire rows: it holds up to `rows` of them.
 InFlight in_flight_of(const LowLatencyArrival& arrived, int64_t rows) {
   const auto& wire = arrived.wire;
   auto data = at::zeros({rows, wire.size(1)}, wire.options());
@@ -230,7 +229,7 @@ LowLatencyArrival arrival_of(const char* op, const InFlight& sent) {
   return {in_flight.narrow(0, 0, rows), counts, {middle, both.end()}};
 }
 
-// Throws unless each row that it names is one of y: the kernels follow recv_row without a check of their own.
+// Throws unless each entry is -1 or a row of y: the kernels do not check recv_row.
 void check_recv_row(const at::Tensor& recv_row, int64_t rows) {
   const auto ends = to_host(ends_of(recv_row));
   const int64_t bad = ends[0] < -1 ? ends[0] : ends[1];
@@ -238,7 +237,7 @@ void check_recv_row(const at::Tensor& recv_row, int64_t rows) {
 }
 
 at::Tensor sum_up(const LowLatencyArrival& arrived, const SendPlan& plan, at::ScalarType dtype) {
-  return local_kernels(arrived.wire).sum_rows(arrived.wire.view(dtype), plan.send_row);
+  return permute_kernels(arrived.wire).sum_rows(arrived.wire.view(dtype), plan.send_row);
 }
 
 }  // namespace
@@ -258,7 +257,7 @@ struct ComposedBackend::LowLatencySizes {
   }
 };
 
-// Sums that came home, one per (token, rank), with the plan by which these tokens left.
+// Returned sums, one per (token, rank), and the plan by which the tokens were sent.
 struct ComposedBackend::LowLatencyReturn {
   LowLatencyArrival arrived;
   SendPlan plan;
@@ -268,7 +267,7 @@ struct ComposedBackend::LowLatencyReturn {
 SendPlan
 ComposedBackend::low_latency_send_plan(const char* op, const at::Tensor& topk_idx, const LowLatencySizes& sizes) const {
   check_num_tokens(op, topk_idx.size(0), sizes.max_tokens_per_rank);
-  return local_kernels(topk_idx).plan_send(op, topk_idx, sizes.num_experts, sizes.world_size);
+  return permute_kernels(topk_idx).plan_send(op, topk_idx, sizes.num_experts, sizes.world_size);
 }
 
 void ComposedBackend::check_low_latency_limits(OpKind op, const LowLatencySizes& sizes, int64_t hidden) const {
@@ -333,13 +332,13 @@ ComposedBackend::LowLatencyReturn ComposedBackend::send_sums(
     send_rows = to_host(has_row.view({world_size_, sizes.max_tokens_per_rank}).sum(1));
   });
   const auto reduce = [&] {
-    // The inverse of recv_row, for those tokens alone: the (wire row, slot) pair of each row of y.
+    // The inverse of recv_row, for tokens with a row: the (wire row, slot) pair of each row of y.
     const int64_t wire_rows = sum(send_rows);
     const auto y_row = recv_row.index_select(0, has_row.nonzero().squeeze(1)).to(at::kLong).view(-1);
     auto pair_of = at::full({num_rows + 1}, -1, recv_row.options());  // the last entry collects the empty slots
     pair_of.scatter_(
         0, at::where(y_row.ge(0), y_row, num_rows), at::arange(wire_rows * sizes.num_topk, pair_of.options()));
-    const auto wire = local_kernels(y).reduce_rows(
+    const auto wire = permute_kernels(y).reduce_rows(
         y.view({num_rows, hidden}),
         row_weights.view(-1),
         pair_of.narrow(0, 0, num_rows),
@@ -389,8 +388,8 @@ LowLatencySums ComposedBackend::low_latency_combine(
     const at::Tensor& row_weights,
     const at::Tensor& recv_row,
     int64_t num_experts) {
-  const auto home = send_sums(y, topk_idx, row_weights, recv_row, num_experts);
-  return {sum_up(home.arrived, home.plan, y.scalar_type()), to_device(home.arrived.wait_ns, y)};
+  const auto returned = send_sums(y, topk_idx, row_weights, recv_row, num_experts);
+  return {sum_up(returned.arrived, returned.plan, y.scalar_type()), to_device(returned.arrived.wait_ns, y)};
 }
 
 InFlight ComposedBackend::low_latency_combine_send(

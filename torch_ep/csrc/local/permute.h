@@ -1,8 +1,8 @@
-// The part of each operator that one rank does alone: count, permute, pad, expand, reduce. One table of functions per
-// kind of device; a composed backend is these plus an exchange.
+// The steps of each operator that need no communication: count, permute, pad, expand, reduce. Each kind of device has
+// one table of functions. A composed backend combines them with an exchange.
 //
-// Vocabulary. A *wire row* crosses a link, one per (token, destination rank), ordered by destination, then
-// token, at the sender; by source, then token, at the receiver. Dispatch returns *rows*.
+// Vocabulary. A rank sends one *wire row* per (token, destination rank). The sender orders wire rows by destination,
+// then token; the receiver orders them by source, then token. Dispatch returns *rows*.
 #pragma once
 
 #include "core/checks.h"
@@ -17,17 +17,17 @@
 
 namespace ep {
 
-// Where a rank's tokens go.
+// The wire rows that a rank sends.
 struct SendPlan {
   at::Tensor send_row;     // int32 [num_tokens, num_topk]: the wire row that carries the token for this slot, or -1
   at::Tensor send_counts;  // int32 [world_size]: wire rows to each rank
-  at::Tensor wire_topk;    // int32 [wire rows, num_topk]: expert, counted on the destination rank, or -1
+  at::Tensor wire_topk;    // int32 [wire rows, num_topk]: local expert on the destination rank, or -1
 };
 
-// Where the rows that a rank receives go.
+// Maps received wire rows to rows of the result.
 struct RecvPlan {
   at::Tensor recv_map;           // rank_major: recv_topk_idx [rows, num_topk]; expert_major: recv_pair int32 [rows]
-  at::Tensor offsets;            // int32: where the group of each local expert (rank_major: source rank) ends
+  at::Tensor offsets;            // int32: end of the group of each local expert (rank_major: source rank)
   at::Tensor tokens_per_expert;  // int32 [num_local_experts]: rows of each local expert, without padding
   at::Tensor num_dropped;        // int32 []
 };
@@ -40,21 +40,22 @@ struct RecvPlanOptions {
   at::ScalarType index_dtype;
 };
 
-// recv_pair[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` move whole rows, `*_slots` one
-// number per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
+// recv_pair[row] = wire row * num_topk + slot, or -1 for a row of padding. `*_rows` copy or sum whole rows; `*_slots`
+// copy one number per (token, slot). Sums accumulate in float32 (float64 for float64), in the order of the slots.
 //
-// Allocate: makes the tensor of wire rows. Kernels of some devices make their own.
+// Allocate: allocates the tensor of wire rows. Kernels of some devices ignore it and allocate their own.
 using Allocate = std::function<at::Tensor(at::IntArrayRef sizes, const at::TensorOptions& options)>;
 
-struct LocalKernels {
-  // Throws ValueError naming `op`, the token, the slot and the value on a bad index.
+struct PermuteKernels {
+  // Throws ValueError on a bad index. The message names `op`, the token, the slot and the value.
   SendPlan (*plan_send)(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size);
   RecvPlan (*plan_recv)(const at::Tensor& wire_topk, const std::vector<int64_t>& recv_rows, const RecvPlanOptions&);
 
-  // What the functions below assume of a plan, which may come from a file. They throw ValueError, in the name of `op`,
-  // unless send_row is -1 or one of the wire rows, of which each has exactly one token;
+  // The functions below rely on the values of a plan, which may come from a file. These two check them and throw
+  // ValueError in the name of `op`.
+  // Each entry of send_row is -1 or a wire row, and each wire row has exactly one token.
   void (*check_send_row)(const char* op, const at::Tensor& send_row, int64_t wire_rows);
-  // unless recv_pair is -1 or one of the (wire row, slot) pairs.
+  // Each entry of recv_pair is -1 or a (wire row, slot) pair.
   void (*check_recv_pair)(const char* op, const at::Tensor& recv_pair, int64_t pairs);
 
   // Sender, before dispatch: [num_tokens, ...] to [wire_rows, ...].
@@ -77,16 +78,16 @@ struct LocalKernels {
   at::Tensor (*gather_slots)(const at::Tensor& wire, const at::Tensor& send_row);
 };
 
-// Of `plan_recv`, whose results are int32. `indexed`: how many things recv_map tells apart.
+// For `plan_recv`, whose results are int32. `indexed`: the number of different values in recv_map.
 inline void check_num_rows(int64_t rows, int64_t indexed) {
   check_at_most("ep::plan", "rows on one rank, padding included,", rows, kMaxSize);
   check_at_most("ep::plan", "received (row, slot) pairs on one rank", indexed, kMaxSize);
 }
 
 // Whole operators of one rank, each in one pass over its rows. They do not wait for the device, except that an exact
-// plan waits for its number of rows. What only the device can see is raised by the next call.
+// plan waits for its number of rows. The next call raises the errors that only the device can detect.
 struct OneRankKernels {
-  // Throws as LocalKernels::plan_send does.
+  // Throws as PermuteKernels::plan_send does.
   PlanResult (*plan)(const at::Tensor& topk_idx, const RecvPlanOptions&);
   Payloads (*dispatch)(
       const PlanTensors&,
@@ -101,32 +102,32 @@ struct OneRankKernels {
       const std::optional<at::Tensor>& scales);
 };
 
-extern const LocalKernels cpu_kernels;   // threads of torch
-extern const LocalKernels aten_kernels;  // any device, out of torch's own operators
+extern const PermuteKernels cpu_kernels;   // threads of torch
+extern const PermuteKernels aten_kernels;  // any device, composed of torch's own operators
 
-// Of CUDA, in a build that has them.
+// The kernels for CUDA, in a build with CUDA.
 struct CudaKernels {
-  LocalKernels parts;
+  PermuteKernels parts;
   OneRankKernels one_rank;
-  bool (*run_on)(const at::Tensor& t);  // whether they were built for the device of a CUDA tensor
+  bool (*run_on)(const at::Tensor& t);  // whether they were built for the device of t, a CUDA tensor
 };
 inline const CudaKernels* cuda_kernels = nullptr;
 
-// For tests: tensors of any device take the kernels out of torch's own operators; one rank takes the path of several.
+// For tests. force_aten: tensors of any device use aten_kernels. force_parts: one rank runs the steps of several ranks.
 inline std::atomic<bool> force_aten{false}, force_parts{false};
 
 inline const CudaKernels* cuda_kernels_for(const at::Tensor& t) {
   return cuda_kernels != nullptr && !force_aten && t.is_cuda() && cuda_kernels->run_on(t) ? cuda_kernels : nullptr;
 }
 
-inline const LocalKernels& local_kernels(const at::Tensor& t) {
+inline const PermuteKernels& permute_kernels(const at::Tensor& t) {
   if (const auto* cuda = cuda_kernels_for(t)) {
     return cuda->parts;
   }
   return t.is_cpu() && !force_aten ? cpu_kernels : aten_kernels;
 }
 
-// nullptr: an operator is composed of local_kernels.
+// nullptr: an operator is composed of permute_kernels.
 inline const OneRankKernels* one_rank_kernels(const at::Tensor& t) {
   const auto* cuda = force_parts ? nullptr : cuda_kernels_for(t);
   return cuda != nullptr ? &cuda->one_rank : nullptr;

@@ -1,8 +1,8 @@
-// The local kernels out of torch's own operators: any device that has them, CUDA above all. The reference that faster
-// kernels are compared with on the device; deterministic, since no scatter here writes a place twice.
+// The permute kernels composed of torch's own operators, for any device that has these. On CUDA they are the reference
+// for the faster kernels. Deterministic: where a scatter writes an element twice, the values are equal or not used.
 #include "local/permute.h"
 
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -22,7 +22,7 @@ void check_indices(const char* op, const at::Tensor& idx, int64_t num_experts) {
   if (!outside.any().logical_or(twice.any()).item<bool>()) {
     return;
   }
-  // The CPU's check finds the first offender and words the error.
+  // The CPU's check finds the first bad index and throws the error.
   cpu_kernels.plan_send(op, idx.cpu(), num_experts, 1);
 }
 
@@ -33,21 +33,23 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   const auto idx = topk_idx.to(at::kLong);
   const auto valid = idx.ge(0);
   const auto rank = idx.div(num_local_experts, "floor").clamp_min(0);
-  // visits[token, rank]: whether a row goes there; its position in the wire is the running count, rank by rank.
+  // visits[token, rank]: whether the token has a wire row to the rank. The index of that wire row is the running count,
+  // rank by rank.
   auto visits = at::zeros({num_tokens, world_size + 1}, idx.options());
   visits.scatter_(1, at::where(valid, rank, world_size), 1);
   visits = visits.narrow(1, 0, world_size);
   const auto position = visits.t().contiguous().view(-1).cumsum(0).view({world_size, num_tokens}).t() - 1;
 
   SendPlan plan;
-  const auto slot = at::where(valid, position.gather(1, rank), -1);
-  plan.send_row = slot.to(at::kInt).contiguous();
+  const auto wire_row = at::where(valid, position.gather(1, rank), -1);
+  plan.send_row = wire_row.to(at::kInt).contiguous();
   const auto counts = visits.sum(0);
   plan.send_counts = counts.to(at::kInt);
   const int64_t wire_rows = counts.sum().item<int64_t>();
   auto wire_topk = at::full({wire_rows * num_topk + 1}, -1, topk_idx.options().dtype(at::kInt));
   const auto column = at::arange(num_topk, idx.options());
-  const auto target = at::where(valid, slot * num_topk + column, wire_rows * num_topk);  // the last is for nothing
+  const auto target =
+      at::where(valid, wire_row * num_topk + column, wire_rows * num_topk);  // the last element is not used
   const auto expert = at::where(valid, idx.remainder(num_local_experts), -1).to(at::kInt);
   wire_topk.scatter_(0, target.view(-1), expert.view(-1));
   plan.wire_topk = wire_topk.narrow(0, 0, wire_rows * num_topk).view({wire_rows, num_topk});
@@ -95,18 +97,18 @@ RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv
 
 void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
   if (send_row.numel() >= wire_rows && wire_rows > 0) {
-    const auto slot = send_row.to(at::kLong).view(-1);
-    const auto is_row = slot.ge(0).logical_and(slot.lt(wire_rows));
-    const auto row = at::where(is_row, slot, wire_rows);  // the last is for nothing
-    const auto token = at::arange(slot.numel(), slot.options()).div(send_row.size(1), "floor");
-    const auto token_of = at::full({wire_rows + 1}, -1, slot.options()).scatter_(0, row, token);
+    const auto entry = send_row.to(at::kLong).view(-1);
+    const auto is_row = entry.ge(0).logical_and(entry.lt(wire_rows));
+    const auto row = at::where(is_row, entry, wire_rows);  // the last element is not used
+    const auto token = at::arange(entry.numel(), entry.options()).div(send_row.size(1), "floor");
+    const auto token_of = at::full({wire_rows + 1}, -1, entry.options()).scatter_(0, row, token);
     const auto has_token = token_of.narrow(0, 0, wire_rows).ge(0).all();
     const auto is_one = token_of.index_select(0, row).eq(token).logical_or(is_row.logical_not()).all();
-    if (is_row.logical_or(slot.eq(-1)).all().logical_and(has_token).logical_and(is_one).item<bool>()) {
+    if (is_row.logical_or(entry.eq(-1)).all().logical_and(has_token).logical_and(is_one).item<bool>()) {
       return;
     }
   }
-  // The CPU's check finds the first offender and words the error.
+  // The CPU's check finds the first bad index and throws the error.
   cpu_kernels.check_send_row(op, send_row.cpu(), wire_rows);
 }
 
@@ -116,7 +118,7 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
   }
 }
 
-// For each position of `size` the index i with index[i] == position, or -1.
+// For each position in [0, size): the i with index[i] == position, or -1.
 at::Tensor inverse(const at::Tensor& index, int64_t size) {
   auto out = at::full({size + 1}, -1, index.options().dtype(at::kLong));
   const auto target = at::where(index.ge(0), index.to(at::kLong), size);
@@ -124,7 +126,7 @@ at::Tensor inverse(const at::Tensor& index, int64_t size) {
   return out.narrow(0, 0, size);
 }
 
-// rows[index], zero where the index is -1. fp8 has no arithmetic, so it goes through bytes.
+// rows[index], zero where the index is -1. fp8 lacks these operators, so its rows are selected as bytes.
 at::Tensor select_or_zero(const at::Tensor& rows, const at::Tensor& index) {
   if (rows.size(0) == 0) {
     auto sizes = rows.sizes().vec();
@@ -151,9 +153,9 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
 
 // The index of (token, slot) in a flat [wire_rows, num_topk], or -1.
 at::Tensor flat_slots(const at::Tensor& send_row) {
-  const auto slot = send_row.to(at::kLong);
-  const auto column = at::arange(send_row.size(1), slot.options());
-  return at::where(slot.ge(0), slot * send_row.size(1) + column, -1).view(-1);
+  const auto wire_row = send_row.to(at::kLong);
+  const auto column = at::arange(send_row.size(1), wire_row.options());
+  return at::where(wire_row.ge(0), wire_row * send_row.size(1) + column, -1).view(-1);
 }
 
 at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {
@@ -215,7 +217,7 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 
 }  // namespace
 
-const LocalKernels aten_kernels{
+const PermuteKernels aten_kernels{
     .plan_send = plan_send,
     .plan_recv = plan_recv,
     .check_send_row = check_send_row,

@@ -1,6 +1,8 @@
-// The local kernels on the CPU. Work is cut into chunks of tokens or rows; the counting passes take two rounds (count,
-// then write at the prefix sums), so that the order of the result never depends on the number of threads.
+// The permute kernels on the CPU. Threads work on chunks of tokens or rows. Counting passes take two rounds (count,
+// then write at the prefix sums), so the order of the result does not depend on the number of threads.
 #include "local/permute.h"
+
+#include "core/integer_math.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -16,7 +18,7 @@ namespace {
 
 // Columns summed at a time: the float32 accumulators of one tile stay in the L1 cache.
 constexpr int64_t kTile = 512;
-// Smallest piece of copying worth a thread, in bytes.
+// Minimum bytes to copy per thread.
 constexpr int64_t kGrainBytes = 64 * 1024;
 
 int64_t row_bytes(const at::Tensor& t) {
@@ -207,7 +209,7 @@ RecvPlan plan_recv_expert_major(const at::Tensor& wire_topk, const RecvPlanOptio
       row += std::exchange(next[chunk * num_experts + expert], row);
     }
     counts[expert] = row - needed;
-    ends[expert] = needed += (counts[expert] + alignment - 1) / alignment * alignment;
+    ends[expert] = needed += round_up(counts[expert], alignment);
   }
   const int64_t rows = options.capacity.value_or(needed);
   check_num_rows(rows, wire_rows * num_topk);
@@ -240,16 +242,16 @@ RecvPlan plan_recv_expert_major(const at::Tensor& wire_topk, const RecvPlanOptio
   return plan;
 }
 
-void check_slot(const char* op, const char* name, int64_t slot, int64_t most) {
+void check_index(const char* op, const char* name, int64_t index, int64_t most) {
   TORCH_CHECK_VALUE(
-      slot >= -1 && slot < most, op, ": expected ", name, " of this plan in [-1, ", most, "), got ", slot);
+      index >= -1 && index < most, op, ": expected ", name, " of this plan in [-1, ", most, "), got ", index);
 }
 
-// The slots of one token that name different wire rows, in the order of the slots. Returns how many.
-int distinct(const int32_t* slots, int64_t num_topk, std::vector<int32_t>& rows) {
+// Collects the different wire rows of one token, in the order of its slots. Returns their number.
+int distinct(const int32_t* row_of_slot, int64_t num_topk, std::vector<int32_t>& rows) {
   int n = 0;
   for (int64_t slot = 0; slot < num_topk; ++slot) {
-    const int32_t row = slots[slot];
+    const int32_t row = row_of_slot[slot];
     if (row >= 0 && std::find(rows.begin(), rows.begin() + n, row) == rows.begin() + n) {
       rows[n++] = row;
     }
@@ -299,7 +301,7 @@ void sum_into(T* out, const T* const* rows, const double* weights, int n, int64_
   }
 }
 
-// Runs f on every element of a row map of numbers, whatever their width: moves never look inside.
+// Calls f with an unsigned integer as wide as an element of t: copies do not interpret elements.
 template <typename F>
 void with_width(const at::Tensor& t, const F& f) {
   switch (t.element_size()) {
@@ -335,7 +337,7 @@ RecvPlan plan_recv(const at::Tensor& wire_topk, const std::vector<int64_t>& recv
 }
 
 void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_rows) {
-  const auto* slots = read<int32_t>(send_row);
+  const auto* row_of_slot = read<int32_t>(send_row);
   const int64_t num_tokens = send_row.size(0), num_topk = send_row.size(1);
   TORCH_CHECK_VALUE(
       wire_rows <= send_row.numel(),
@@ -349,11 +351,11 @@ void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_row
   int64_t named = 0;
   for (int64_t token = 0; token < num_tokens; ++token) {
     for (int64_t slot = 0; slot < num_topk; ++slot) {
-      const int32_t row = slots[token * num_topk + slot];
+      const int32_t row = row_of_slot[token * num_topk + slot];
       if (row == -1) {
         continue;
       }
-      check_slot(op, "send_row", row, wire_rows);
+      check_index(op, "send_row", row, wire_rows);
       if (token_of[row] < 0) {
         token_of[row] = token;
         ++named;
@@ -379,20 +381,20 @@ void check_send_row(const char* op, const at::Tensor& send_row, int64_t wire_row
 }
 
 void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs) {
-  const auto* slots = read<int32_t>(recv_pair);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
   int32_t least = -1, most = -1;
   for (int64_t row = 0; row < recv_pair.size(0); ++row) {
-    least = std::min(least, slots[row]);
-    most = std::max(most, slots[row]);
+    least = std::min(least, pair_of_row[row]);
+    most = std::max(most, pair_of_row[row]);
   }
-  check_slot(op, "recv_pair", least, pairs);
-  check_slot(op, "recv_pair", most, pairs);
+  check_index(op, "recv_pair", least, pairs);
+  check_index(op, "recv_pair", most, pairs);
 }
 
 at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& allocate) {
   auto wire = allocate(sizes_with(x, wire_rows), x.options());
   const int64_t bytes = row_bytes(x), num_topk = send_row.size(1);
-  const auto* slots = read<int32_t>(send_row);
+  const auto* row_of_slot = read<int32_t>(send_row);
   const auto* in = read<char>(x);
   auto* out = write<char>(wire);
   if (bytes == 0) {
@@ -401,7 +403,7 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
   at::parallel_for(0, x.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> rows(num_topk);
     for (int64_t token = begin; token < end; ++token) {
-      const int n = distinct(slots + token * num_topk, num_topk, rows);
+      const int n = distinct(row_of_slot + token * num_topk, num_topk, rows);
       for (int i = 0; i < n; ++i) {
         std::memcpy(out + rows[i] * bytes, in + token * bytes, bytes);
       }
@@ -413,14 +415,14 @@ at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wi
 at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t wire_rows) {
   const int64_t num_topk = send_row.size(1);
   auto wire = at::zeros({wire_rows, num_topk}, w.options());
-  const auto* slots = read<int32_t>(send_row);
+  const auto* row_of_slot = read<int32_t>(send_row);
   with_width(w, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(w);
     auto* out = write<U>(wire);
     for (int64_t i = 0; i < send_row.numel(); ++i) {
-      if (slots[i] >= 0) {
-        out[slots[i] * num_topk + i % num_topk] = in[i];
+      if (row_of_slot[i] >= 0) {
+        out[row_of_slot[i] * num_topk + i % num_topk] = in[i];
       }
     }
   });
@@ -430,7 +432,7 @@ at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t w
 at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
   auto rows = empty_rows(wire, recv_pair.size(0));
   const int64_t bytes = row_bytes(wire);
-  const auto* slots = read<int32_t>(recv_pair);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
   const auto* in = read<char>(wire);
   auto* out = write<char>(rows);
   if (bytes == 0) {
@@ -438,8 +440,8 @@ at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int6
   }
   at::parallel_for(0, rows.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      if (slots[row] >= 0) {
-        std::memcpy(out + row * bytes, in + slots[row] / num_topk * bytes, bytes);
+      if (pair_of_row[row] >= 0) {
+        std::memcpy(out + row * bytes, in + pair_of_row[row] / num_topk * bytes, bytes);
       } else {
         std::memset(out + row * bytes, 0, bytes);
       }
@@ -450,14 +452,14 @@ at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int6
 
 at::Tensor expand_slots(const at::Tensor& wire, const at::Tensor& recv_pair) {
   auto rows = at::zeros({recv_pair.size(0)}, wire.options());
-  const auto* slots = read<int32_t>(recv_pair);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
   with_width(wire, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(wire);
     auto* out = write<U>(rows);
     for (int64_t row = 0; row < rows.size(0); ++row) {
-      if (slots[row] >= 0) {
-        out[row] = in[slots[row]];
+      if (pair_of_row[row] >= 0) {
+        out[row] = in[pair_of_row[row]];
       }
     }
   });
@@ -473,11 +475,11 @@ at::Tensor reduce_rows(
     const Allocate& allocate) {
   auto wire = allocate({wire_rows, y.size(1)}, y.options());
   const int64_t hidden = y.size(1);
-  const auto* slots = read<int32_t>(recv_pair);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
   std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_pair
   for (int64_t row = 0; row < recv_pair.size(0); ++row) {
-    if (slots[row] >= 0) {
-      row_of[slots[row]] = static_cast<int32_t>(row);
+    if (pair_of_row[row] >= 0) {
+      row_of[pair_of_row[row]] = static_cast<int32_t>(row);
     }
   }
   const auto weights = row_weights ? row_weights->to(at::kDouble) : at::Tensor();
@@ -506,14 +508,14 @@ at::Tensor reduce_rows(
 
 at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_t wire_rows, int64_t num_topk) {
   auto wire = at::zeros({wire_rows, num_topk}, w.options());
-  const auto* slots = read<int32_t>(recv_pair);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
   with_width(w, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(w);
     auto* out = write<U>(wire);
     for (int64_t row = 0; row < recv_pair.size(0); ++row) {
-      if (slots[row] >= 0) {
-        out[slots[row]] = in[row];
+      if (pair_of_row[row] >= 0) {
+        out[pair_of_row[row]] = in[row];
       }
     }
   });
@@ -523,7 +525,7 @@ at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_
 at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
   auto tokens = empty_rows(wire, send_row.size(0));
   const int64_t num_topk = send_row.size(1), hidden = wire.size(1);
-  const auto* slots = read<int32_t>(send_row);
+  const auto* row_of_slot = read<int32_t>(send_row);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, wire.scalar_type(), "ep::combine", [&] {
     const auto* in = read<scalar_t>(wire);
     auto* out = write<scalar_t>(tokens);
@@ -531,7 +533,7 @@ at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
       std::vector<int32_t> index(num_topk);
       std::vector<const scalar_t*> rows(num_topk);
       for (int64_t token = begin; token < end; ++token) {
-        const int n = distinct(slots + token * num_topk, num_topk, index);
+        const int n = distinct(row_of_slot + token * num_topk, num_topk, index);
         for (int i = 0; i < n; ++i) {
           rows[i] = in + index[i] * hidden;
         }
@@ -545,14 +547,14 @@ at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
 at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
   auto tokens = at::zeros(send_row.sizes(), wire.options());
   const int64_t num_topk = send_row.size(1);
-  const auto* slots = read<int32_t>(send_row);
+  const auto* row_of_slot = read<int32_t>(send_row);
   with_width(wire, [&](auto unit) {
     using U = decltype(unit);
     const auto* in = read<U>(wire);
     auto* out = write<U>(tokens);
     for (int64_t i = 0; i < send_row.numel(); ++i) {
-      if (slots[i] >= 0) {
-        out[i] = in[slots[i] * num_topk + i % num_topk];
+      if (row_of_slot[i] >= 0) {
+        out[i] = in[row_of_slot[i] * num_topk + i % num_topk];
       }
     }
   });
@@ -561,7 +563,7 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 
 }  // namespace
 
-const LocalKernels cpu_kernels{
+const PermuteKernels cpu_kernels{
     .plan_send = plan_send,
     .plan_recv = plan_recv,
     .check_send_row = check_send_row,

@@ -1,9 +1,9 @@
-// The local kernels on CUDA: tensors to the arguments of permute_kernels.h.
+// The permute kernels on CUDA: converts tensors to the arguments of permute_kernels.h and launches.
 #include "local/permute.h"
 
 #include "core/cuda_stream.h"
 #include "core/cuda_tensors.h"
-#include "core/host_copy.h"
+#include "core/integer_tensors.h"
 #include "local/permute_kernels.h"
 
 #include <c10/cuda/CUDAException.h>
@@ -23,11 +23,9 @@
 namespace ep {
 namespace {
 
-using namespace nvlink;
-
-constexpr int64_t kMostInt = std::numeric_limits<int32_t>::max();
-// Below which indices stay when a thread steps beyond its last one.
-constexpr int64_t kMostPairs = kMostInt - 64 * 1024;
+constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+// Bound of the number of pairs: the index after a thread's last one still fits an int32.
+constexpr int64_t kMaxPairs = kMaxInt - 64 * 1024;
 
 bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
@@ -49,7 +47,7 @@ std::string describe(const PermuteReport& report) {
   return message.str();
 }
 
-// What the kernels of one device share with the host. Never destroyed: the process may exit while kernels run.
+// Memory that the kernels of one device share with the host. Never destroyed: the process may exit while kernels run.
 class Device {
  public:
   static Device& of(const at::Tensor& t) {
@@ -59,7 +57,7 @@ class Device {
     auto& device = (*devices)[t.get_device()];
     if (device == nullptr) {
       const c10::cuda::CUDAGuard guard(t.device());
-      // The first call may be one that is captured.
+      // The first call may happen during a capture.
       const c10::cuda::CUDAStreamCaptureModeGuard may_allocate(cudaStreamCaptureModeRelaxed);
       device = std::make_unique<Device>();
     }
@@ -80,7 +78,7 @@ class Device {
   bool runs() const { return runs_; }
   const Reporter& reporter() const { return reporter_; }
 
-  // Throws what a kernel reported since the last call.
+  // Throws the failure that a kernel reported since the last call.
   void throw_reported() {
     std::atomic_ref<int64_t> kind(reporter_.report->kind);
     if (kind.load(std::memory_order_acquire) == PermuteReport::none || is_capturing()) {
@@ -125,13 +123,13 @@ class Device {
   std::vector<PlanReply*> replies_;
 };
 
-// The host's end of an exact plan: the one number that it waits for.
+// The word in which the kernel of an exact plan returns the number of rows to the host.
 class Reply {
  public:
   explicit Reply(Device& device) : device_(device), word_(device.take_reply()) { *word_ = 0; }
   Reply(const Reply&) = delete;
   Reply& operator=(const Reply&) = delete;
-  // If the kernel has not answered it may still do so: the word is not used again.
+  // A kernel that has not answered may still write the word, so the word is not used again.
   ~Reply() {
     if (*word_ != 0) {
       device_.give_back(word_);
@@ -140,10 +138,10 @@ class Reply {
 
   PlanReply* word() const { return word_; }
 
-  // Number of rows; nothing if an index is bad.
+  // Returns the number of rows; nullopt if an index is bad.
   std::optional<int64_t> await(const char* op, cudaStream_t stream) const {
     using std::chrono::steady_clock;
-    // For a kernel that never begins, or ends without an answer.
+    // Detects a kernel that never begins, or ends without an answer.
     constexpr auto kQueryEvery = std::chrono::milliseconds(10);
     auto next_query = steady_clock::now() + kQueryEvery;
     std::atomic_ref<PlanReply> word(*word_);
@@ -171,7 +169,7 @@ class Reply {
   PlanReply* word_;
 };
 
-// Of a tensor that nobody else has yet.
+// Sets the number of rows of a tensor that has no other owner yet.
 void set_rows(const at::Tensor& t, int64_t rows) {
   auto sizes = t.sizes().vec();
   sizes[0] = rows;
@@ -186,30 +184,30 @@ plan_args(const Device& device, const at::Tensor& topk_idx, int64_t num_experts,
   args.topk_idx = topk_idx.const_data_ptr();
   args.wide_idx = topk_idx.scalar_type() == at::kLong;
   args.expert_major = options.expert_major;
-  args.num_tokens = static_cast<int>(std::min(topk_idx.size(0), kMostInt));
-  args.num_topk = static_cast<int>(std::min(topk_idx.size(1), kMostInt));
-  args.num_experts = static_cast<int>(std::min(num_experts, kMostInt - 1));
-  args.num_local_experts = static_cast<int>(std::min(options.num_local_experts, kMostInt - 1));
-  args.alignment = static_cast<int>(std::min(options.alignment, kMostInt));
+  args.num_tokens = static_cast<int>(std::min(topk_idx.size(0), kMaxInt));
+  args.num_topk = static_cast<int>(std::min(topk_idx.size(1), kMaxInt));
+  args.num_experts = static_cast<int>(std::min(num_experts, kMaxInt - 1));
+  args.num_local_experts = static_cast<int>(std::min(options.num_local_experts, kMaxInt - 1));
+  args.alignment = static_cast<int>(std::min(options.alignment, kMaxInt));
   args.capacity = options.capacity.value_or(-1);
   args.reporter = device.reporter();
   return args;
 }
 
-// The most rows that tokens or wire rows can take, padding included.
-int64_t most_rows(const PermutePlanArgs& args) {
+// Upper bound of the rows of the result, padding included.
+int64_t max_rows(const PermutePlanArgs& args) {
   const int64_t slots = std::min(args.num_topk, args.num_experts), pairs = args.num_tokens * slots;
   return args.expert_major ? pairs + std::min<int64_t>(args.num_experts, pairs) * (args.alignment - 1)
                            : args.num_tokens;
 }
 
-// Whether the kernels' integers and shared memory are large enough.
+// Whether the kernels support these sizes: their indices are int32, their shared memory is limited.
 bool fits(const PermutePlanArgs& args) {
-  return int64_t{args.num_tokens} * args.num_topk <= kMostPairs && most_rows(args) + args.alignment <= kMostPairs &&
+  return int64_t{args.num_tokens} * args.num_topk <= kMaxPairs && max_rows(args) + args.alignment <= kMaxPairs &&
          permute_plan_scratch(args) > 0;
 }
 
-// Launches with scratch of its own. Number of rows; nothing where the host need not wait.
+// Allocates scratch and launches. Returns the number of rows; nullopt if the host does not wait for it.
 std::optional<int64_t> run_plan(
     const char* op,
     Device& device,
@@ -229,7 +227,7 @@ std::optional<int64_t> run_plan(
   C10_CUDA_CHECK(launch_permute_plan(args, stream));
   const auto rows = reply.await(op, stream);
   if (!rows) {
-    // The CPU's check finds the first offender and words the error.
+    // The CPU's check finds the first bad index and throws the error.
     cpu_kernels.plan_send(op, topk_idx.cpu(), num_experts, 1);
   }
   TORCH_CHECK(rows, op, ": the kernel found a bad index where the host finds none");
@@ -244,7 +242,7 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   options.alignment = 1;
   auto args = plan_args(device, topk_idx, num_experts, options);
   args.route = true;
-  if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMostPairs / topk_idx.size(1)) {
+  if (!fits(args) || args.num_tokens * std::min(topk_idx.size(1), world_size) > kMaxPairs / topk_idx.size(1)) {
     return aten_kernels.plan_send(op, topk_idx, num_experts, world_size);
   }
   const int64_t num_tokens = topk_idx.size(0), num_topk = topk_idx.size(1);
@@ -259,9 +257,9 @@ SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_exper
   return result;
 }
 
-// Results of either form of a plan; an exact one has room for as many rows as could come.
+// Allocates the results of a plan: the upper bound of its rows, if it is exact.
 RecvPlan make_recv_plan(PermutePlanArgs& args, const at::Tensor& topk_idx) {
-  const int64_t rows = args.capacity < 0 ? most_rows(args) : args.capacity;
+  const int64_t rows = args.capacity < 0 ? max_rows(args) : args.capacity;
   RecvPlan plan;
   plan.recv_map = args.expert_major ? empty({rows}, topk_idx, at::kInt) : empty({rows, args.num_topk}, topk_idx);
   plan.offsets = empty({args.expert_major ? args.num_experts : 1}, topk_idx, at::kInt);
@@ -339,13 +337,13 @@ PlanResult plan(const at::Tensor& topk_idx, const RecvPlanOptions& options) {
 
 // --- rows ---
 
-// A map of rows, and what it needs on the device until its kernels are launched.
+// A RowMap and its device memory, which has to live until the kernels are launched.
 struct Map {
   RowMap map;
   at::Tensor row_of;
 };
 
-// `wire`: wire rows, at most.
+// `wire_rows`: upper bound.
 Map make_map(
     bool is_combine,
     const at::Tensor* send_row,
@@ -380,18 +378,18 @@ Map make_map(
 }
 
 Map make_map(bool is_combine, const PlanTensors& plan) {
-  const auto& slots = plan.send_row;
+  const auto& send_row = plan.send_row;
   return make_map(
       is_combine,
-      &slots,
+      &send_row,
       plan.expert_major ? &plan.recv_map : nullptr,
-      slots.size(0),
+      send_row.size(0),
       plan.recv_map.size(0),
-      slots.size(1),
+      send_row.size(1),
       &plan);
 }
 
-// Rows, weights or both.
+// Permutes rows, weights or both.
 void permute(
     const RowMap& map,
     const at::Tensor* x,
@@ -590,7 +588,7 @@ constexpr CudaKernels kKernels{
     .run_on = run_on,
 };
 
-// Loading the library registers them.
+// Registers the kernels when the library is loaded.
 [[maybe_unused]] const bool is_registered = [] {
   cuda_kernels = &kKernels;
   return true;

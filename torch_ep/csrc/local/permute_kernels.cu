@@ -1,28 +1,29 @@
-// Rows of one rank: permute (dispatch) and unpermute (combine), each in one pass over its rows, on all SMs.
+// Permutes (dispatch) and unpermutes (combine) the rows of one rank, each in one pass over the rows, on all SMs.
 //
-// A warp handles a piece of one item's row, kBatch vectors per lane. Permute reads the piece once and writes it to
+// Each warp handles a piece of one item's row, kBatch vectors per lane. Permute reads the piece once and writes it to
 // every row of the item; unpermute reads the piece of every row and writes the sum.
 //
 // Note [Inverse of recv_pair]
-// recv_pair says where each row comes from; these kernels need where each (wire row, slot) pair goes. One kernel before
-// them writes row_of[recv_pair[row]] = row into memory that nobody has cleared, so an entry counts only if recv_pair
-// confirms it: recv_pair[row_of[pair]] == pair. (P. Briggs and L. Torczon, "An Efficient Representation for Sparse
-// Sets", 1993.) The same test makes any plan safe: no entry leads outside of the rows. Where an edited plan names a
-// pair in several rows, one of them counts.
+// recv_pair maps rows to (wire row, slot) pairs; these kernels need the inverse. A kernel before them writes
+// row_of[recv_pair[row]] = row into uninitialized memory, so an entry is valid only if recv_pair confirms it:
+// recv_pair[row_of[pair]] == pair. (P. Briggs and L. Torczon, "An Efficient Representation for Sparse Sets", 1993.)
+// This test also makes every plan safe: no entry points outside the rows. If an edited plan names a pair in several
+// rows, one of them is used.
 #include "local/permute_kernels.h"
 
 #include "core/device/launch.cuh"
 #include "core/device/numbers.cuh"
+#include "core/integer_math.h"
 
 #include <algorithm>
 
-namespace ep::nvlink {
+namespace ep {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kInvertThreads = 256;
-// Of unpermute on an SM, at least: left to itself the compiler spills registers for one more.
+// Minimum blocks of unpermute per SM. Without this number, the compiler spills registers to fit one block more.
 constexpr int kUnpermuteBlocks = 6;
 
 // One thread.
@@ -58,10 +59,10 @@ __global__ void __launch_bounds__(kInvertThreads) fill_row_of(const __grid_const
 
 // --- the rows of an item ---
 
-// Which rows of the result belong to the item of a warp.
+// The rows of the result that belong to the item of a warp.
 class ItemRows {
  public:
-  // Warp-collective. Needs no row_of.
+  // Warp-collective. Does not read row_of.
   __device__ ItemRows(const RowMap& map, int item) : map_(map), item_(item), wire_(item) {
     if (map.send_row != nullptr) {
       wire_rows_ = wire_rows_by(map, map.send_count);
@@ -69,7 +70,7 @@ class ItemRows {
     }
   }
 
-  // One thread: what row_of says of slot k, a row or -1. Without recv_pair, slots of one wire row share their row.
+  // One thread. The entry of row_of for slot k: a row or -1. Without recv_pair, the slots of one wire row share a row.
   __device__ int candidate(int k) const {
     int row = -1;
     if (map_.recv_pair == nullptr) {
@@ -80,16 +81,17 @@ class ItemRows {
     return row < map_.rows ? row : -1;
   }
 
-  // One thread: the candidate of slot k if recv_pair confirms it, or -1.
+  // One thread. The candidate of slot k if recv_pair confirms it, or -1.
   __device__ int confirmed(int row, int k) const {
     // fault: permute: unconfirmed pair
     return row >= 0 && (map_.recv_pair == nullptr || map_.recv_pair[row] == pair_of(k)) ? row : -1;
   }
 
-  // One thread: the row for slot k, or -1.
+  // One thread. The row of slot k, or -1.
   __device__ int row_of(int k) const { return confirmed(candidate(k), k); }
 
-  // Warp-collective, for the slots from `group` on, of which each lane has its row: the lanes to take, one per row.
+  // Warp-collective. For the slots from `group` on: the lanes to process, one per row. Each lane has the row of its
+  // slot.
   __device__ uint32_t lanes_of(int row, int group) const {
     if (map_.recv_pair != nullptr) {
       return __ballot_sync(kFullWarp, row >= 0);
@@ -121,7 +123,7 @@ class ItemRows {
     return -1;
   }
 
-  // Warp-collective: with one rank the slots of a token name the same wire row.
+  // Warp-collective. With one rank, all slots of a token have the same wire row.
   __device__ int first_wire_row() const {
     int found = -1;
     for (int k = 0; k < map_.num_topk; k += kWarp) {
@@ -153,12 +155,13 @@ __device__ void copy_number(char* to, int64_t to_index, const char* from, int64_
   }
 }
 
+// One thread.
 __device__ void zero_number(char* to, int64_t index, int bytes) {
   const uint64_t zero = 0;
   copy_number(to, index, reinterpret_cast<const char*>(&zero), 0, bytes);
 }
 
-// Warp-collective: row `row` of [rows, num_topk], without recv_pair.
+// Warp-collective. Writes row `row` of out_weights [rows, num_topk]. Only without recv_pair.
 __device__ void permute_weights_of_row(const PermuteArgs& a, const ItemRows& rows, int item, int row) {
   const int num_topk = a.map.num_topk;
   for (int k = lane_id(); k < num_topk; k += kWarp) {
@@ -173,7 +176,7 @@ __device__ void permute_weights_of_row(const PermuteArgs& a, const ItemRows& row
 
 // --- permute ---
 
-// Warp-collective: the warp's share of the rows of the result that no wire row goes to.
+// Warp-collective. Zeros this warp's share of the rows without a wire row.
 template <class V>
 __device__ void zero_padding(const PermuteArgs& a, int vectors, int64_t warp, int64_t warps) {
   const RowMap& map = a.map;
@@ -202,7 +205,7 @@ __device__ void zero_padding(const PermuteArgs& a, int vectors, int64_t warp, in
   }
 }
 
-// The first blocks zero the padding, which needs no row_of.
+// The first blocks zero the padding, for which they do not read row_of.
 template <class V, int kBatch>
 __global__ void __launch_bounds__(kThreads)
     permute_rows(const __grid_constant__ PermuteArgs a, int vectors, unsigned pieces, unsigned padding_blocks) {
@@ -254,7 +257,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- unpermute ---
 
-// A lane's share of a row: sixteen bytes, or one number where rows are not aligned to that.
+// The unit in which lanes load rows: 16 bytes, or one number if rows are not aligned to 16 bytes.
 template <class T, bool kVectors>
 struct Share {
   using Raw = uint4;
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   }
   const int num_topk = a.map.num_topk;
   const int first = static_cast<int>(warp - item * pieces) * (kBatch * kWarp) + lane_id();
-  const ItemRows rows(a.map, static_cast<int>(item));  // send_row was complete before row_of was begun
+  const ItemRows rows(a.map, static_cast<int>(item));  // send_row was complete before fill_row_of began
   const Raw* const y = reinterpret_cast<const Raw*>(a.y) + first;
   await_kernels_before();
 
@@ -303,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   for (int group = 0; group < num_topk; group += kWarp) {
     const int k = group + lane_id();
     const int candidate = rows.candidate(k);
-    // Loaded while recv_pair is.
+    // This load overlaps the load of recv_pair.
     const Wide own_weight = kWeighted && candidate >= 0 ? static_cast<const Wide*>(a.row_weights)[candidate] : Wide{0};
     const int own = rows.confirmed(candidate, k);
     if (a.out_weights != nullptr && first == lane_id() && k < num_topk) {
@@ -347,13 +350,13 @@ __global__ void __launch_bounds__(kThreads, kUnpermuteBlocks)
   }
 
   Raw* const out = reinterpret_cast<Raw*>(a.out) + int64_t{item} * vectors + first;
-  const Raw* const lone = y + int64_t{last_row} * vectors;
+  const Raw* const single_row = y + int64_t{last_row} * vectors;
 #pragma unroll
   for (int b = 0; b < kBatch; ++b) {
     if (first + b * kWarp < vectors) {
-      // A single row is passed on as it is, also where it is NaN.
+      // A single row is copied unchanged, NaN included.
       // fault: unpermute: zero of an empty sum
-      out[b * kWarp] = terms == 0 ? Raw{} : !kWeighted && terms == 1 ? lone[b * kWarp] : sum[b].rounded();
+      out[b * kWarp] = terms == 0 ? Raw{} : !kWeighted && terms == 1 ? single_row[b * kWarp] : sum[b].rounded();
     }
   }
 }
@@ -367,7 +370,7 @@ int common_alignment(const void* a, const void* b, int64_t bytes) {
   return static_cast<int>(bits & -bits);
 }
 
-// Kernels after fill_row_of start while it runs.
+// Kernels after fill_row_of start while it still runs.
 Launch launch_of(const RowMap& map) {
   return map.recv_pair != nullptr ? Launch::overlapped : Launch::plain;
 }
@@ -378,11 +381,11 @@ cudaError_t launch_permute(const PermuteArgs& args, cudaStream_t stream) {
   // 168.0, 170.9, 169.7 for 16384 x 2048, top-8; 36.3, 35.0, 34.7, 36.0 for 4096 x 2048, top-6.
   constexpr int kBatch = 2;
   const auto vectors = static_cast<int>(args.row_bytes / static_cast<int64_t>(sizeof(V)));
-  const int64_t pieces = std::max<int64_t>(1, divide_up(vectors, kBatch * kWarp));
-  // Enough to write at full speed, and as few as that takes where there is no padding.
-  constexpr int64_t kMostPaddingBlocks = 528;
-  const int64_t padding_blocks = std::min(divide_up(args.map.rows, kThreads), kMostPaddingBlocks);
-  const int64_t blocks = padding_blocks + divide_up(args.map.items * pieces, kWarps);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(vectors, kBatch * kWarp));
+  // The fewest blocks that write at full speed: without padding, they only cost time.
+  constexpr int64_t kMaxPaddingBlocks = 528;
+  const int64_t padding_blocks = std::min(ceil_div(args.map.rows, kThreads), kMaxPaddingBlocks);
+  const int64_t blocks = padding_blocks + ceil_div(args.map.items * pieces, kWarps);
   if (blocks == 0) {
     return cudaSuccess;
   }
@@ -405,11 +408,11 @@ cudaError_t launch_unpermute_of(const UnpermuteArgs& args, cudaStream_t stream) 
   // us for 4096 x 7168, top-8; 167, 152, 150, 162, 151 for 16384 x 2048, top-8.
   constexpr int kBatch = 2, kAhead = 4;
   const auto vectors = static_cast<int>(args.hidden / Share<T, kVectors>::kNumbers);
-  const int64_t pieces = std::max<int64_t>(1, divide_up(vectors, kBatch * kWarp));
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(vectors, kBatch * kWarp));
   return launch_kernel(
       launch_of(args.map),
       unpermute_rows<T, kVectors, kWeighted, kBatch, kAhead>,
-      static_cast<int>(divide_up(args.map.items * pieces, kWarps)),
+      static_cast<int>(ceil_div(args.map.items * pieces, kWarps)),
       kThreads,
       0,
       stream,
@@ -432,7 +435,7 @@ cudaError_t launch_unpermute(const UnpermuteArgs& args, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_invert_recv_pair(const RowMap& map, cudaStream_t stream) {
-  const auto blocks = static_cast<int>(std::max<int64_t>(1, divide_up(map.rows, kInvertThreads)));
+  const auto blocks = static_cast<int>(std::max<int64_t>(1, ceil_div(map.rows, kInvertThreads)));
   return launch_kernel(Launch::plain, fill_row_of, blocks, kInvertThreads, 0, stream, map);
 }
 
@@ -467,4 +470,4 @@ cudaError_t launch_unpermute_rows(const UnpermuteArgs& args, cudaStream_t stream
   }
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

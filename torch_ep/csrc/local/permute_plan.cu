@@ -1,45 +1,46 @@
-// Plans of one rank, and the parts of a plan that one rank makes alone, in two kernels.
-//   count_keys   each block checks its share of the tokens and counts its keys
-//   place_keys   each block adds up what all blocks counted, and so knows where its own share goes
-// A key is what entries are grouped by: an expert, or of `route` a rank. Tokens of one key keep their order.
+// The plan of one rank, and the steps of a plan of several ranks that need no communication, in two kernels.
+//   count_keys   each block checks its share of the tokens and counts their keys
+//   assign_rows  each block sums the counts of all blocks, and assigns rows to its share of the tokens
+// Entries are grouped by key: their expert, or with `route` its rank. Tokens of one key keep their order.
 #include "local/permute_kernels.h"
 
 #include "core/device/launch.cuh"
 #include "core/device/warp.cuh"
+#include "core/integer_math.h"
 
 #include <algorithm>
 #include <climits>
 
-namespace ep::nvlink {
+namespace ep {
 namespace {
 
-// One H200, 4096 tokens, top-8 of 256, place_keys of 8, 16 and 32 warps: 13.6, 12.4 and 12.6 us for both kernels; 32,
+// One H200, 4096 tokens, top-8 of 256, assign_rows of 8, 16 and 32 warps: 13.6, 12.4 and 12.6 us for both kernels; 32,
 // 64 and 128 blocks: 14.2, 12.4, 13.8; count_keys of 256 and 512 threads: 12.4, 11.4.
 constexpr int kCountThreads = 512;
-constexpr int kPlaceWarps = 16;
-constexpr int kPlaceThreads = kPlaceWarps * kWarp;
-// Counts that each block of place_keys adds up, at most.
-constexpr int kMostCounts = 64 * 1024;
-constexpr int kMostBlocks = 64;
-// Words of kWarp tokens that a block places at once: each entry adds up those before its own.
-constexpr int kMostWords = 8;
-// Of a block on sm_90, less what the kernel's own variables take (CUDA C++ Programming Guide, table of compute
-// capabilities: 227 KB).
+constexpr int kAssignWarps = 16;
+constexpr int kAssignThreads = kAssignWarps * kWarp;
+// Maximum number of counts that each block of assign_rows sums.
+constexpr int kMaxCounts = 64 * 1024;
+constexpr int kMaxPlanBlocks = 64;
+// Maximum words of kWarp tokens per round of a block: each entry sums the words before its own.
+constexpr int kMaxWords = 8;
+// Shared memory of a block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities: 227 KB), less the
+// kernel's static variables.
 constexpr int kSharedBytes = 226 * 1024;
 constexpr int kKeyArrays = 3;  // of KeyWords, besides `bits`
 
 struct PlanShape {
-  int keys;  // what is counted: of `route` ranks, else experts and, last, tokens with an expert
+  int keys;  // counters: with `route` one per rank, else one per expert and, last, one for tokens with an expert
   int blocks;
-  int block_words;  // of tokens of a block
-  int round_words;  // of them that are placed at once
+  int block_words;  // words of kWarp tokens per block
+  int round_words;  // words per round
 };
 
-// In shared memory, for every key.
+// Per key, in shared memory.
 struct KeyWords {
   int* total;
-  int* begin;      // of its group in the result
-  int* next;       // where the first of this block's tokens goes
+  int* begin;      // first row of its group in the result
+  int* next;       // row of this block's next token
   uint32_t* bits;  // [round_words][keys] tokens with that key
 
   __device__ KeyWords(int* words, int keys)
@@ -49,11 +50,13 @@ struct KeyWords {
         bits(reinterpret_cast<uint32_t*>(words + 3 * keys)) {}
 };
 
+// One thread.
 template <class Int>
 __device__ bool is_bad(const PermutePlanArgs& a, Int entry) {
   return entry < -1 || entry >= a.num_experts;
 }
 
+// One thread.
 template <bool kRoute>
 __device__ int key_of(const PermutePlanArgs& a, int expert) {
   return kRoute ? expert / a.num_local_experts : expert;
@@ -121,9 +124,10 @@ class PlanBlock {
   __device__ PlanBlock(const PermutePlanArgs& args, const PlanShape& shape, int* words)
       : a_(args), shape_(shape), s_(words, shape.keys), block_(static_cast<int>(blockIdx.x)) {}
 
+  // Block-collective.
   __device__ void run() {
     __shared__ int first_bad;
-    for (int key = thread(); key < shape_.keys; key += kPlaceThreads) {
+    for (int key = thread(); key < shape_.keys; key += kAssignThreads) {
       s_.total[key] = s_.next[key] = 0;
     }
     if (thread() == 0) {
@@ -132,24 +136,24 @@ class PlanBlock {
     __syncthreads();
     await_kernels_before();
     const int* all_bad = a_.scratch + shape_.blocks * shape_.keys;
-    for (int b = thread(); b < shape_.blocks; b += kPlaceThreads) {
+    for (int b = thread(); b < shape_.blocks; b += kAssignThreads) {
       atomicMin(&first_bad, all_bad[b]);
     }
     __syncthreads();
     has_failed_ = first_bad != INT_MAX;
     if (!has_failed_) {
-      add_up();
+      sum_counts();
     }
     __syncthreads();
-    begin_groups();
+    compute_group_begins();
     if (block_ == 0) {
       if (thread() == 0) {
-        tell_host(first_bad);
+        publish_to_host(first_bad);
       }
       write_totals();
     }
     for (int word = 0; word < shape_.block_words; word += shape_.round_words) {
-      place(block_ * shape_.block_words + word, min(shape_.round_words, shape_.block_words - word));
+      assign_round(block_ * shape_.block_words + word, min(shape_.round_words, shape_.block_words - word));
     }
     if constexpr (!kRoute) {
       fill_padding();
@@ -164,20 +168,20 @@ class PlanBlock {
   __device__ int padded(int count) const {
     return kRoute ? count : (count + a_.alignment - 1) / a_.alignment * a_.alignment;
   }
-  // Tokens are wire rows already where no send_row is wanted. Otherwise those with an expert become wire rows.
+  // Without send_row, the input consists of wire rows. Otherwise tokens with an expert become wire rows.
   __device__ bool are_wire_rows() const { return a_.send_row == nullptr; }
   __device__ int num_wire_rows() const { return are_wire_rows() ? a_.num_tokens : s_.total[a_.num_experts]; }
 
-  // A bad plan is that of tokens without experts.
+  // With a bad index, the plan is computed as if the tokens had no experts.
   __device__ int entry_at(int i) const {
     return has_failed_ ? -1 : static_cast<int>(static_cast<const Int*>(a_.topk_idx)[i]);
   }
 
-  // Block-collective. Each warp adds up some blocks' counts of 32 keys.
-  __device__ void add_up() {
+  // Block-collective. Each warp sums the counts of 32 keys over some blocks.
+  __device__ void sum_counts() {
     const int chunks = (shape_.keys + kWarp - 1) / kWarp;
-    const int shares = max(1, kPlaceWarps / chunks);
-    for (int c = warp_id(); c < chunks * shares; c += kPlaceWarps) {
+    const int shares = max(1, kAssignWarps / chunks);
+    for (int c = warp_id(); c < chunks * shares; c += kAssignWarps) {
       const int key = c % chunks * kWarp + lane_id(), share = c / chunks;
       if (key >= shape_.keys) {
         continue;
@@ -195,11 +199,11 @@ class PlanBlock {
     }
   }
 
-  // Block-collective: exclusive prefix sums of the groups.
-  __device__ void begin_groups() {
-    __shared__ int warp_sums[kPlaceWarps];
+  // Block-collective. Computes the first row of each group: exclusive prefix sums.
+  __device__ void compute_group_begins() {
+    __shared__ int warp_sums[kAssignWarps];
     int carry = 0;
-    for (int first = 0; first < num_groups(); first += kPlaceThreads) {
+    for (int first = 0; first < num_groups(); first += kAssignThreads) {
       const int key = first + thread();
       const int size = key < num_groups() ? padded(s_.total[key]) : 0;
       int end = size;
@@ -213,7 +217,7 @@ class PlanBlock {
       }
       __syncthreads();
       int before = carry;
-      for (int w = 0; w < kPlaceWarps; ++w) {
+      for (int w = 0; w < kAssignWarps; ++w) {
         before += w < warp_id() ? warp_sums[w] : 0;
         carry += warp_sums[w];
       }
@@ -223,13 +227,13 @@ class PlanBlock {
       }
       __syncthreads();
     }
-    num_placed_ = carry;
+    group_rows_ = carry;
     const int needed = kRoute || a_.expert_major ? carry : num_wire_rows();
     rows_ = a_.capacity < 0 ? needed : static_cast<int>(a_.capacity);
   }
 
-  // One thread.
-  __device__ void tell_host(int first_bad) const {
+  // One thread. Publishes the number of rows of an exact plan, or reports a bad index.
+  __device__ void publish_to_host(int first_bad) const {
     if (a_.reply != nullptr) {
       const PlanReply reply = kPlanReady | (has_failed_ ? kPlanBad : static_cast<PlanReply>(rows_));
       *static_cast<volatile PlanReply*>(a_.reply) = reply;
@@ -238,6 +242,7 @@ class PlanBlock {
     }
   }
 
+  // One thread.
   __device__ void report_bad_index(PermuteReport& report, int index) const {
     const Int* topk_idx = static_cast<const Int*>(a_.topk_idx);
     const int token = index / a_.num_topk, slot = index % a_.num_topk;
@@ -257,10 +262,10 @@ class PlanBlock {
     *const_cast<volatile int64_t*>(&report.kind) = PermuteReport::bad_topk;
   }
 
-  // Block-collective.
+  // Block-collective, in the first block.
   __device__ void write_totals() {
     if constexpr (kRoute) {
-      for (int rank = thread(); rank < shape_.keys; rank += kPlaceThreads) {
+      for (int rank = thread(); rank < shape_.keys; rank += kAssignThreads) {
         a_.send_counts[rank] = s_.total[rank];
       }
       return;
@@ -276,7 +281,7 @@ class PlanBlock {
       }
     }
     __syncthreads();
-    for (int expert = thread(); expert < a_.num_experts; expert += kPlaceThreads) {
+    for (int expert = thread(); expert < a_.num_experts; expert += kAssignThreads) {
       const int total = s_.total[expert], begin = s_.begin[expert];
       if (a_.expert_major) {
         const int kept = min(max(rows_ - begin, 0), total);
@@ -286,7 +291,7 @@ class PlanBlock {
           atomicAdd(&dropped, total - kept);
         }
       } else {
-        atomicAdd(&a_.tokens_per_expert[expert], total);  // others take off what is dropped
+        atomicAdd(&a_.tokens_per_expert[expert], total);  // blocks that drop rows subtract them
       }
     }
     __syncthreads();
@@ -295,10 +300,10 @@ class PlanBlock {
     }
   }
 
-  // Block-collective: `words` words of tokens from word `first` on.
-  __device__ void place(int first, int words) {
+  // Block-collective. Assigns rows to `words` words of tokens from word `first` on.
+  __device__ void assign_round(int first, int words) {
     const int keys = shape_.keys;
-    for (int i = thread(); i < words * keys; i += kPlaceThreads) {
+    for (int i = thread(); i < words * keys; i += kAssignThreads) {
       s_.bits[i] = 0;
     }
     __syncthreads();
@@ -314,9 +319,9 @@ class PlanBlock {
       }
     });
     __syncthreads();
-    each_entry(begin, end, [&](int i, int token, int entry) { place_entry(i, token, token - begin, entry); });
+    each_entry(begin, end, [&](int i, int token, int entry) { assign_entry(i, token, token - begin, entry); });
     __syncthreads();
-    for (int key = thread(); key < keys; key += kPlaceThreads) {
+    for (int key = thread(); key < keys; key += kAssignThreads) {
       int count = 0;
       for (int word = 0; word < words; ++word) {
         count += __popc(s_.bits[word * keys + key]);
@@ -326,14 +331,15 @@ class PlanBlock {
     __syncthreads();
   }
 
+  // Block-collective. Calls f(index, token, entry) for each entry of the tokens in [begin, end).
   template <class F>
   __device__ void each_entry(int begin, int end, const F& f) const {
-    for (int i = begin * a_.num_topk + thread(); i < end * a_.num_topk; i += kPlaceThreads) {
+    for (int i = begin * a_.num_topk + thread(); i < end * a_.num_topk; i += kAssignThreads) {
       f(i, i / a_.num_topk, entry_at(i));
     }
   }
 
-  // Where the key's entry of a token goes, the `n`-th that is placed at once.
+  // One thread. The row of the round's n-th token in the group of `key`.
   __device__ int position(int n, int key) const {
     const int word = n / kWarp;
     int result = s_.next[key];
@@ -344,7 +350,8 @@ class PlanBlock {
     return result + __popc(s_.bits[word * shape_.keys + key] & ((1U << n % kWarp) - 1));
   }
 
-  __device__ void place_entry(int i, int token, int n, int entry) const {
+  // One thread. Entry `i`, of the round's n-th token.
+  __device__ void assign_entry(int i, int token, int n, int entry) const {
     const int slot = i - token * a_.num_topk;
     if constexpr (kRoute) {
       a_.send_row[i] = entry >= 0 ? position(n, key_of<true>(a_, entry)) : -1;
@@ -371,7 +378,7 @@ class PlanBlock {
     }
   }
 
-  // The experts of a wire row, by the first slot of its rank.
+  // One thread. The first slot of a rank writes the experts of the wire row.
   __device__ void write_wire_topk(int first, int slot, int entry, int row) const {
     const int rank = key_of<true>(a_, entry);
     const auto is_here = [&](int other) { return other >= 0 && key_of<true>(a_, other) == rank; };
@@ -386,14 +393,14 @@ class PlanBlock {
     }
   }
 
-  // -1 wherever no entry goes.
+  // Grid-wide. Writes -1 to every element of recv_map without an entry.
   __device__ void fill_padding() const {
     if (a_.expert_major) {
       auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
       // fault: permute plan: expert without padding
       const int most = a_.alignment - 1;  // rows of padding per expert
-      const int64_t step = int64_t{shape_.blocks} * kPlaceThreads;
-      for (int64_t i = block_ * kPlaceThreads + thread(); i < int64_t{a_.num_experts} * most; i += step) {
+      const int64_t step = int64_t{shape_.blocks} * kAssignThreads;
+      for (int64_t i = block_ * kAssignThreads + thread(); i < int64_t{a_.num_experts} * most; i += step) {
         const auto expert = static_cast<int>(i / most);
         const int total = s_.total[expert], begin = s_.begin[expert];
         const int row = begin + total + static_cast<int>(i % most);
@@ -401,15 +408,17 @@ class PlanBlock {
           recv_pair[row] = -1;
         }
       }
-      fill_tail(recv_pair, num_placed_, rows_);
+      fill_tail(recv_pair, group_rows_, rows_);
     } else {
       fill_tail(static_cast<Int*>(a_.recv_map), int64_t{num_wire_rows()} * a_.num_topk, int64_t{rows_} * a_.num_topk);
     }
   }
 
+  // Grid-wide. Writes -1 to values[begin:end].
   template <class T>
   __device__ void fill_tail(T* values, int64_t begin, int64_t end) const {
-    for (int64_t i = begin + block_ * kPlaceThreads + thread(); i < end; i += int64_t{shape_.blocks} * kPlaceThreads) {
+    for (int64_t i = begin + block_ * kAssignThreads + thread(); i < end;
+         i += int64_t{shape_.blocks} * kAssignThreads) {
       values[i] = -1;
     }
   }
@@ -419,13 +428,13 @@ class PlanBlock {
   const KeyWords s_;
   const int block_;
   bool has_failed_ = false;
-  int num_placed_ = 0;  // rows that all groups take
+  int group_rows_ = 0;  // rows of all groups, padding included
   int rows_ = 0;        // of the result
 };
 
 template <class Int, bool kRoute>
-__global__ void __launch_bounds__(kPlaceThreads)
-    place_keys(const __grid_constant__ PermutePlanArgs a, const __grid_constant__ PlanShape shape) {
+__global__ void __launch_bounds__(kAssignThreads)
+    assign_rows(const __grid_constant__ PermutePlanArgs a, const __grid_constant__ PlanShape shape) {
   extern __shared__ int words[];
   PlanBlock<Int, kRoute>(a, shape, words).run();
 }
@@ -433,12 +442,12 @@ __global__ void __launch_bounds__(kPlaceThreads)
 PlanShape shape_of(const PermutePlanArgs& args) {
   PlanShape shape{};
   shape.keys = args.route ? args.num_experts / args.num_local_experts : args.num_experts + 1;
-  const auto words = static_cast<int>(std::max<int64_t>(1, divide_up(args.num_tokens, kWarp)));
-  const int most_blocks = std::clamp(kMostCounts / shape.keys, 1, kMostBlocks);
-  shape.block_words = static_cast<int>(divide_up(words, most_blocks));
-  shape.blocks = static_cast<int>(divide_up(words, shape.block_words));
+  const auto words = static_cast<int>(std::max<int64_t>(1, ceil_div(args.num_tokens, kWarp)));
+  const int most_blocks = std::clamp(kMaxCounts / shape.keys, 1, kMaxPlanBlocks);
+  shape.block_words = static_cast<int>(ceil_div(words, most_blocks));
+  shape.blocks = static_cast<int>(ceil_div(words, shape.block_words));
   const int most_words = kSharedBytes / static_cast<int>(sizeof(int)) / shape.keys - kKeyArrays;
-  shape.round_words = std::min({shape.block_words, kMostWords, most_words});
+  shape.round_words = std::min({shape.block_words, kMaxWords, most_words});
   return shape;
 }
 
@@ -446,7 +455,7 @@ template <class Int, bool kRoute>
 cudaError_t prepare() {
   constexpr auto kAttribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
   const auto error = cudaFuncSetAttribute(count_keys<Int, kRoute>, kAttribute, kSharedBytes);
-  return error != cudaSuccess ? error : cudaFuncSetAttribute(place_keys<Int, kRoute>, kAttribute, kSharedBytes);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(assign_rows<Int, kRoute>, kAttribute, kSharedBytes);
 }
 
 template <class Int, bool kRoute>
@@ -459,9 +468,9 @@ cudaError_t launch(const PermutePlanArgs& args, const PlanShape& shape, cudaStre
   }
   return launch_kernel(
       Launch::overlapped,
-      place_keys<Int, kRoute>,
+      assign_rows<Int, kRoute>,
       shape.blocks,
-      kPlaceThreads,
+      kAssignThreads,
       (kKeyArrays + shape.round_words) * bytes,
       stream,
       args,
@@ -493,4 +502,4 @@ cudaError_t launch_permute_plan(const PermutePlanArgs& args, cudaStream_t stream
   return args.wide_idx ? launch<int64_t, false>(args, shape, stream) : launch<int32_t, false>(args, shape, stream);
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

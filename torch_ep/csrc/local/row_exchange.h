@@ -1,4 +1,4 @@
-// How wire rows reach the other ranks, for backends that are composed of local kernels and an exchange.
+// The interface of an exchange of wire rows, for composed backends.
 #pragma once
 
 #include "core/types.h"
@@ -8,28 +8,29 @@
 
 namespace ep {
 
-// A number on which all ranks of an exchange must agree, with the name that an error calls it by.
+// A number on which all ranks of an exchange must agree, and its name in errors.
 struct Agreed {
   const char* name;
   int64_t value;
   bool is_dtype = false;  // the value is an at::ScalarType
 };
 
-// One exchange of wire rows. It has begun when the object exists.
+// One exchange of wire rows. The constructor begins it.
 class RowExchange {
  public:
   virtual ~RowExchange() = default;
 
   // Waits until all ranks agree on this exchange. Returns the rows that each rank will send here.
   virtual std::vector<int64_t> confirm() = 0;
-  // Starts to move rows [n, width]: `sent` holds those for rank 0 first. Both contiguous, of one width and dtype.
+  // Starts to transfer rows [n, width]. `sent` is in the order of the destination ranks, `received` in the order of the
+  // source ranks. Both are contiguous and have the same width and dtype.
   virtual void start(const at::Tensor& received, const at::Tensor& sent, const std::vector<int64_t>& recv_rows) = 0;
   // Waits for everything started. The exchange ends here.
   virtual void finish() = 0;
   // Aborts an exchange that this rank cannot finish, and reports the reason to the peers.
-  virtual void abandon(const std::string& why) = 0;
-  // After `confirm`: how much later than this rank each rank came, in ns; 0 for the earlier ones. Between hosts it is
-  // as exact as their clocks.
+  virtual void abort(const std::string& why) = 0;
+  // After `confirm`: per rank, how much later than this rank it entered the exchange, in ns; 0 if earlier. Between
+  // hosts, it is as accurate as their clocks.
   virtual const std::vector<int64_t>& wait_ns() const = 0;
 
   // Runs `f`, a part of the exchange, and returns its result. Reports its exception to the peers.
@@ -38,7 +39,7 @@ class RowExchange {
     try {
       return f();
     } catch (const std::exception& error) {
-      abandon(message_of(error));
+      abort(message_of(error));
       throw;
     }
   }

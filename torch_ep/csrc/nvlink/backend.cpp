@@ -1,4 +1,4 @@
-// The nvlink backend on the host: tensors to kernel arguments.
+// The host side of the nvlink backend: converts tensors to kernel arguments and launches.
 #include "core/backend.h"
 
 #include "core/checks.h"
@@ -33,8 +33,8 @@ bool is_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-// Rows as the kernels take them: a multiple of 16 bytes each, from an address that is one. An exact plan's device waits
-// for the host until it has launched the next kernel, so nothing here goes through an operator that need not.
+// Rows as the kernels require them: their address and their size are multiples of 16 bytes. After an exact plan the
+// device idles until the host launches the next kernel, so this code calls torch operators only where it must.
 struct Rows {
   at::Tensor holder;
   const char* data;
@@ -42,7 +42,7 @@ struct Rows {
 };
 
 at::Tensor as_bytes(const at::Tensor& t) {
-  // With strides that a view takes where a size of one, or no element, leaves others to a contiguous tensor.
+  // A contiguous tensor with a size of one, or without elements, may have strides that `view` rejects.
   return t.as_strided(t.sizes(), {t.size(1), 1}).view(at::kByte);
 }
 
@@ -61,12 +61,13 @@ Rows to_wire(const at::Tensor& t) {
   return {holder, data<char>(holder), padded};
 }
 
-// A result of `rows` rows like those of `like`, padded as to_wire does, and without the padding.
+// Allocates a result of `rows` rows like those of `like`, padded to `padded` bytes.
 at::Tensor wire_result(const at::Tensor& like, int64_t rows, int64_t padded) {
   const int64_t row = like.size(1) * static_cast<int64_t>(like.element_size());
   return row == padded ? empty({rows, like.size(1)}, like) : empty({rows, padded}, like, at::kByte);
 }
 
+// A result of wire_result without its padding.
 at::Tensor from_wire(const at::Tensor& result, const at::Tensor& like) {
   if (result.scalar_type() == like.scalar_type() && result.size(1) == like.size(1)) {
     return result;
@@ -95,7 +96,7 @@ int multiprocessors_of(c10::DeviceIndex device) {
 struct Options {
   std::string group_name;
   int64_t rank, world_size;
-  at::IntArrayRef buffers;  // address of every rank's symmetric buffer; zeroed before
+  at::IntArrayRef buffers;  // address of every rank's symmetric buffer, initially zero
   Limits limits;
   int64_t num_sms;
   int64_t timeout_ms;
@@ -185,7 +186,8 @@ class Nvlink final : public Backend {
     const int64_t num_local_experts = options.num_experts / layout_.world_size;
     int64_t rows = options.capacity.value_or(layout_.world_size * most_tokens);
     if (exact && options.expert_major) {
-      // Room for as many rows as could come: indices are small, and so the kernel need not stop where it counts them.
+      // Allocate the maximum number of rows: indices are small, and the kernel need not wait for the host once it has
+      // counted.
       rows = rows * std::min(num_topk, num_local_experts) + num_local_experts * (options.alignment - 1);
     }
     const auto ints = [&](at::IntArrayRef sizes) { return empty(sizes, topk_idx, at::kInt); };
@@ -229,7 +231,7 @@ class Nvlink final : public Backend {
       TORCH_CHECK_VALUE(false, refusal(num_tokens, most_tokens));
     }
     if (exact) {
-      // Not a view: nobody else has the tensor yet.
+      // Resized, not viewed: the tensor has no other owner yet.
       auto sizes = recv_map.sizes().vec();
       sizes[0] = await_rows(stream);
       recv_map.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
@@ -257,7 +259,7 @@ class Nvlink final : public Backend {
       args.weights = data<char>(*topk_weights);
       args.out_weights = mutable_data<char>(*std::get<1>(result));
     }
-    // Scales travel in the wire row if there is room beside at least as much of the row.
+    // Scales are part of the wire row if they and the weights take at most half of it.
     const int64_t scale_bytes = bytes_per_row(scales);
     const bool beside = 2 * (round_up(scale_bytes, kVector) + wire_row_tail(args.format, num_topk)) <= wire_row_limit();
     if (scales && beside) {
@@ -369,7 +371,8 @@ class Nvlink final : public Backend {
   bool is_groupless() const { return is_groupless_; }
   int64_t world_size() const { return layout_.world_size; }
 
-  // Local halves of torch_ep.reset: waits for the device and returns the last exchange; continues with a later one.
+  // The local steps of torch_ep.reset. `settle` waits for the device and returns the last exchange; `restart` continues
+  // after exchange `epoch`.
   int64_t settle() {
     const c10::cuda::CUDAGuard guard(device_);
     C10_CUDA_CHECK(cudaDeviceSynchronize());
@@ -396,7 +399,7 @@ class Nvlink final : public Backend {
     std::fill(std::begin(masked_), std::end(masked_), 0);
   }
 
-  // Bits of the ranks that the low-latency pair of this rank leaves out; `mask` adds some.
+  // Bits of the ranks that this rank's low-latency pair excludes. `mask` adds some.
   int64_t masked() const {
     uint32_t by_host[kRankSteps] = {}, by_timeout[kRankSteps] = {};
     const Stream stream;
@@ -416,7 +419,7 @@ class Nvlink final : public Backend {
     Stream().copy(comm_.state->masked_by_host, masked_, sizeof(masked_));
   }
 
-  // Throws what a kernel reported since the last call. After a timeout every call throws, until a reset.
+  // Throws the failure that a kernel reported since the last call. After a timeout every call throws, until a reset.
   void throw_failure() {
     if (!fatal_.empty()) {
       C10_THROW_ERROR(DistError, fatal_);
@@ -441,7 +444,7 @@ class Nvlink final : public Backend {
       C10_THROW_ERROR(DistError, fatal_);
     }
     reported.store(Failure::none, std::memory_order_release);
-    // Of several ranks with too many tokens each reports its own number, whichever report arrived first.
+    // If several ranks have too many tokens, each throws its own number, whichever report arrived first.
     const bool too_many = kind == Failure::too_many_tokens;
     const bool is_own = report.peer == comm_.rank, all_refused = too_many && last_tokens_ > last_most_tokens_;
     const bool own_topk = (kind == Failure::bad_expert || kind == Failure::duplicate_expert || too_many) && is_own;
@@ -454,7 +457,7 @@ class Nvlink final : public Backend {
     TORCH_CHECK_VALUE(false, describe(group_name_, comm_, report));
   }
 
-  // Whether no kernel of it runs any more, so that its memory may go.
+  // Whether all kernels have ended, so that their memory can be freed.
   bool is_idle() const {
     const c10::cuda::CUDAGuard guard(device_);
     const auto status = last_stream_ ? cudaStreamQuery(*last_stream_) : cudaSuccess;
@@ -467,7 +470,7 @@ class Nvlink final : public Backend {
  private:
   // --- exchanges ---
 
-  // Before every operator. Exchanges of one communicator follow each other also from stream to stream.
+  // Called before every operator. Orders the exchanges of one communicator across streams.
   c10::cuda::CUDAStream enter() {
     throw_failure();
     const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -503,7 +506,7 @@ class Nvlink final : public Backend {
     return view;
   }
 
-  // What travels, as all ranks have to pass it.
+  // The sizes and dtypes on which all ranks must agree.
   static Handshake handshake_of(
       const at::Tensor& rows,
       const std::optional<at::Tensor>& topk_weights,
@@ -521,12 +524,12 @@ class Nvlink final : public Backend {
 
   int64_t wire_row_limit() const { return std::min<int64_t>(layout_.wire_row_bytes, max_wire_row_bytes()); }
 
-  static int64_t wire_row_tail(WireFormat record, int64_t num_topk) {
-    record.row_bytes = 0;
-    return record.bytes(static_cast<int>(num_topk));
+  static int64_t wire_row_tail(WireFormat format, int64_t num_topk) {
+    format.row_bytes = 0;
+    return format.bytes(static_cast<int>(num_topk));
   }
 
-  // One exchange for each slice of columns that a slot has room for; the first takes what travels along.
+  // Runs one exchange per slice of columns that fits into a wire row. The first one also sends weights and scales.
   template <class Args, class Launch>
   void by_columns(Args& args, int64_t row_bytes, int64_t num_topk, Launch launch) const {
     args.format.row_stride = row_bytes;
@@ -563,18 +566,18 @@ class Nvlink final : public Backend {
 
   // --- the exact plan ---
 
-  // The one number that an exact plan waits for.
+  // Waits for the number of rows of an exact plan.
   int64_t await_rows(cudaStream_t stream) {
-    // The kernel's own waits end by the timeout; this one is for a kernel that ended without a word, or never began.
-    const auto count_entry = std::chrono::milliseconds(10);
-    auto look = steady_clock::now() + count_entry;
+    // The kernel's own waits time out. The query detects a kernel that ended without a result, or never began.
+    constexpr auto kQueryEvery = std::chrono::milliseconds(10);
+    auto next_query = steady_clock::now() + kQueryEvery;
     std::atomic_ref<uint64_t> word(host_report_->plan);
-    uint64_t told = 0;
-    while ((told = word.load(std::memory_order_acquire)) == 0) {
-      if (steady_clock::now() < look) {
+    uint64_t reply = 0;
+    while ((reply = word.load(std::memory_order_acquire)) == 0) {
+      if (steady_clock::now() < next_query) {
         continue;
       }
-      look += count_entry;
+      next_query += kQueryEvery;
       const auto status = cudaStreamQuery(stream);
       if (status != cudaErrorNotReady) {
         C10_CUDA_CHECK(status);
@@ -582,12 +585,12 @@ class Nvlink final : public Backend {
       }
       std::this_thread::yield();
     }
-    if ((told & kPlanFailed) != 0) {
+    if ((reply & kPlanFailed) != 0) {
       C10_CUDA_CHECK(cudaStreamSynchronize(stream));
       throw_failure();
       TORCH_CHECK(false, "ep::plan: the kernel reported a failure without a record");
     }
-    return static_cast<int64_t>(told & (kPlanFailed - 1));
+    return static_cast<int64_t>(reply & (kPlanFailed - 1));
   }
 
   // --- errors ---
@@ -610,7 +613,7 @@ class Nvlink final : public Backend {
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
   uint32_t masked_[kRankSteps] = {};  // State::masked_by_host
-  // Of the last plan, whose exact form says at once if these were too many.
+  // Of the last plan, for the error about too many tokens.
   int64_t last_tokens_ = 0, last_most_tokens_ = 0;
   std::string fatal_;
 };
@@ -659,8 +662,8 @@ find_nvlink(OpKind op, const std::string& group_name, int64_t world_size, const 
   if (!backend || !backend->takes(t)) {
     return nullptr;
   }
-  // The process alone exchanges nothing: plan, dispatch and combine are the local backend's. A single virtual rank runs
-  // the link kernels.
+  // A process without a group exchanges nothing: the local backend runs plan, dispatch and combine. A single virtual
+  // rank runs the nvlink kernels.
   const bool is_low_latency = op == OpKind::low_latency_dispatch || op == OpKind::low_latency_combine;
   if (group_name.empty() && !is_low_latency) {
     backend->throw_failure();
@@ -689,8 +692,8 @@ bool report_failure(OpKind op, const std::string& group_name, const std::string&
 const BackendRegistration registration(
     {.name = "nvlink", .order = 0, .find = find_nvlink, .report_failure = report_failure});
 
-// Local; the group's communicator has to be there before unless groupless. Returns what `destroy` would of the backend
-// that it replaces.
+// Local. The group's communicator must exist, unless groupless. Returns the result of `destroy` for the replaced
+// backend.
 bool init(
     std::string group_name,
     int64_t rank,

@@ -11,24 +11,16 @@
 namespace ep::nvlink {
 namespace {
 
-const char* op_name(int64_t op) {
-  return name_of(static_cast<OpKind>(op));
-}
-
-const char* op_name(Op op) {
-  return op_name(static_cast<int64_t>(op));
-}
-
 std::string describe_topk(const FailureReport& report) {
   if (report.kind == Failure::too_many_tokens) {
     return "ep::plan: expected at most max_tokens_per_rank tokens, got more";
   }
   std::ostringstream message;
   if (report.kind == Failure::bad_expert) {
-    message << op_name(report.op) << ": expected topk_idx in [-1, " << report.ours << "), got " << report.theirs
+    message << name_of(report.op) << ": expected topk_idx in [-1, " << report.ours << "), got " << report.theirs
             << " at token " << report.token << ", slot " << report.slot;
   } else {
-    message << op_name(report.op) << ": expected different experts in one token, got expert " << report.theirs
+    message << name_of(report.op) << ": expected different experts in one token, got expert " << report.theirs
             << " at token " << report.token << ", slots " << report.earlier_slot << " and " << report.slot;
   }
   return message.str();
@@ -36,13 +28,13 @@ std::string describe_topk(const FailureReport& report) {
 
 std::string describe_plan(const FailureReport& report) {
   std::ostringstream message;
-  message << op_name(report.op) << ": expected " << (report.kind == Failure::bad_send_row ? "send_row" : "recv_pair")
+  message << name_of(report.op) << ": expected " << (report.kind == Failure::bad_send_row ? "send_row" : "recv_pair")
           << " of this plan in [-1, " << report.ours << "), in the order of ep::plan, got " << report.theirs
           << " (exchange " << report.epoch << ")";
   return message.str();
 }
 
-// As users know it.
+// The name of a field in error messages.
 const char* field_name(HandshakeField field) {
   switch (field) {
     case HandshakeField::num_experts:
@@ -80,12 +72,12 @@ bool is_dtype(HandshakeField field) {
 
 std::string describe_mismatch(const std::string& group_name, const Comm& comm, const FailureReport& report) {
   std::ostringstream message;
-  message << op_name(report.op) << ": ";
+  message << name_of(report.op) << ": ";
   switch (report.field) {
     case HandshakeField::op:
       message << "ranks issued different sequences of operators on group '" << group_name << "': rank " << comm.rank
-              << " is in " << op_name(report.op) << " (exchange " << report.epoch << "), rank " << report.peer << " in "
-              << op_name(report.theirs) << " (exchange " << report.their_epoch << ")";
+              << " is in " << name_of(report.op) << " (exchange " << report.epoch << "), rank " << report.peer << " in "
+              << name_of(static_cast<OpKind>(report.theirs)) << " (exchange " << report.their_epoch << ")";
       break;
     case HandshakeField::rows_to_peer:
     case HandshakeField::rows_from_peer: {
@@ -108,8 +100,8 @@ std::string describe_mismatch(const std::string& group_name, const Comm& comm, c
   return message.str();
 }
 
-// The last exchange that rank `source` has entered, of those that use this one's words.
-uint64_t last_entered(const Comm& comm, Op op, uint64_t epoch, int source, const Stream& stream) {
+// The last exchange that rank `source` has entered, among those that use the same words as exchange `epoch`.
+uint64_t last_entered(const Comm& comm, OpKind op, uint64_t epoch, int source, const Stream& stream) {
   const auto half = static_cast<int>(epoch % 2);
   const auto read = [&](int64_t offset) {
     uint64_t value = 0;
@@ -119,16 +111,16 @@ uint64_t last_entered(const Comm& comm, Op op, uint64_t epoch, int source, const
   // Words and packets of the low-latency pair hold the lower half of the number in their own upper half.
   const auto number = [&](int64_t offset) { return (epoch & ~uint64_t{0xffffffff}) | read(offset) >> 32; };
   switch (op) {
-    case Op::low_latency_dispatch:
+    case OpKind::low_latency_dispatch:
       return number(comm.low_latency.announcement(half, source));
-    case Op::low_latency_combine:
+    case OpKind::low_latency_combine:
       return number(comm.low_latency.entered(half, source) + kPacketBytes - static_cast<int64_t>(sizeof(uint64_t)));
     default:
       return read(comm.layout.header(half, source) + Header::kEpoch * static_cast<int64_t>(sizeof(uint64_t)));
   }
 }
 
-// Ranks that have not entered the exchange, as far as this one can see.
+// Ranks that have not entered the exchange, as far as this rank knows.
 std::vector<int> absent(const Comm& comm, const FailureReport& report) {
   const auto epoch = static_cast<uint64_t>(report.epoch);
   std::vector<int> ranks;
@@ -143,7 +135,7 @@ std::vector<int> absent(const Comm& comm, const FailureReport& report) {
 
 std::string describe_order(const std::string& group_name, const FailureReport& report) {
   std::ostringstream message;
-  message << op_name(report.op) << ": expected exchange " << report.ours << " of group '" << group_name
+  message << name_of(report.op) << ": expected exchange " << report.ours << " of group '" << group_name
           << "' to be received next, got the status of exchange " << report.theirs
           << ": exchanges are received in the order in which they were sent, each once. torch_ep.reset(group) on "
              "every rank makes the group usable again";
@@ -152,7 +144,7 @@ std::string describe_order(const std::string& group_name, const FailureReport& r
 
 std::string describe_third_send(const std::string& group_name, const FailureReport& report) {
   std::ostringstream message;
-  message << op_name(report.op) << ": expected at most two exchanges of group '" << group_name
+  message << name_of(report.op) << ": expected at most two exchanges of group '" << group_name
           << "' on their way, got a third, exchange " << report.epoch
           << ", before the first was received. torch_ep.reset(group) on every rank makes the group usable again";
   return message.str();
@@ -161,7 +153,7 @@ std::string describe_third_send(const std::string& group_name, const FailureRepo
 std::string describe_absence(const std::string& group_name, const Comm& comm, const FailureReport& report) {
   static constexpr const char* kPhases[] = {"headers", "the buffer", "counts", "rows", "its own blocks"};
   std::ostringstream message;
-  message << op_name(report.op) << ": rank " << comm.rank << " waited in exchange " << report.epoch << " of group '"
+  message << name_of(report.op) << ": rank " << comm.rank << " waited in exchange " << report.epoch << " of group '"
           << group_name << "' (" << kPhases[static_cast<int>(report.phase)] << ", timeout "
           << comm.timeout_ns / 1'000'000 << " ms) for ";
   // A rank that waits for a credit has entered no exchange that peers could have seen.
@@ -198,14 +190,14 @@ std::string describe(const std::string& group_name, const Comm& comm, const Fail
     case Failure::mismatch:
       return describe_mismatch(group_name, comm, report);
     case Failure::mismatch_of_peer:
-      message << op_name(report.op) << ": rank " << report.peer << " disagrees with another rank in exchange "
+      message << name_of(report.op) << ": rank " << report.peer << " disagrees with another rank in exchange "
               << report.epoch << " of group '" << group_name << "', whose errors say on what";
       return message.str();
     case Failure::too_many_tokens:
     case Failure::bad_expert:
     case Failure::duplicate_expert:
       if (report.peer != comm.rank) {
-        message << op_name(report.op) << ": rank " << report.peer << " failed before exchange " << report.epoch << ": ";
+        message << name_of(report.op) << ": rank " << report.peer << " failed before exchange " << report.epoch << ": ";
       }
       return message.str() + describe_topk(report);
     case Failure::bad_send_row:

@@ -7,7 +7,7 @@
 
 namespace ep::nvlink {
 
-// `report`: not of too many tokens of this rank, of which its host knows more.
+// `report`: any failure except too many tokens on this rank, which the host describes with their number.
 std::string describe(const std::string& group_name, const Comm& comm, const FailureReport& report);
 
 }  // namespace ep::nvlink

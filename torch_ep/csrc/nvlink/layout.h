@@ -1,50 +1,48 @@
-// The layout of a rank's symmetric buffer, for host and device. Every rank has the same, so an offset is valid in every
-// peer's buffer. docs/protocol.md has the table of signals.
+// The layout of a rank's symmetric buffer, for host and device. Every rank has the same layout, so an offset is valid
+// in every peer's buffer. docs/protocol.md has the table of signals.
 #pragma once
 
-#include <cstdint>
+#include "core/integer_math.h"
+#include "core/quantization.h"
 
-#ifdef __CUDACC__
-#define EP_HOST_DEVICE __host__ __device__
-#else
-#define EP_HOST_DEVICE
-#endif
+#include <cstdint>
 
 namespace ep::nvlink {
 
 // Note [How many ranks]
 // The world size is a run-time value. kMaxRanks bounds arrays that have an element per rank; nothing else depends on
-// it. What a larger bound costs, and would cost 72 ranks, one NVL72 domain:
+// it. The costs of a larger bound, with figures for 72 ranks (one NVL72 domain):
 //   - kernel arguments: 8 bytes per rank, the peers' buffers. 656 bytes at most now; with 72 ranks 1.1 KB of 4 KB, and
 //     beyond 1 KB prefetch_arguments (device/exchange.cuh) needs more than one line per warp;
 //   - registers: one per 32 ranks for each value that a warp keeps per rank (Note [Ranks and lanes], device/ranks.cuh);
 //   - shared memory of ep::plan: plan_words_per_expert(72) words per local expert, so at most 117 of them;
 //   - shared memory of ep::low_latency_dispatch: two announcements per rank, with 4 local experts and 128 tokens 10 KB;
 //   - symmetric memory: two buffers of (world_size - 1) * max_tokens wire rows. With 4096 tokens of 7168 elements, 72
-//     ranks take 7.8 GiB each, so fewer tokens have to do;
+//     ranks take 7.8 GiB each, so max_tokens has to be smaller;
 //   - a plan sends every token's experts to every rank, and each block reads the counts of all blocks of all ranks;
 //   - abort signals have 7 bits for a rank.
 constexpr int kMaxRanks = 16;
 constexpr int kWarpLanes = 32;
-constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // ranks that a lane stands for
+constexpr int kRankSteps = (kMaxRanks + kWarpLanes - 1) / kWarpLanes;  // ranks per lane
 constexpr int kMaxTopk = 32;                                           // one lane per slot
-// Rows of one rank that can be numbered beside a count in the lower half of a flag.
+// Bound of the tokens per rank: the index of a row and a count share the lower half of a flag.
 constexpr int64_t kMaxTokens = int64_t{1} << 24;
 
-// ep::combine cuts up to kMaxSplitRows rows to one rank into chunks by columns, so that every warp has one: kMinParts
-// per row, or with very few rows more, about kFewChunks in all. Measured on two H100.
+// If rows to a rank times peers are at most kMaxSplitRows, ep::combine splits these rows into chunks of columns, so
+// that every warp has a chunk: kMinParts per row, or more for very few rows, about kFewChunks in total. Measured on two
+// H100.
 constexpr int kFewChunks = 192;
 constexpr int kMinParts = 2;
 constexpr int kMaxSplitRows = 512;
 
-// Words of 32 tokens of each rank whose rows a block of ep::plan assigns at once.
+// Words of 32 tokens per rank and round of a block of ep::plan.
 constexpr int kPlanWords = 8;
 EP_HOST_DEVICE constexpr int plan_words(int world_size) {
   return world_size <= 4 ? kPlanWords : kPlanWords / 2;
 }
 
-// Words of shared memory that ep::plan needs per local expert: total, begin, rows before each rank's share, a bit per
-// token whose row is assigned at once; and the counts of that expert of every rank.
+// Words of shared memory that ep::plan needs per local expert: total, begin, rows before this block's share of each
+// rank, a bit per token of a round, and a histogram entry per rank.
 EP_HOST_DEVICE constexpr int64_t plan_words_per_expert(int world_size) {
   return 2 + 2 * world_size + world_size * plan_words(world_size);
 }
@@ -55,14 +53,10 @@ EP_HOST_DEVICE constexpr int64_t most_experts(int64_t world_size) {
   return kSharedBytes / 4 / plan_words_per_expert(static_cast<int>(world_size)) * world_size;
 }
 
-EP_HOST_DEVICE constexpr int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
-
-// What all ranks of an exchange have to agree on. An operator sets the fields that it knows; the others are 0.
+// Values on which all ranks of an exchange must agree. An operator sets the fields that it uses; the others are 0.
 struct Handshake {
   static constexpr int kFields = 10;
-  static constexpr int kWords = kFields / 2;  // of 64 bits, as they travel in a header
+  static constexpr int kWords = kFields / 2;  // words of 64 bits in a header
 
   int32_t num_experts, num_topk;
   int32_t hidden, dtype;  // of a row; dtypes are of at::ScalarType
@@ -77,7 +71,7 @@ struct Handshake {
 };
 static_assert(sizeof(Handshake) == Handshake::kFields * sizeof(int32_t));
 
-// The fields of Handshake, in their order, and what else may differ between two ranks.
+// The fields of Handshake, in their order, and other values that may differ between two ranks.
 enum class HandshakeField : int32_t {
   num_experts,
   num_topk,
@@ -95,15 +89,14 @@ enum class HandshakeField : int32_t {
 };
 static_assert(static_cast<int>(HandshakeField::op) == Handshake::kFields);
 
-// A rank's handshake as it lies in a peer's memory, in words of 64 bits. There are two headers per source, used in
-// turn: a peer may be one exchange ahead, and never two, since no rank ends an exchange before every peer has entered
-// it.
+// The layout of a rank's handshake in a peer's memory, in words of 64 bits. Each source alternates between two headers:
+// a peer may be one exchange ahead but never two, since no rank ends an exchange before every peer has entered it.
 struct Header {
   static constexpr int kEpoch = 0;  // written last
   static constexpr int kOp = 1;
   static constexpr int kHandshake = 2;
   static constexpr int kRows = kHandshake + Handshake::kWords;
-  static constexpr int kChunks = kRows + 1;  // of ep::dispatch: flags that the reader will get
+  static constexpr int kChunks = kRows + 1;  // in ep::dispatch: number of flags that the reader will get
   static constexpr int kBytes = 128;
   static_assert((kChunks + 1) * 8 <= kBytes);
 
@@ -116,8 +109,8 @@ struct Header {
 };
 
 struct Layout {
-  // A block of ep::plan publishes a word for each local expert, its rows, and kPlanSums more: rows of all local
-  // experts, tokens of the whole rank, and whether an entry is bad.
+  // A block of ep::plan publishes one word per local expert, its rows, and kPlanSums more: rows of all local experts,
+  // tokens of the whole rank, and a status.
   static constexpr int kPlanSums = 3;
 
   int world_size;
@@ -125,26 +118,26 @@ struct Layout {
   int num_topk;
   int num_experts;
   int64_t max_tokens;
-  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
+  int64_t wire_row_bytes;  // reserved bytes per wire row, a multiple of 128
 
   // Derived from these.
   int64_t counts_bytes;  // of one block
   int64_t topk_bytes;    // of one rank
-  int64_t rows_bytes;    // only of the others: a rank sends itself nothing
+  int64_t rows_bytes;    // only of peers: a rank sends nothing to itself
   int64_t done_at, abort_signals_at, plan_flags_at, dispatch_flags_at, combine_flags_at, plan_counts_at, plan_topk_at,
       dispatch_rows_at, combine_rows_at, end;
 
   Layout() = default;
-  Layout(int ranks, int blocks, int topk, int experts, int64_t tokens, int64_t slot)
+  Layout(int ranks, int blocks, int topk, int experts, int64_t tokens, int64_t row_bytes)
       : world_size(ranks),
         num_blocks(blocks),
         num_topk(topk),
         num_experts(experts),
         max_tokens(tokens),
-        wire_row_bytes(slot),
+        wire_row_bytes(row_bytes),
         counts_bytes(round_up((num_local_experts() + kPlanSums) * int64_t{8}, 16)),
         topk_bytes(round_up(tokens * topk * 4, 16)),
-        rows_bytes((ranks - 1) * tokens * slot),
+        rows_bytes((ranks - 1) * tokens * row_bytes),
         done_at(header(2, 0)),
         abort_signals_at(done_at + ranks * int64_t{8}),
         plan_flags_at(abort_signals_at + ranks * int64_t{8}),
@@ -158,7 +151,7 @@ struct Layout {
 
   int num_local_experts() const { return num_experts / world_size; }
   int64_t bytes() const { return end; }
-  // Chunks from one rank, at most.
+  // Maximum number of chunks from one rank.
   EP_HOST_DEVICE int64_t combine_chunks() const {
     constexpr int64_t kMost = int64_t{kMinParts} * kMaxSplitRows;
     return max_tokens > kMost ? max_tokens : kMost;
@@ -172,7 +165,7 @@ struct Layout {
   EP_HOST_DEVICE int64_t plan_flag(int source, int block) const {
     return plan_flags_at + (int64_t{source} * num_blocks + block) * 8;
   }
-  // Rows travel in chunks. Each has a flag of its own, which is written once per exchange, when the chunk is complete.
+  // Rows are sent in chunks. Each chunk has its own flag, written once per exchange when the chunk is complete.
   EP_HOST_DEVICE int64_t dispatch_flag(int source, int64_t chunk) const {
     return dispatch_flags_at + (source * max_tokens + chunk) * 8;
   }
@@ -191,7 +184,7 @@ struct Layout {
   }
 };
 
-// Where the copy of a row for one top-k slot goes: travels with each row of the low-latency pair, for each slot.
+// The destination of a row for one top-k slot. Each wire row of ep::low_latency_dispatch holds one SlotRoute per slot.
 struct alignas(16) SlotRoute {
   int expert;  // -1: none
   int index;   // among the rows that the source sends to this expert
@@ -204,8 +197,8 @@ constexpr int64_t kSlotRouteBytes = sizeof(SlotRoute);
 // Small batches send rows inline, in packets of 16 bytes that are written and read as one: 12 bytes of the row and the
 // number of the exchange. (NCCL's LL protocols do the same with 8 and 128 bytes.) A packet needs neither a flag nor the
 // fence before it, which would cost a round trip; a third more bytes cost less. A lane sends 48 bytes of a row in four
-// packets. Packet j of all 32 lanes of a chunk lies before packet j + 1 of any, so that a warp writes and reads whole
-// lines. Each SlotRoute has a packet of its own; the scales of a chunk have one per three.
+// packets. A chunk stores packet j of all 32 lanes before packet j + 1, so a warp writes and reads whole cache lines.
+// Each SlotRoute has its own packet; three scales share a packet.
 constexpr int kPacketBytes = 16;
 constexpr int kPacketsPerLane = 4;
 constexpr int kVectorsPerLane = 3;  // of 16 bytes
@@ -213,8 +206,7 @@ constexpr int kLanesPerChunk = 32;
 constexpr int kChunkVectors = kLanesPerChunk * kVectorsPerLane;
 constexpr int kChunkBytes = kLanesPerChunk * kPacketsPerLane * kPacketBytes;  // in packets
 
-constexpr int kGroup = 128;                 // channels that share a scale
-constexpr int kGroupVectors = kGroup / 16;  // of fp8
+constexpr int kGroupVectors = kScaleGroup / 16;  // of fp8
 constexpr int kChunkGroups = kChunkVectors / kGroupVectors;
 constexpr int kScalePacketsPerChunk = kChunkGroups / 3;
 
@@ -223,26 +215,26 @@ EP_HOST_DEVICE constexpr int chunks_of(int vectors) {
   return (vectors + kChunkVectors - 1) / kChunkVectors;
 }
 
-// Rows travel in packets as long as the packets to all peers, and those to one, take no more bytes than this. Beyond,
-// the links or the sending warps take longer for them than a fence does.
+// Rows are sent in packets if the packets to all peers, and those to one peer, take at most this many bytes. Above
+// these limits, the larger packets cost the links or the sending warps more time than a fence.
 constexpr int64_t kMaxPacketBytes = int64_t{9} << 18, kMaxPacketBytesPerPeer = int64_t{3} << 19;
 
-// The layout of the low-latency pair's part of the same buffers, behind Layout's. Each of its two kinds of exchange has
-// two halves, used in turn, so that two exchanges may be in flight. Every token of every rank, the reader's own
-// included, has room for its row: nothing has to be counted before rows leave.
+// The layout of the low-latency pair's part of the symmetric buffer, after Layout's part. Each of the two kinds of
+// exchange alternates between two halves, so two exchanges may be in flight. Every token of every rank, the reader
+// included, has a reserved row: nothing has to be counted before rows are sent.
 struct LowLatencyLayout {
   static constexpr int kKinds = 2;  // dispatch, combine
   static constexpr int kHalves = 2;
-  static constexpr int kRowFlags = 4;    // of a row of combine: column by column, so that several warps share a row
+  static constexpr int kRowFlags = 4;    // per row of combine, one per part of its columns: several warps share a row
   static constexpr int kVisitBits = 32;  // tokens per word
 
   int64_t begin;  // in the symmetric buffer
   int world_size;
-  int max_tokens;  // of a rank; 0: no low-latency pair on this communicator
+  int max_tokens;  // per rank; 0: no low-latency pair on this communicator
   int num_topk;
   int num_local_experts;
-  int64_t wire_row_bytes;  // room of one wire row, a multiple of 128
-  int packet_tokens;       // of a rank: as many rows of wire_row_bytes fit in packets
+  int64_t wire_row_bytes;  // reserved bytes per wire row, a multiple of 128
+  int packet_tokens;       // per rank: rows of wire_row_bytes that fit into its packets
 
   // Derived from these.
   int words;  // of an announcement
@@ -253,18 +245,25 @@ struct LowLatencyLayout {
 
   LowLatencyLayout() = default;
   // `packed`: packet_tokens; if not given, as many as the limits above allow.
-  LowLatencyLayout(int64_t begin_at, int ranks, int tokens, int topk, int local_experts, int64_t slot, int packed = -1)
+  LowLatencyLayout(
+      int64_t begin_at,
+      int ranks,
+      int tokens,
+      int topk,
+      int local_experts,
+      int64_t row_bytes,
+      int packed = -1)
       : begin(begin_at),
         world_size(ranks),
         max_tokens(tokens),
         num_topk(topk),
         num_local_experts(local_experts),
-        wire_row_bytes(slot),
+        wire_row_bytes(row_bytes),
         words(Handshake::kFields + local_experts + visit_words()),
         announcement_bytes(round_up(words * int64_t{8}, 128)),
         scale_packets_at(round_up(topk * int64_t{kPacketBytes}, 128)),
-        row_packets_at(scale_packets_at + round_up(chunks_of(slot) * kScalePacketsPerChunk * kPacketBytes, 128)),
-        packet_row_bytes(packet_row_bytes_of(slot)) {
+        row_packets_at(scale_packets_at + round_up(chunks_of(row_bytes) * kScalePacketsPerChunk * kPacketBytes, 128)),
+        packet_row_bytes(packet_row_bytes_of(row_bytes)) {
     const int64_t share = kMaxPacketBytes / (ranks > 1 ? ranks - 1 : 1);
     const int64_t most = (share < kMaxPacketBytesPerPeer ? share : kMaxPacketBytesPerPeer) / packet_row_bytes;
     packet_tokens = packed >= 0 ? packed : static_cast<int>(most < tokens ? most : tokens);
@@ -291,12 +290,13 @@ struct LowLatencyLayout {
   }
 
   EP_HOST_DEVICE int64_t done(int kind, int source) const { return begin + (kind * world_size + source) * 8; }
-  // Of combine: a packet that the source publishes when it enters.
+  // combine: a packet that the source publishes when it enters.
   EP_HOST_DEVICE int64_t entered(int half, int source) const {
     return entered_at + (half * world_size + source) * int64_t{kPacketBytes};
   }
-  // The fields of the handshake, the rows of each local expert, a bit for each token that visits the reader. Every
-  // announcement has the same words, so that no word is awaited in vain where sizes differ; each holds the number too.
+  // dispatch: the fields of the handshake, the rows per local expert, and a bit per token that visits the reader. The
+  // number of words does not depend on the sizes of an exchange, so ranks with different sizes do not wait for missing
+  // words. Each word also holds the number of the exchange.
   EP_HOST_DEVICE int64_t announcement(int half, int source) const {
     return announcements_at + (half * world_size + source) * announcement_bytes;
   }
@@ -312,8 +312,8 @@ struct LowLatencyLayout {
   EP_HOST_DEVICE int64_t combine_row(int half, int source, int token) const {
     return combine_rows_at + row(half, source, token) * wire_row_bytes;
   }
-  // Packets have a memory of their own, in which the last word of every 16 bytes only ever holds numbers of exchanges.
-  // `bytes`: of one row; there is room for more rows that are quantized.
+  // Packets have their own memory, in which the last word of every 16 bytes holds nothing but numbers of exchanges.
+  // `bytes`: per row; the memory holds more rows if they are quantized.
   EP_HOST_DEVICE int64_t dispatch_packets(int half, int source, int token, int64_t bytes) const {
     // fault: low latency: two inline rows in one place
     return dispatch_packets_at + packet_row(half, source, 0) * packet_row_bytes + token * bytes;

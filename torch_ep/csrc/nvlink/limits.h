@@ -17,8 +17,8 @@ inline Layout layout_of(int64_t world_size, const Limits& limits, int64_t num_sm
       static_cast<int>(limits.num_topk),
       static_cast<int>(limits.num_experts),
       limits.max_tokens_per_rank,
-      // A row of two-byte numbers, and weights of any type; wider rows go by columns. Rows that begin within a line of
-      // 128 bytes cost a packet more each.
+      // A row of two-byte numbers, and weights of any type. Wider rows are sent by columns. A row that does not begin
+      // at a line of 128 bytes costs one more packet.
       round_up(round_up(2 * limits.hidden, 16) + 8 * limits.num_topk, 128)};
 }
 

@@ -14,7 +14,7 @@ namespace {
 constexpr auto kDispatch = OpKind::low_latency_dispatch;
 constexpr auto kCombine = OpKind::low_latency_combine;
 
-// Rows as the kernels take them, from an address that is a multiple of 16.
+// Rows at an address that is a multiple of 16, as the kernels require.
 at::Tensor aligned(const at::Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kVector == 0 ? t : t.clone();
 }
@@ -54,7 +54,7 @@ LowLatencyRows LowLatencyPair::dispatch(
   set_tokens(args, rows, topk_idx, topk_weights);
   auto result = make_results(args, options, x.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
-  // After an exchange without any, so that nobody waits for this rank in vain.
+  // After an exchange without tokens, so that no peer waits for this rank in vain.
   check_tokens(kDispatch, x.size(0), options.max_tokens_per_rank);
   return result;
 }
@@ -66,22 +66,22 @@ at::Tensor LowLatencyPair::dispatch_send(
     const LowLatencyOptions& options,
     cudaStream_t stream) const {
   if (x.size(0) > options.max_tokens_per_rank) {
-    dispatch(x, topk_idx, topk_weights, options, stream);  // throws; nothing is left on its way
+    dispatch(x, topk_idx, topk_weights, options, stream);  // throws; nothing stays in flight
   }
   auto args = args_of(options, Part::send);
   const auto rows = aligned(x);
   set_tokens(args, rows, topk_idx, topk_weights);
-  const auto ticket = make_ticket(x);
-  args.in_flight = mutable_data<int64_t>(ticket);
+  const auto status = make_status(x);
+  args.status = mutable_data<int64_t>(status);
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
-  return ticket;
+  return status;
 }
 
 LowLatencyRows
-LowLatencyPair::dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options, cudaStream_t stream) const {
+LowLatencyPair::dispatch_recv(const at::Tensor& status, const LowLatencyOptions& options, cudaStream_t stream) const {
   auto args = args_of(options, Part::receive);
-  args.in_flight = const_cast<int64_t*>(data<int64_t>(ticket));
-  auto result = make_results(args, options, ticket.options());
+  args.status = const_cast<int64_t*>(data<int64_t>(status));
+  auto result = make_results(args, options, status.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
   return result;
 }
@@ -111,27 +111,27 @@ at::Tensor LowLatencyPair::combine_send(
   auto args = args_of(y.size(2), y.scalar_type(), topk_idx, num_experts, Part::send);
   const auto rows = aligned(y);
   set_results(args, rows, row_weights, recv_row);
-  const auto ticket = make_ticket(y);
-  args.in_flight = mutable_data<int64_t>(ticket);
+  const auto status = make_status(y);
+  args.status = mutable_data<int64_t>(status);
   C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, stream));
-  return ticket;
+  return status;
 }
 
 std::tuple<at::Tensor, at::Tensor> LowLatencyPair::combine_recv(
-    const at::Tensor& ticket,
+    const at::Tensor& status,
     const at::Tensor& topk_idx,
     int64_t hidden,
     at::ScalarType dtype,
     int64_t num_experts,
     cudaStream_t stream) const {
   auto args = args_of(hidden, dtype, topk_idx, num_experts, Part::receive);
-  args.in_flight = const_cast<int64_t*>(data<int64_t>(ticket));
-  const auto result = make_sums(args, hidden, ticket.options().dtype(dtype));
+  args.status = const_cast<int64_t*>(data<int64_t>(status));
+  const auto result = make_sums(args, hidden, status.options().dtype(dtype));
   C10_CUDA_CHECK(launch_low_latency_combine(args, multiprocessors_, stream));
   return result;
 }
 
-at::Tensor LowLatencyPair::make_ticket(const at::Tensor& like) const {
+at::Tensor LowLatencyPair::make_status(const at::Tensor& like) const {
   return at::empty({2, layout_.world_size}, like.options().dtype(at::kLong));
 }
 
@@ -168,7 +168,7 @@ void LowLatencyPair::check_wire_row(OpKind op, int64_t bytes) const {
       layout_.wire_row_bytes,
       " bytes with what travels along, got ",
       bytes,
-      ": torch_ep.init makes room for rows of hidden = ",
+      ": torch_ep.init makes rows_per_expert for rows of hidden = ",
       limits_.hidden,
       " elements of two bytes; give it a larger hidden for wider ones");
 }
@@ -178,7 +178,7 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.comm = comm_;
   args.part = part;
   args.element = element_of(options.dtype);
-  args.quantize = static_cast<nvlink::Quantize>(options.quantize);
+  args.quantize = options.quantize;
   args.max_tokens = static_cast<int>(options.max_tokens_per_rank);
   args.num_topk = static_cast<int>(options.num_topk);
   args.num_experts = static_cast<int>(options.num_experts);
@@ -189,12 +189,12 @@ LowLatencyDispatchArgs LowLatencyPair::args_of(const LowLatencyOptions& options,
   args.handshake.dtype = static_cast<int32_t>(options.dtype);
   args.handshake.max_tokens = args.max_tokens;
   args.handshake.quantize = static_cast<int32_t>(options.quantize);
-  const auto groups = static_cast<int>((options.hidden + 127) / 128);
-  if (options.quantize == ep::Quantize::none) {
+  const auto groups = static_cast<int>(ceil_div(options.hidden, kScaleGroup));
+  if (options.quantize == Quantize::none) {
     args.row_bytes = args.hidden * static_cast<int>(c10::elementSize(options.dtype));
   } else {
     args.row_bytes = args.hidden;
-    args.num_scales = options.quantize == ep::Quantize::fp8_ue8m0 ? (groups + 3) / 4 : groups;
+    args.num_scales = options.quantize == Quantize::fp8_ue8m0 ? static_cast<int>(ceil_div(groups, 4)) : groups;
   }
   check_row(kDispatch, options.num_topk, options.num_experts, options.hidden, args.row_bytes);
   check_limit(name_of(kDispatch), "low_latency_tokens", layout_.max_tokens, options.max_tokens_per_rank);
@@ -207,26 +207,27 @@ LowLatencyRows LowLatencyPair::make_results(
     const LowLatencyOptions& options,
     const at::TensorOptions& on) const {
   const int64_t world_size = layout_.world_size, num_local = options.num_experts / world_size;
-  const int64_t room = world_size * options.max_tokens_per_rank;
-  const bool quantized = options.quantize != ep::Quantize::none;
+  const int64_t rows_per_expert = world_size * options.max_tokens_per_rank;
+  const bool quantized = options.quantize != Quantize::none;
   const auto ints = on.dtype(at::kInt);
   const auto rows =
-      at::empty({num_local, room, options.hidden}, on.dtype(quantized ? at::kFloat8_e4m3fn : options.dtype));
+      at::empty({num_local, rows_per_expert, options.hidden}, on.dtype(quantized ? at::kFloat8_e4m3fn : options.dtype));
   std::optional<at::Tensor> scales;
   if (quantized) {
-    args.scale_rows = round_up(room, 4);
+    args.scale_rows = round_up(rows_per_expert, 4);
     scales = at::empty_strided(
-        {num_local, room, args.num_scales},
+        {num_local, rows_per_expert, args.num_scales},
         {args.num_scales * args.scale_rows, 1, args.scale_rows},
-        on.dtype(options.quantize == ep::Quantize::fp8_ue8m0 ? at::kInt : at::kFloat));
+        on.dtype(options.quantize == Quantize::fp8_ue8m0 ? at::kInt : at::kFloat));
     args.scales = scales->mutable_data_ptr();
   }
   const auto tokens_per_expert = at::empty({num_local}, ints);
   const auto source_offsets = at::empty({num_local, world_size}, ints);
   // A rank that is masked in the middle of an exchange leaves holes in it.
-  const auto recv_pair = comm_.masks ? at::full({num_local, room}, -1, ints) : at::empty({num_local, room}, ints);
-  const auto recv_row = at::empty({room, options.num_topk}, ints);
-  const auto row_weights = at::empty({num_local, room}, on.dtype(at::kFloat));
+  const auto recv_pair =
+      comm_.masks ? at::full({num_local, rows_per_expert}, -1, ints) : at::empty({num_local, rows_per_expert}, ints);
+  const auto recv_row = at::empty({rows_per_expert, options.num_topk}, ints);
+  const auto row_weights = at::empty({num_local, rows_per_expert}, on.dtype(at::kFloat));
   const auto wait_ns = at::empty({world_size}, on.dtype(at::kLong));
   args.rows = static_cast<char*>(rows.mutable_data_ptr());
   args.tokens_per_expert = mutable_data<int32_t>(tokens_per_expert);

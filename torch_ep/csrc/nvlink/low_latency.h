@@ -6,12 +6,12 @@
 
 namespace ep::nvlink {
 
-// Of `torch_ep.init`.
+// Limits of `torch_ep.init`.
 struct LowLatencyLimits {
   int64_t hidden, num_topk, num_experts;
 };
 
-// What Backend's functions of these names do, on a stream of the current device.
+// Implements Backend's low-latency functions on a stream of the current device.
 class LowLatencyPair {
  public:
   // `multiprocessors`: as launch_low_latency_dispatch takes it.
@@ -30,7 +30,7 @@ class LowLatencyPair {
       const std::optional<at::Tensor>& topk_weights,
       const LowLatencyOptions& options,
       cudaStream_t stream) const;
-  LowLatencyRows dispatch_recv(const at::Tensor& ticket, const LowLatencyOptions& options, cudaStream_t stream) const;
+  LowLatencyRows dispatch_recv(const at::Tensor& status, const LowLatencyOptions& options, cudaStream_t stream) const;
   std::tuple<at::Tensor, at::Tensor> combine(
       const at::Tensor& y,
       const at::Tensor& topk_idx,
@@ -46,7 +46,7 @@ class LowLatencyPair {
       int64_t num_experts,
       cudaStream_t stream) const;
   std::tuple<at::Tensor, at::Tensor> combine_recv(
-      const at::Tensor& ticket,
+      const at::Tensor& status,
       const at::Tensor& topk_idx,
       int64_t hidden,
       at::ScalarType dtype,
@@ -66,7 +66,7 @@ class LowLatencyPair {
       const at::Tensor& y,
       const at::Tensor& row_weights,
       const at::Tensor& recv_row) const;
-  at::Tensor make_ticket(const at::Tensor& like) const;
+  at::Tensor make_status(const at::Tensor& like) const;
   void check_row(OpKind op, int64_t num_topk, int64_t num_experts, int64_t hidden, int64_t row_bytes) const;
   void check_wire_row(OpKind op, int64_t bytes) const;
 

@@ -1,24 +1,22 @@
-// The kernels as the host sees them: their arguments, and a function that launches each. No torch header here.
+// Host interface of the kernels: arguments and launch functions. Includes no torch header.
 #pragma once
 
 #include "core/element.h"
+#include "core/op_kind.h"
 #include "nvlink/layout.h"
 
 #include <cuda_runtime_api.h>
 
 namespace ep::nvlink {
 
-// Values of ep::OpKind (core/types.h), without a torch header.
-enum class Op : int64_t { plan = 1, dispatch = 2, combine = 3, low_latency_dispatch = 4, low_latency_combine = 5 };
-
-// What may go wrong on the device, with the fields of FailureReport that it sets besides `peer`. Fatal ones end every
-// later exchange at once, until a reset.
+// The failures that the device reports, with the fields of FailureReport that they set besides `peer`. After a fatal
+// failure every exchange ends at once, until a reset.
 enum class Failure : int64_t {
   none = 0,
   timeout,             // fatal: nothing from `peer` for too long
   peer_aborted,        // fatal: `peer` aborted this exchange, because `missing_rank` did not come
-  mismatch,            // `field` of the handshake: `ours`, `theirs`; nothing that this exchange moved is reliable
-  mismatch_of_peer,    // `peer` has a mismatch with another rank; likewise
+  mismatch,            // `field` of the handshake differs: `ours`, `theirs`; the results are invalid
+  mismatch_of_peer,    // `peer` has a mismatch with another rank; the results are invalid
   too_many_tokens,     // `peer` has more than max_tokens_per_rank
   bad_expert,          // `peer` has expert `theirs` at `token`, `slot`, out of [-1, `ours`)
   duplicate_expert,    // `peer` has expert `theirs` twice at `token`, in `slot` and `earlier_slot`
@@ -38,7 +36,7 @@ enum class Phase : int64_t { handshake, credit, counts, rows, gate };
 
 struct FailureReport {
   Failure kind;  // written last by a kernel, reset by the host
-  Op op;
+  OpKind op;
   Phase phase;
   int64_t epoch;
   int32_t peer;
@@ -52,53 +50,55 @@ struct FailureReport {
 // In page-locked host memory, written by kernels, read by the host.
 struct HostReport {
   FailureReport failure;
-  // Of the exact plan that the host waits for, which has set it to 0: kPlanRowsReady | its number of rows, and
-  // kPlanFailed where `failure` says why, or will.
+  // The word that the host of an exact plan waits for and clears before the launch: kPlanRowsReady | number of rows.
+  // With kPlanFailed, `failure` holds the reason, or will hold it.
   uint64_t plan;
-  // Not 0: the exchange with a fatal failure. `failure` may hold an earlier one.
+  // 0, or the exchange with a fatal failure. `failure` may hold an earlier failure.
   int64_t stopped;
 };
 
 constexpr uint64_t kPlanRowsReady = uint64_t{1} << 63, kPlanFailed = uint64_t{1} << 62;
 
-constexpr int64_t kVector = 16;  // bytes: rows are copied in these
+constexpr int64_t kVector = 16;  // bytes: the unit of row copies
 constexpr int kMaxBlocks = 256;
 
 // The state of one kind of low-latency exchange.
 struct LowLatencyState {
-  // Per half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block to know
-  // decides for all of them. Used only where a timeout masks.
+  // Per half and rank: number of the exchange << 1 | whether that rank takes part in it. The first block that knows
+  // decides for all blocks. Used only if timeouts mask.
   uint64_t verdict[2][kMaxRanks];
   // Number of the last exchange << kShareBits: Note [Shares].
   uint64_t sent, received;
-  uint64_t wait_ns[2][kMaxRanks];  // longest wait for each peer, of exchanges of either half
+  uint64_t wait_ns[2][kMaxRanks];  // per half: longest wait for each peer
   uint64_t reported;               // as State::reported
 };
 
 // Note [Shares]
-// No block of a low-latency kernel asks whether it is the last one: the answer would take as long as a message to a
-// peer. Instead, each adds its share of 1 << kShareBits to the number of the exchange, once it no longer needs the
-// number before. All blocks but the first add 1, the first adds the rest. The upper bits change with the last share.
+// A block of a low-latency kernel does not find out whether it is the last one: the answer would take as long as a
+// message to a peer. Instead, each block adds its share of 1 << kShareBits to the number of the exchange once it no
+// longer needs the previous number. All blocks except the first add 1; the first adds the rest. The upper bits change
+// with the last share.
 constexpr int kShareBits = 20;
 
-// The state of one rank, in its device memory. Kernels of one rank run one after another, so nothing here needs an
-// epoch, except what blocks of one kernel tell each other.
+// The state of one rank, in its device memory. Kernels of one rank run one after another, so only words that the blocks
+// of one kernel exchange hold an epoch.
 struct State {
   uint64_t epoch;  // of the last exchange that ended
-  // Epochs in which this rank last wrote into each buffer of its peers. It writes again once they have finished these.
+  // Epochs in which this rank last wrote into each buffer of its peers. It writes again once the peers have finished
+  // these epochs.
   uint64_t last_plan, last_dispatch, last_combine;
-  uint64_t aborted;          // epoch of the exchange whose waits are to end
+  uint64_t aborted;          // epoch of an exchange whose waits have to end
   uint64_t reported;         // epoch of the last reported failure
-  uint32_t failed;           // a fatal failure: exchanges end at once, until a reset
+  uint32_t failed;           // 1 after a fatal failure: exchanges end at once, until a reset
   uint32_t mismatched_peer;  // 1 + a peer that aborted this exchange for a mismatch
   uint32_t blocks_done;
   uint32_t gate;  // warps that have built their part of rows_of
-  // The next items of this exchange that no warp has taken yet: WorkQueue. For ep::dispatch also, per rank, the next
-  // chunk after those that every warp begins with.
+  // WorkQueue: the next item of this exchange that no warp has taken. `chunks`, in ep::dispatch: per rank, chunks that
+  // warps have taken beyond their first.
   uint32_t work_queues[2], chunks[kMaxRanks];
-  uint64_t send_rows[kMaxBlocks * kMaxRanks];  // of the plan at hand: number of the exchange << 32 | rows of a block to
-                                               // a rank
-  // Ranks that the low-latency pair leaves out, a bit per rank: masked by the host, and because they were late.
+  // Of the current plan, per block and rank: number of the exchange << 32 | rows of the block to the rank.
+  uint64_t send_rows[kMaxBlocks * kMaxRanks];
+  // Ranks that the low-latency pair excludes, a bit per rank: masked by the host, or by a timeout.
   uint32_t masked_by_host[kRankSteps], masked_by_timeout[kRankSteps];
   LowLatencyState low_latency[LowLatencyLayout::kKinds];
 };
@@ -118,8 +118,8 @@ struct Comm {
   bool masks;  // low-latency pair: a timeout masks the peer, instead of failing
 };
 
-// Divides by a number that the host knows: a multiplication, where a division takes some thirty instructions. T.
-// Granlund and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
+// Divides by a number that the host knows. It multiplies, since a division takes about thirty instructions. T. Granlund
+// and P. Montgomery, "Division by Invariant Integers using Multiplication" (1994), figure 4.1.
 class Divisor {
  public:
   Divisor() = default;
@@ -149,8 +149,9 @@ struct PlanArgs {
   bool expert_major;
   int alignment;
   int64_t capacity;  // -1: exact
-  int64_t map_rows;  // room in recv_map
-  // The host has refused this rank's arguments: a plan of no rows, so that no peer waits for it.
+  int64_t map_rows;  // allocated rows of recv_map
+  // The host has refused this rank's arguments. The kernel makes a plan of no rows, so that no peer waits for this
+  // rank.
   bool refused;
   int32_t* send_row;
   int32_t* send_counts;
@@ -173,9 +174,9 @@ struct PlanView {
   int64_t rows;
 };
 
-// A wire row: everything that travels with a token, side by side: [row | weights | scales], each aligned to 16 bytes.
+// The byte layout of a wire row: [row | weights | scales], each aligned to 16 bytes.
 struct WireFormat {
-  int row_bytes;       // of this exchange: all of a row, or some columns of it
+  int row_bytes;       // in this exchange: a whole row, or some of its columns
   int64_t row_stride;  // bytes from row to row in x, y and the results
   int weight_bytes;    // of one weight; 0: none
   int scale_bytes;     // of all scales of a row; 0: none
@@ -216,16 +217,14 @@ struct CombineArgs {
 
 // --- the low-latency pair ---
 
-enum class Quantize : int { none, fp8, fp8_pow2, fp8_ue8m0 };
-
-// Which part of an operator a kernel does.
+// The part of an operator that a kernel runs.
 enum class Part : int { both, send, receive };
 
 struct LowLatencyDispatchArgs {
   Comm comm;
   Handshake handshake;
   Part part;
-  int64_t* in_flight;  // of the halves: the number of the exchange
+  int64_t* status;  // for the halves: the number of the exchange
   // To send.
   const char* x;
   const void* topk_idx;
@@ -245,11 +244,11 @@ struct LowLatencyDispatchArgs {
   int64_t* wait_ns;
   // Both.
   Quantize quantize;
-  int max_tokens;  // the operator's: rows of `rows` are counted by it
+  int max_tokens;  // of the operator: determines the shape of `rows`
   int num_topk, num_experts;
   int hidden;
-  int row_bytes;   // of a row as it travels and arrives
-  int num_scales;  // of a row, words of four bytes
+  int row_bytes;   // of a row, sent and received
+  int num_scales;  // per row, in words of four bytes
   // A wire row: [row | scales | a SlotRoute per slot].
   EP_HOST_DEVICE int64_t scales_at() const { return round_up(row_bytes, 16); }
   EP_HOST_DEVICE int64_t routes_at() const { return scales_at() + round_up(int64_t{num_scales} * 4, 16); }
@@ -258,9 +257,9 @@ struct LowLatencyDispatchArgs {
 
 struct LowLatencyCombineArgs {
   Comm comm;
-  Handshake handshake;  // max_tokens aside, which the half that receives finds in `in_flight`
+  Handshake handshake;  // without max_tokens, which a separate receive reads from `status`
   Part part;
-  int64_t* in_flight;  // the number of the exchange, and max_tokens
+  int64_t* status;  // the number of the exchange, and max_tokens
   // To send.
   const char* y;
   const float* row_weights;
@@ -280,11 +279,11 @@ struct LowLatencyCombineArgs {
 
 // The widest wire row of one exchange.
 int max_wire_row_bytes();
-// Shared memory of ep::plan, in bytes: more than the device has if there are too many experts.
+// Shared memory of ep::plan, in bytes. With too many experts it exceeds the device's limit.
 int64_t plan_shared_bytes(int num_experts, int world_size);
 
-// Once per device, before the first launch: nothing may be loaded or set up while a graph is captured. Fails where the
-// kernels were not built for the device.
+// Call once per device, before the first launch: kernels cannot be loaded or set up while a graph is captured. Fails if
+// the kernels were not built for the device.
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch();
 cudaError_t prepare_combine();
@@ -294,7 +293,7 @@ cudaError_t prepare_low_latency_combine();
 cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, cudaStream_t stream);
-// `multiprocessors`: the most thread blocks that may wait for each other.
+// `multiprocessors`: maximum number of thread blocks, which wait for each other.
 cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, int multiprocessors, cudaStream_t stream);
 cudaError_t launch_low_latency_combine(const LowLatencyCombineArgs& args, int multiprocessors, cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// ep::grouped_mm and its transpose: one matrix product for each group of rows, in any dtype and on any device. What
-// torch_ep.nn falls back to where torch's own grouped_mm does not run.
+// ep::grouped_mm and its transpose: one matrix product for each group of rows, in any dtype and on any device. The
+// fallback of torch_ep.nn where torch's own grouped_mm does not run.
 #include "core/checks.h"
 #include "ops/ops.h"
 

@@ -23,7 +23,7 @@
 
 namespace {
 
-// A plan as Python has it: the fields of torch_ep.Plan, in its order.
+// The fields of torch_ep.Plan, in its order.
 enum PlanField : Py_ssize_t {
   kSendRow,
   kSendCounts,
@@ -39,7 +39,7 @@ enum PlanField : Py_ssize_t {
   kPlanFields
 };
 
-// Torch has one level of dual numbers; torch.func nests its own by wrapping tensors.
+// Torch has one level of dual numbers; torch.func nests levels by wrapping tensors.
 bool has_tangent(const at::Tensor& t) {
   return t._fw_grad(/*level=*/0).defined();
 }
@@ -53,23 +53,23 @@ bool is_transformed() {
 class Arguments {
  public:
   Arguments(PyObject* const* arguments, Py_ssize_t count, Py_ssize_t expected)
-      : next_(arguments), is_noticed_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
+      : next_(arguments), needs_slow_path_(at::impl::PythonTorchFunctionTLS::stack_len() > 0 || is_transformed()) {
     TORCH_CHECK_TYPE(count == expected, "torch_ep._C: expected ", expected, " arguments, got ", count);
   }
   // True if a mode, a subclass, autograd or a torch.func transform intercepts the call, or if an argument has another
   // type, which the slow path reports.
-  bool is_noticed() const { return is_noticed_; }
+  bool needs_slow_path() const { return needs_slow_path_; }
 
   PyObject* object() { return *next_++; }
   const at::Tensor& tensor() {
     PyObject* argument = object();
     if (!THPVariable_CheckExact(argument)) {
       static const at::Tensor none;
-      is_noticed_ = true;
+      needs_slow_path_ = true;
       return none;
     }
     const at::Tensor& t = THPVariable_Unpack(argument);
-    is_noticed_ = is_noticed_ || t.requires_grad() || has_tangent(t) || t.layout() != at::kStrided;
+    needs_slow_path_ = needs_slow_path_ || t.requires_grad() || has_tangent(t) || t.layout() != at::kStrided;
     return t;
   }
   std::optional<at::Tensor> optional_tensor() { return is_none() ? std::nullopt : std::optional(tensor()); }
@@ -77,7 +77,7 @@ class Arguments {
     PyObject* argument = object();
     int overflow = 1;
     const int64_t value = PyLong_CheckExact(argument) ? PyLong_AsLongLongAndOverflow(argument, &overflow) : 0;
-    is_noticed_ = is_noticed_ || overflow != 0;
+    needs_slow_path_ = needs_slow_path_ || overflow != 0;
     return value;
   }
   std::optional<int64_t> optional_integer() { return is_none() ? std::nullopt : std::optional(integer()); }
@@ -87,7 +87,7 @@ class Arguments {
     const char* text = PyUnicode_Check(argument) ? PyUnicode_AsUTF8AndSize(argument, &size) : nullptr;
     if (text == nullptr) {
       PyErr_Clear();
-      is_noticed_ = true;
+      needs_slow_path_ = true;
       return {};
     }
     return {text, static_cast<size_t>(size)};
@@ -101,14 +101,14 @@ class Arguments {
   }
 
   PyObject* const* next_;
-  bool is_noticed_;
+  bool needs_slow_path_;
 };
 
 bool is_rank_major(PyObject* layout) {
   return PyUnicode_Check(layout) && PyUnicode_CompareWithASCIIString(layout, "rank_major") == 0;
 }
 
-// What dispatch and combine take of a plan, as arguments of their own.
+// The tensors of a plan that dispatch and combine use, as separate arguments.
 class PlanArguments {
  public:
   PlanArguments(PyObject* type, PyObject* plan) {
@@ -141,7 +141,7 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-// Past autograd: of tensors of which none requires a gradient.
+// Calls below autograd, since no argument requires a gradient.
 template <class Function, class... Args>
 auto call(const c10::TypedOperatorHandle<Function>& op, const Args&... args) {
   const WithoutGil without_gil;
@@ -158,7 +158,7 @@ PyObject* wrap(const at::Tensor& t) {
   return THPVariable_Wrap(t);
 }
 
-// Rows alone, or a tuple with what else there is.
+// Rows alone, or a tuple of rows and the other payloads.
 PyObject* wrap(const ep::Payloads& payloads) {
   const auto& [rows, weights, scales] = payloads;
   if (!weights && !scales) {
@@ -201,7 +201,7 @@ PyObject* wrap_plan(PyTypeObject* type, const ep::PlanResult& plan, PyObject* la
   return result;
 }
 
-// As the operator is called, which takes the capacity as a symbol.
+// The arguments as the operator's schema has them: the capacity is a symbol.
 using PlanCapacity = ep::PlanResult(
     const at::Tensor&,
     int64_t,
@@ -229,7 +229,7 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const auto group_name = a.string();
   const auto max_tokens_per_rank = a.optional_integer();
   const auto after = a.optional_tensor();
-  if (a.is_noticed()) {
+  if (a.needs_slow_path()) {
     Py_RETURN_NONE;
   }
   const auto planned = [&](const auto& op, const auto&... optional_capacity) {
@@ -250,17 +250,17 @@ PyObject* plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// f(arguments of the plan) for a call that nobody is to notice.
+// Calls f(arguments of the plan) if nothing intercepts the call.
 template <class F>
 PyObject* with_plan(const Arguments& a, const PlanArguments& plan, const F& f) {
-  if (a.is_noticed() || !plan.is_whole()) {
+  if (a.needs_slow_path() || !plan.is_whole()) {
     Py_RETURN_NONE;
   }
   Arguments p = plan.arguments();
   const at::Tensor &send_row = p.tensor(), &send_counts = p.tensor(), &recv_counts = p.tensor();
   const at::Tensor& recv_map = p.tensor();
   const auto layout = p.string(), group_name = p.string();
-  if (p.is_noticed()) {
+  if (p.needs_slow_path()) {
     Py_RETURN_NONE;
   }
   return wrap(f(send_row, send_counts, recv_counts, recv_map, layout, group_name));

@@ -37,7 +37,7 @@ void force_parts(bool on) {
 TORCH_LIBRARY(ep, m) {
   m.set_python_module("torch_ep.meta");
 
-  // Exact: as many rows as arrive. The one exchange that waits for the device, so CUDA graphs are cut here.
+  // Exact: as many rows as arrive. Only this exchange waits for the device, so CUDA graphs are split here.
   m.def(
       "plan(Tensor topk_idx, int num_experts, str layout, int alignment, int world_size, str group_name, "
       "int? max_tokens_per_rank=None, Tensor? after=None) -> (Tensor send_row, Tensor send_counts, "
@@ -49,7 +49,7 @@ TORCH_LIBRARY(ep, m) {
       "Tensor recv_counts, Tensor recv_map, Tensor offsets, Tensor tokens_per_expert, Tensor num_dropped)",
       {at::Tag::pt2_compliant_tag});
 
-  // Each is the other's transpose, payload by payload: rows, numbers per (token, slot), and scales that go with rows.
+  // Each is the transpose of the other, payload by payload: rows, numbers per (token, slot), and scales per row.
   m.def(
       "dispatch(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor send_row, Tensor send_counts, "
       "Tensor recv_counts, Tensor recv_map, str layout, str group_name, Tensor? after=None) "
@@ -98,7 +98,7 @@ TORCH_LIBRARY(ep, m) {
       "int num_experts, int world_size, str group_name) -> (Tensor out, Tensor wait_ns)",
       {at::Tag::pt2_compliant_tag});
 
-  // A zero of shape [] that exists only once `dep` does: how a backward keeps the order that `after` set forward.
+  // A zero of shape [] that depends on `dep`: with it, a backward keeps the order that `after` sets in the forward.
   m.def("zero_after(Tensor dep) -> Tensor", {at::Tag::pt2_compliant_tag});
 
   // a[rows of group i] @ b[i], zero past the last group; and the transpose in b: a[rows of group i]^T @ g[the same].
@@ -137,7 +137,7 @@ void implement(torch::Library& m) {
   m.impl("grouped_mm.transpose", &ep::grouped_mm_transpose);
 }
 
-// In place of derivatives, which these operators do not have: their results would pass for constants otherwise.
+// These operators have no derivatives. Without this error, autograd would treat their results as constants.
 void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   for (const auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (!argument.isTensor()) {
@@ -153,7 +153,7 @@ void refuse_derivatives(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
         op.schema().name(),
         ": expected no argument to require a gradient",
         instead);
-    // Undefined where forward mode is off.
+    // Undefined if forward mode is off.
     TORCH_CHECK(
         !t._fw_grad(/*level=*/0).defined(),
         op.schema().name(),
@@ -175,7 +175,7 @@ TORCH_LIBRARY_IMPL(ep, CUDA, m) {
 }
 
 TORCH_LIBRARY_IMPL(ep, Autograd, m) {
-  // What the _recv halves take has no gradient.
+  // The inputs of the _recv halves have no gradient.
   for (const char* name :
        {"low_latency_dispatch", "low_latency_dispatch_send", "low_latency_combine", "low_latency_combine_send"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_derivatives>());

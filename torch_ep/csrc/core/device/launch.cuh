@@ -1,27 +1,28 @@
-// Kernels brought to the device in ways for which <<<>>> has no words.
+// Launches kernels with attributes that <<<>>> cannot express.
 #pragma once
 
 #include <cuda_runtime.h>
 
-namespace ep::nvlink {
+namespace ep {
 
 enum class Launch {
   plain,
-  // While the kernel before it in the stream still runs: CUDA C++ Programming Guide, "Programmatic Dependent Launch and
-  // Synchronization". Of few tokens, that takes a good part of an exchange. Not where ranks share a device: what is
-  // brought there early would take the room of another rank's kernel.
+  // Starts while the previous kernel in the stream still runs: CUDA C++ Programming Guide, "Programmatic Dependent
+  // Launch and Synchronization". The launch is a large part of a small exchange. Not for ranks that share a device: a
+  // kernel that starts early would occupy the SMs that another rank's kernel needs.
   overlapped,
-  // Each block a thread block cluster of its own, which changes nothing but the SMs they run on. Without that, the
-  // first eight blocks of a kernel alone on an H100 come to SMs 124 to 131, which no cluster of 16 can use, and the
-  // others to 0, 2, ... 30. There 24 blocks that do nothing but write to their own device's memory write 52 GB/s each
-  // (H200: 58), with clusters 61, and one alone 63. A dispatch of 4096 tokens took 554 us (expert_major, 4 x H100) and
-  // 476 (rank_major); with clusters, as on any other 24 SMs tried, 530 and 472. Combine gains nothing.
+  // Makes each block a thread block cluster of its own. This changes only the SMs that the blocks run on. Without
+  // clusters, a kernel that runs alone on an H100 has its first eight blocks on SMs 124 to 131, which no cluster of 16
+  // can use, and the others on SMs 0, 2, ... 30. There, 24 blocks that only write to their own device's memory reach 52
+  // GB/s each (H200: 58). With clusters they reach 61; one block alone reaches 63. A dispatch of 4096 tokens took 554
+  // us (expert_major, 4 x H100) and 476 us (rank_major). With clusters, as on any other 24 SMs that were tried, it took
+  // 530 and 472 us. Combine gains nothing.
   in_clusters,
 };
 
-// In a kernel that may be overlapped, before anything else than arguments and shared memory is touched: everything
-// before in the stream has ended, and what it wrote is there. Every thread comes here, so that the end of this kernel
-// says the same to the next one.
+// One thread. Waits until all earlier work in the stream has ended and its writes are visible. A kernel that may be
+// overlapped calls it before it accesses anything except its arguments and shared memory. Every thread has to call it:
+// then the end of this kernel implies the end of all earlier work, for the next kernel too.
 __device__ __forceinline__ void await_kernels_before() {
   asm volatile("griddepcontrol.launch_dependents;");
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -54,4 +55,4 @@ cudaError_t launch_kernel(
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

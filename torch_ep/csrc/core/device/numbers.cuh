@@ -1,4 +1,4 @@
-// Sixteen bytes of a row, the numbers in them, and their sums: in float32 (float64 for float64), without contraction.
+// The numbers in a 16-byte vector of a row, and their sums: in float32 (float64 for float64), without contraction.
 #pragma once
 
 #include "core/device/warp.cuh"
@@ -8,7 +8,7 @@
 
 #include <type_traits>
 
-namespace ep::nvlink {
+namespace ep {
 
 template <class T>
 struct Vector {
@@ -38,7 +38,7 @@ __device__ __forceinline__ float widen(__half v) {
 template <class T>
 __device__ __forceinline__ void unpack(const uint4& packed, typename Vector<T>::Wide (&wide)[Vector<T>::kSize]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    // One instruction a number; the conversion of the upper one of two would take a second.
+    // One instruction per number. The intrinsic takes two for the upper number of a word.
     const uint32_t words[] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -91,7 +91,7 @@ struct Sum {
   static constexpr int kSize = Vector<T>::kSize;
   Wide value[kSize];
 
-  // Minus zero, the one number that leaves every first term as it is.
+  // Minus zero: adding it leaves every first term unchanged.
   __device__ __forceinline__ Sum() {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
@@ -120,4 +120,4 @@ struct Sum {
   }
 };
 
-}  // namespace ep::nvlink
+}  // namespace ep

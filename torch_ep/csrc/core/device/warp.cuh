@@ -1,9 +1,9 @@
-// Where a thread is in its block.
+// Indices of a thread's warp and lane.
 #pragma once
 
 #include <cstdint>
 
-namespace ep::nvlink {
+namespace ep {
 
 constexpr uint32_t kFullWarp = 0xffffffff;
 constexpr int kWarp = 32;
@@ -16,4 +16,4 @@ __device__ __forceinline__ int warp_id() {
   return static_cast<int>(threadIdx.x) / kWarp;
 }
 
-}  // namespace ep::nvlink
+}  // namespace ep

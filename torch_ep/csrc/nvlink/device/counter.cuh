@@ -1,4 +1,4 @@
-// The index of a row of ep::low_latency_dispatch among the rows of its source and expert.
+// Counts the index of a row of ep::low_latency_dispatch among the rows that its source sends to its expert.
 #pragma once
 
 #include "nvlink/device/low_latency_receive.cuh"
@@ -10,7 +10,7 @@ namespace ep::nvlink {
 template <int kWarps>
 class RowCounter {
  public:
-  // `slots`: shared memory, a byte per expert.
+  // Warp-collective. `slots`: shared memory, a byte per expert.
   __device__ RowCounter(const LowLatencyDispatchArgs& args, const Entries& entries, uint8_t* slots)
       : a_(args), entries_(entries), slots_(slots) {
     if (leads()) {
@@ -24,10 +24,10 @@ class RowCounter {
 
   __device__ static bool leads() { return warp_id() == kDispatchWarps - 1; }
 
-  // Loads the first entries of the tokens before a token.
+  // Warp-collective. Loads the first entries of the tokens before `token`.
   __device__ void load(int token) { load(token, 0, 0); }
 
-  // The leader. `expert`: of the lane's slot, negative if none.
+  // One thread of the leading warp. `expert`: of this lane's slot, negative if none.
   __device__ void begin(int expert) {
     if (kWarps > 1) {
       counted()[lane_id()] = 0;
@@ -37,6 +37,7 @@ class RowCounter {
     }
   }
 
+  // Block-collective if several warps count, else warp-collective.
   __device__ static void sync() {
     if (kWarps > 1) {
       __syncthreads();
@@ -45,13 +46,13 @@ class RowCounter {
     }
   }
 
-  // All counting warps, after `load`, and a `sync` after `begin`; a `sync` has to follow.
+  // Warp-collective, in all counting warps. Requires `load`, and a `sync` after `begin`. A `sync` has to follow.
   __device__ void count(int token) {
     const int lane = lane_id();
     count_ = 0;
 #pragma unroll 1
     for (int first = 0; first + first_of_warp() < token; first += kWarps * kWarp) {
-      uint32_t visited = 0;  // bits of slots; one for an expert that a token has twice
+      uint32_t visited = 0;  // a bit per slot; a single bit for an expert that a token has twice
 #pragma unroll 1
       for (int slot = 0; slot < a_.num_topk; slot += kAhead) {
         if (first != 0 || slot != 0) {
@@ -77,7 +78,7 @@ class RowCounter {
     }
   }
 
-  // The leader. The index for the lane's slot.
+  // One thread of the leading warp. The index for this lane's slot.
   __device__ int end(int expert) const {
     if (expert >= 0) {
       slots_[expert] = 0;

@@ -1,14 +1,14 @@
-// What the exchanges of ep::plan, ep::dispatch and ep::combine have in common: waits that end, the handshake, credits,
-// the end of an exchange.
+// The common parts of ep::plan, ep::dispatch and ep::combine: waits with a timeout, the handshake, credits, the end of
+// an exchange.
 //
 // Note [Signals]
 // A word in symmetric memory has one writer and one reader. It holds an epoch, which only grows: exchanges are counted
-// on the device, and every rank counts the same. Nothing is cleaned between exchanges. A rank that enters exchange e
+// on the device, and every rank counts the same. Nothing is cleared between exchanges. A rank that enters exchange e
 //   - publishes its handshake to every peer and checks theirs: same exchange, same operator, same sizes;
-//   - waits, before it writes into a peer's buffer, for that peer's credit: the peer has finished the exchange that
-//     used the buffer last. In steady state the credit came long ago;
-//   - writes rows in chunks, and then each chunk's flag, released at system scope, with e in its upper half;
-//   - publishes to every peer that it has finished e, once all of its blocks have read what came for it.
+//   - waits for a peer's credit before it writes into the peer's buffer: the peer has finished the exchange that used
+//     the buffer last. In steady state the credit is already there;
+//   - writes rows in chunks. It then writes each chunk's flag, released at system scope, with e in its upper half;
+//   - publishes to every peer that it has finished e, once all of its blocks have read the received data.
 #pragma once
 
 #include "core/device/warp.cuh"
@@ -20,14 +20,13 @@
 
 namespace ep::nvlink {
 
-// A load or store that the compiler neither drops nor repeats.
+// One thread. For a load or store that the compiler neither drops nor repeats.
 template <class T>
-__device__ __forceinline__ volatile T& fresh(T& value) {
+__device__ __forceinline__ volatile T& as_volatile(T& value) {
   return value;
 }
 
-// Block-collective. Loads the arguments of the launch into the cache, each warp some lines: one after another, every
-// line would be a miss of its own.
+// Block-collective. Loads the kernel's arguments into the cache, some lines per warp: the cache misses overlap.
 template <class Args>
 __device__ __forceinline__ void prefetch_arguments(const Args& args) {
   constexpr int kLineWords = 16;
@@ -37,30 +36,30 @@ __device__ __forceinline__ void prefetch_arguments(const Args& args) {
   }
 }
 
-// Block-collective. The same answer in every thread, although another block may fail meanwhile.
+// Block-collective. Returns the same answer in every thread, although another block may fail meanwhile.
 __device__ inline bool has_failed(const Comm& comm) {
-  return __syncthreads_or(static_cast<int>(fresh(comm.state->failed))) != 0;
+  return __syncthreads_or(static_cast<int>(as_volatile(comm.state->failed))) != 0;
 }
 
-// One exchange of this rank, as its kernel knows it.
+// One exchange of this rank.
 struct Exchange {
   const Comm& comm;
-  Op op;
+  OpKind op;
   uint64_t epoch;
 
-  __device__ Exchange(const Comm& c, Op o) : Exchange(c, o, fresh(c.state->epoch) + 1) {}
-  __device__ Exchange(const Comm& c, Op o, uint64_t e) : comm(c), op(o), epoch(e) {}
+  __device__ Exchange(const Comm& c, OpKind o) : Exchange(c, o, as_volatile(c.state->epoch) + 1) {}
+  __device__ Exchange(const Comm& c, OpKind o, uint64_t e) : comm(c), op(o), epoch(e) {}
   __device__ const Layout& layout() const { return comm.layout; }
   __device__ int world_size() const { return comm.layout.world_size; }
   __device__ Peer peer(int rank) const { return Peer(comm.buffers[rank]); }
   __device__ Inbox inbox() const { return Inbox(comm.buffers[comm.rank]); }
   __device__ bool is_peer(int rank) const { return rank < world_size() && rank != comm.rank; }
-  // The upper half of words that also count.
+  // The upper half of a word whose lower half holds a value.
   __device__ uint64_t tag() const { return epoch << 32; }
   __device__ bool is_tagged(uint64_t word) const { return word >> 32 == (epoch & 0xffffffff); }
 };
 
-// What a kernel reports of a failure: FailureReport (params.h) less what the exchange knows.
+// A failure for a report: the fields of FailureReport (params.h) that the exchange does not determine.
 struct FailureCause {
   Failure kind;
   Phase phase;
@@ -72,31 +71,31 @@ struct FailureCause {
 };
 
 // One thread. Reports the first failure of an exchange to the host, whose next call raises it. `reported`: the epoch of
-// the last reported failure among exchanges that are counted together.
+// the last reported failure among exchanges with one counter.
 __device__ inline void publish_failure(const Exchange& x, const FailureCause& cause, uint64_t* reported) {
   FailureReport& report = x.comm.host_report->failure;
   const uint64_t last = atomicMax(reinterpret_cast<unsigned long long*>(reported), x.epoch);
-  if (last < x.epoch && fresh(report.kind) == Failure::none) {
-    fresh(report.op) = x.op;
-    fresh(report.phase) = cause.phase;
-    fresh(report.epoch) = static_cast<int64_t>(x.epoch);
-    fresh(report.peer) = cause.peer;
-    fresh(report.missing_rank) = cause.missing_rank;
-    fresh(report.field) = cause.field;
-    fresh(report.token) = cause.token;
-    fresh(report.slot) = cause.slot;
-    fresh(report.earlier_slot) = cause.earlier_slot;
-    fresh(report.ours) = cause.ours;
-    fresh(report.theirs) = cause.theirs;
-    fresh(report.their_epoch) = cause.their_epoch;
+  if (last < x.epoch && as_volatile(report.kind) == Failure::none) {
+    as_volatile(report.op) = x.op;
+    as_volatile(report.phase) = cause.phase;
+    as_volatile(report.epoch) = static_cast<int64_t>(x.epoch);
+    as_volatile(report.peer) = cause.peer;
+    as_volatile(report.missing_rank) = cause.missing_rank;
+    as_volatile(report.field) = cause.field;
+    as_volatile(report.token) = cause.token;
+    as_volatile(report.slot) = cause.slot;
+    as_volatile(report.earlier_slot) = cause.earlier_slot;
+    as_volatile(report.ours) = cause.ours;
+    as_volatile(report.theirs) = cause.theirs;
+    as_volatile(report.their_epoch) = cause.their_epoch;
     __threadfence_system();
-    fresh(report.kind) = cause.kind;
+    as_volatile(report.kind) = cause.kind;
   }
 }
 
 // Note [Cold paths]
-// What hardly ever runs is not inlined: the instruction cache does not hold a whole kernel, and code that does not run
-// costs the code beside it time. Arguments are copies, so that the caller keeps its variables in registers.
+// Functions that rarely run are not inlined: the instruction cache does not hold a whole kernel, and unused code
+// between used code costs time. Their arguments are copies, so that the caller keeps its variables in registers.
 
 // One thread. Cold path.
 __device__ __noinline__ inline void publish_failure(Exchange x, FailureCause cause) {
@@ -105,11 +104,12 @@ __device__ __noinline__ inline void publish_failure(Exchange x, FailureCause cau
 
 // One thread. Ends every wait of this exchange on this rank.
 __device__ inline void abort_exchange(const Exchange& x) {
-  fresh(x.comm.state->aborted) = x.epoch;
+  as_volatile(x.comm.state->aborted) = x.epoch;
 }
 
+// One thread.
 __device__ inline bool is_aborted(const Exchange& x) {
-  return fresh(x.comm.state->aborted) == x.epoch;
+  return as_volatile(x.comm.state->aborted) == x.epoch;
 }
 
 // An abort signal: the epoch, and why the exchange was aborted: a mismatch, or 1 + the rank that did not come.
@@ -129,27 +129,27 @@ __device__ __noinline__ inline void publish_abort(Exchange x, uint64_t cause) {
   }
 }
 
-// One thread. Every later exchange ends at once, until a reset. The report may still hold an earlier failure: `stopped`
-// tells the host that this one came after it.
+// One thread. Makes every later exchange end at once, until a reset. The report may still hold an earlier failure:
+// `stopped` shows the host that a fatal one followed.
 __device__ inline void stop(const Exchange& x) {
-  fresh(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
+  as_volatile(x.comm.host_report->stopped) = static_cast<int64_t>(x.epoch);
   __threadfence_system();
-  fresh(x.comm.state->failed) = 1;
+  as_volatile(x.comm.state->failed) = 1;
 }
 
-// One thread. `missing`: the rank without which this exchange cannot end.
+// One thread. Reports a fatal failure and aborts the exchange. `missing`: the rank without which it cannot end.
 __device__ inline void give_up(const Exchange& x, const FailureCause& cause, int missing) {
   publish_failure(x, cause);
   stop(x);
   publish_abort(x, static_cast<uint64_t>(missing + 1) << kAbortMissingShift);
 }
 
-// One thread. A wait that ends: by timeout, because a peer aborted the exchange, or because this rank did.
+// One thread. A wait that ends by timeout, because a peer aborted the exchange, or because this rank did.
 class Wait {
  public:
   __device__ Wait(const Exchange& x, Phase phase) : x_(x), phase_(phase) {}
 
-  // After a poll that found nothing. False: stop polling.
+  // Call after a poll without success. False: stop polling.
   __device__ bool keep_waiting(int peer, uint64_t seen) {
     ++polls_;
     if (polls_ % kPollsPerCheck == 0) {
@@ -161,12 +161,12 @@ class Wait {
  private:
   static constexpr int kPollsPerCheck = 64;
 
-  // Cold path. The time of the first check, for which `since` is 0; or -1: stop polling.
+  // Cold path. Returns the time of the first check, or -1: stop polling. `since`: 0 in the first check.
   __device__ __noinline__ static int64_t check_slowly(Exchange x, Phase phase, int peer, uint64_t seen, int64_t since) {
-    // A mismatch ends neither the wait for handshakes nor the wait for credits before it: no rank leaves an exchange
+    // A mismatch ends neither the wait for handshakes nor the wait for credits before it: no rank ends an exchange
     // before it has all handshakes, so both sides find every mismatch.
     const bool in_handshake = phase == Phase::handshake || phase == Phase::credit;
-    if (is_aborted(x) && !(in_handshake && fresh(x.comm.state->failed) == 0)) {
+    if (is_aborted(x) && !(in_handshake && as_volatile(x.comm.state->failed) == 0)) {
       return -1;
     }
     const auto now = static_cast<int64_t>(global_timer_ns());
@@ -188,7 +188,7 @@ class Wait {
         return -1;
       }
       if (signal == (x.epoch | kAbortForMismatch) && !in_handshake) {
-        fresh(x.comm.state->mismatched_peer) = p + 1;
+        as_volatile(x.comm.state->mismatched_peer) = p + 1;
         abort_exchange(x);
         return -1;
       }
@@ -214,11 +214,11 @@ __device__ bool wait_lanes(const Exchange& x, Phase phase, bool waits, int peer,
     going = wait.keep_waiting(peer, 0);
   }
   going = __all_sync(kFullWarp, going);
-  __syncwarp();  // what one lane acquired is there for all
+  __syncwarp();  // data that one lane acquired becomes visible to all lanes
   return going;
 }
 
-// Warp-collective. The same for every peer: `ready(rank)`.
+// Warp-collective. Waits until `ready(rank)` holds for every peer. False: the exchange was aborted.
 template <class Ready>
 __device__ bool wait_peers(const Exchange& x, Phase phase, Ready ready) {
   bool going = true;
@@ -230,14 +230,14 @@ __device__ bool wait_peers(const Exchange& x, Phase phase, Ready ready) {
   return going;
 }
 
-// Warp-collective. Waits until every peer has finished the exchange `last`, in which its buffer was written before.
+// Warp-collective. Waits until every peer has finished the exchange `last`, in which this rank last wrote its buffer.
 __device__ inline bool wait_for_credits(const Exchange& x, uint64_t last) {
   const auto has_credit = [&](int p) {
     // fault: rows written without a credit
     return x.inbox().poll_signal(x.layout().done(p)) >= last;
   };
   const bool may = wait_peers(x, Phase::credit, has_credit);
-  fence_async_global();  // between the credit and the bulk copies that it allows
+  fence_async_global();  // between the credit and the bulk copies that it permits
   return may;
 }
 
@@ -249,22 +249,23 @@ __device__ inline bool wait_for_gate(const Exchange& x, uint32_t arrivals) {
 
 // --- the handshake ---
 
+// The offset of a word of the header of `source`.
 __device__ inline int64_t header_at(const Exchange& x, int source, int word) {
   return x.layout().header(static_cast<int>(x.epoch % 2), source) + word * int64_t{8};
 }
 
-// Warp-collective.
+// Warp-collective. Waits until every peer has entered the exchange.
 __device__ inline bool wait_for_handshakes(const Exchange& x) {
   return wait_peers(
       x, Phase::handshake, [&](int p) { return x.inbox().poll_signal(header_at(x, p, Header::kEpoch)) >= x.epoch; });
 }
 
-// One thread. Flags of chunks that a peer will send, once its handshake is here.
+// One thread. Number of chunks that a peer will send. Requires its handshake.
 __device__ inline int64_t announced_chunks(const Exchange& x, int peer) {
   return static_cast<int64_t>(x.inbox().poll_word(header_at(x, peer, Header::kChunks)));
 }
 
-// Rows between this rank and each other; -1: not known when the exchange begins.
+// Rows to and from each rank; -1: not known when the exchange begins.
 struct RowCounts {
   PerRank<int> to, from;
 
@@ -347,7 +348,7 @@ __device__ inline bool check_handshake(const Exchange& x, const Handshake& hands
   }
   if (!__all_sync(kFullWarp, same)) {
     if (lane_id() == 0) {
-      publish_abort(x, kAbortForMismatch);  // peers that agree with this rank may wait for what does not come
+      publish_abort(x, kAbortForMismatch);  // peers that agree with this rank may wait for data that does not come
     }
     __syncwarp();
     return false;
@@ -375,12 +376,12 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   if (fetch_add_acq_rel_device(&state.blocks_done, 1) != gridDim.x - 1) {
     return;
   }
-  if (fresh(state.failed) != 0) {
-    return;  // a reset has to put things in order
+  if (as_volatile(state.failed) != 0) {
+    return;  // a reset restores the state
   }
-  if (const uint32_t peer = fresh(state.mismatched_peer); peer != 0) {
+  if (const uint32_t peer = as_volatile(state.mismatched_peer); peer != 0) {
     state.mismatched_peer = 0;
-    // Not if it is between this rank and a peer, which has been reported already.
+    // Not reported again if this rank has found a mismatch itself.
     publish_failure(x, {Failure::mismatch_of_peer, Phase::rows, static_cast<int>(peer) - 1});
   }
   state.blocks_done = 0;
@@ -393,7 +394,7 @@ __device__ inline void end_exchange(const Exchange& x, uint64_t* last_use) {
   *last_use = x.epoch;
   // fault: skipped epoch
   state.epoch = x.epoch;
-  fence_system();  // between what this rank has read and what peers will write there
+  fence_system();  // between this rank's reads and the peers' next writes
 #pragma unroll 1
   for (int p = 0; p < x.world_size(); ++p) {
     if (p != x.comm.rank) {

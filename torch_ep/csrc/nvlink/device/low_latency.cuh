@@ -1,20 +1,20 @@
-// What both low-latency exchanges have in common: numbers, credits, waits, masks.
+// The common parts of both low-latency exchanges: numbers, credits, waits, masks.
 //
 // Note [Two in flight]
 // Exchanges of one kind are numbered on the device, and every rank numbers them the same. Exchange n uses half n % 2 of
-// the buffers. A rank sends once its peers have received what that half held before: so exchange n may be sent while
-// n - 1 is still to be received, but no third. A send needs nothing from the peers but credits, so it may be a kernel
-// of its own, and the receive another one, later. Nothing is cleaned: words and flags hold the number, and only the
-// expected number counts. docs/protocol.md has the table of signals.
+// the buffers. A rank sends exchange n once its peers have received exchange n - 2, which used the same half. So two
+// exchanges may be in flight, but not a third. A send needs only credits from the peers, so it may be a separate
+// kernel, with a later kernel for the receive. Nothing is cleared: words and flags hold the number of the exchange, and
+// readers compare it. docs/protocol.md has the table of signals.
 //
 // Note [Latency]
-// With few tokens these kernels are a chain of trips to memory and to peers, a quarter to half a microsecond each, and
-// of dependent instructions, of which a warp does some 400 per microsecond. Therefore:
+// For few tokens, these kernels are a chain of accesses to memory and to peers (0.25 to 0.5 microseconds each) and of
+// dependent instructions (about 400 per microsecond and warp). Therefore:
 //   - independent loads are issued together, by different warps: one warp of a block polls the state while the others
 //     load what they will send, or prepare what they will receive; one barrier joins them;
-//   - a warp has a small part of a row;
-//   - what travels is complete in itself, where a flag would need a fence before it;
-//   - no block waits for the last one: Note [Shares];
+//   - each warp handles a small part of a row;
+//   - data is self-contained (words, packets): a flag would need a fence before it;
+//   - no block waits for the last block: Note [Shares];
 //   - the next kernel of either kind publishes, as it starts, that this rank has received an exchange.
 #pragma once
 
@@ -26,50 +26,51 @@
 namespace ep::nvlink {
 
 // Note [Masked ranks]
-// A masked rank is neither written nor awaited: it counts as one that sends nothing. Every rank has a mask of its own.
-// Within one exchange all blocks of a rank have to agree on who takes part, since the rows of the result follow from
-// it. Where a timeout may mask, the first block that has a rank's announcement, or has waited too long for it, decides
-// for all blocks (`decide`). A rank that is masked later, between its announcement and its rows, leaves holes.
+// No kernel writes to a masked rank or waits for it: it counts as a rank that sends nothing. Every rank has its own
+// mask. Within one exchange, all blocks of a rank must agree on the ranks that take part, since these determine the
+// rows of the result. If timeouts mask, the first block that has a rank's announcement, or has timed out waiting for
+// it, decides for all blocks (`decide`). A rank that is masked later, between its announcement and its rows, leaves
+// holes.
 
 constexpr int kDispatchKind = 0, kCombineKind = 1;
 
 enum class Outcome : int { arrived, absent, failed };
 
-// The state of an exchange as a block found it, in shared memory.
+// A block's copy of the state of an exchange, in shared memory.
 struct LowLatencyExchangeState {
-  // When the kernel began.
+  // Values at the start of the kernel.
   uint64_t number, received;
   uint32_t failed;
-  RankSet active, awaited;  // the ranks that take part; those whose credit was not there
+  RankSet active, awaited;  // ranks that take part; ranks whose credit was missing
   uint32_t share;           // Note [Shares]
-  // Updated while it runs: the longest wait for each rank.
+  // Updated while the kernel runs: the longest wait for each rank.
   unsigned long long waited[kMaxRanks];
 };
 
-// One exchange, as one rank sees it.
+// One low-latency exchange of this rank.
 class LowLatencyExchange {
  public:
-  // `in_flight`: what the send returned, for a receive alone.
+  // `status`: the result of the send, for a separate receive.
   __device__
-  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* in_flight, LowLatencyExchangeState& memory)
+  LowLatencyExchange(const Comm& comm, int kind, Part part, const int64_t* status, LowLatencyExchangeState& memory)
       : state_(comm.state->low_latency[kind]),
         kind_(kind),
         part_(part),
-        in_flight_(in_flight),
+        status_(status),
         memory_(memory),
         x_(comm, op_of(kind), 0) {}
 
-  // Warp-collective. One warp of a block, before all else.
+  // Warp-collective. One warp per block calls it first.
   __device__ void poll_state() const {
     const State& state = *x_.comm.state;
-    const uint32_t failed = fresh(state.failed);
-    const uint64_t sent = fresh(state_.sent), received = fresh(state_.received) >> kShareBits;
-    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*in_flight_) : (sent >> kShareBits) + 1;
+    const uint32_t failed = as_volatile(state.failed);
+    const uint64_t sent = as_volatile(state_.sent), received = as_volatile(state_.received) >> kShareBits;
+    const uint64_t number = part_ == Part::receive ? static_cast<uint64_t>(*status_) : (sent >> kShareBits) + 1;
     RankSet active, awaited;
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       const int p = rank_at(step);
-      const uint32_t masked = fresh(state.masked_by_host[step]) | fresh(state.masked_by_timeout[step]);
+      const uint32_t masked = as_volatile(state.masked_by_host[step]) | as_volatile(state.masked_by_timeout[step]);
       const bool is_peer = part_ != Part::receive && x_.is_peer(p);
       const uint64_t done = is_peer ? inbox().poll_signal(layout().done(kind_, p)) : 0;
       active.words[step] = ~masked & __ballot_sync(kFullWarp, p < world_size());
@@ -98,7 +99,7 @@ class LowLatencyExchange {
 
   __device__ const LowLatencyLayout& layout() const { return x_.comm.low_latency; }
   __device__ uint64_t number() const { return x_.epoch; }
-  // The number as words and packets hold it. Never 0, which memory holds at first.
+  // The number as words and packets hold it. Never 0, the initial value of memory.
   __device__ uint32_t tag() const { return max(static_cast<uint32_t>(x_.epoch), 1U); }
   __device__ uint64_t word_of(uint32_t value) const { return uint64_t{tag()} << 32 | value; }
   __device__ bool is_word(uint64_t word) const { return word >> 32 == tag(); }
@@ -108,7 +109,7 @@ class LowLatencyExchange {
   __device__ Inbox inbox() const { return x_.inbox(); }
   __device__ Peer peer(int rank) const { return x_.peer(rank); }
 
-  // When this kernel began.
+  // Whether the rank took part when this kernel began.
   __device__ bool is_active(int rank) const { return memory_.active.has(rank); }
   __device__ bool masks() const { return x_.comm.masks; }
 
@@ -116,12 +117,12 @@ class LowLatencyExchange {
   __device__ void publish_failure(const FailureCause& cause) const {
     publish_failure(x_.comm, kind_, number(), false, cause);
   }
-  // One thread. Every later exchange ends at once.
+  // One thread. Makes every later exchange end at once.
   __device__ void publish_fatal_failure(const FailureCause& cause) const {
     publish_failure(x_.comm, kind_, number(), true, cause);
   }
 
-  // One thread. Waits until `ready()`. `measures`: the time counts as a wait for `peer`.
+  // One thread. Waits until `ready()`. `measures`: whether the time counts as a wait for `peer`.
   template <class Ready>
   __device__ Outcome wait(Phase phase, int peer, bool measures, const Ready& ready) const {
     if (ready()) {
@@ -146,7 +147,8 @@ class LowLatencyExchange {
   __device__ bool publishes_credits() const { return blockIdx.x == gridDim.x - 1; }
   __device__ int workers() const { return static_cast<int>(gridDim.x) - 1; }
 
-  // Block-collective. Publishes what earlier kernels have received, and reports how long the exchange before waited.
+  // Block-collective. Publishes which exchanges earlier kernels have received, and reports the waits of the previous
+  // exchange.
   __device__ void publish_credits(int64_t* wait_ns) const {
     if (warp_id() == 0) {
       write_credits();
@@ -157,8 +159,8 @@ class LowLatencyExchange {
     end();
   }
 
-  // Warp-collective. The ranks whose half may be written, once it may; none if the exchange failed. A rank that has not
-  // received what it sent itself reports that at once, instead of blaming others.
+  // Warp-collective. Waits for credits. Returns the ranks whose half may be written; none if the exchange failed. A
+  // rank that has not received its own earlier exchanges reports that at once, instead of blaming its peers.
   __device__ RankSet writable() const {
     if (memory_.received + 2 < number()) {
       if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -169,8 +171,8 @@ class LowLatencyExchange {
     return memory_.awaited.any() ? await_credits() : memory_.active;
   }
 
-  // Every thread, before it receives. False: not the next one. Exchanges are received in the order in which they were
-  // sent, each once.
+  // Every thread, before it receives. Returns whether this exchange is the next to be received: exchanges are received
+  // in the order in which they were sent, each once.
   __device__ bool is_next() const {
     const uint64_t next = memory_.received + 1;
     if (next == number()) {
@@ -185,11 +187,11 @@ class LowLatencyExchange {
     return false;
   }
 
-  // One thread, where timeouts mask. Whether a rank takes part: as the first block that knew decided. `is_there`: what
-  // this block would decide.
+  // One thread, only if timeouts mask. Returns whether a rank takes part, by the decision of the first block that knew.
+  // `is_there`: this block's own answer.
   __device__ bool decide(int rank, bool is_there) const {
     auto* verdict = reinterpret_cast<unsigned long long*>(&state_.verdict[half()][rank]);
-    unsigned long long seen = fresh(*verdict);
+    unsigned long long seen = as_volatile(*verdict);
     while (seen >> 1 != number()) {
       const unsigned long long mine = number() << 1 | (is_there ? 1 : 0);
       const unsigned long long found = atomicCAS(verdict, seen, mine);
@@ -198,7 +200,7 @@ class LowLatencyExchange {
     return (seen & 1) != 0;
   }
 
-  // Block-collective. This block has sent and read everything.
+  // Block-collective. Ends the exchange for this block, which has sent and read everything.
   __device__ void end() const {
     __syncthreads();
     const int lane = lane_id();
@@ -228,7 +230,7 @@ class LowLatencyExchange {
  private:
   static constexpr int kPollsPerCheck = 64;
 
-  // Warp-collective.
+  // Warp-collective. Waits for the credits that were missing. Returns the ranks that may be written.
   __device__ RankSet await_credits() const {
     RankSet may_write;
     bool going = true;
@@ -243,7 +245,7 @@ class LowLatencyExchange {
       going = __all_sync(kFullWarp, outcome != Outcome::failed) != 0 && going;
       may_write.words[step] = __ballot_sync(kFullWarp, outcome == Outcome::arrived);
     }
-    __syncwarp();  // what one lane acquired is there for all
+    __syncwarp();  // data that one lane acquired becomes visible to all lanes
     return going ? may_write : RankSet{};
   }
 
@@ -251,9 +253,9 @@ class LowLatencyExchange {
   __device__ void write_credits() const {
     const State& state = *x_.comm.state;
     const uint64_t received[LowLatencyLayout::kKinds] = {
-        fresh(state.low_latency[kDispatchKind].received) >> kShareBits,
-        fresh(state.low_latency[kCombineKind].received) >> kShareBits};
-    fence_system();  // between what those kernels read and what peers will write there
+        as_volatile(state.low_latency[kDispatchKind].received) >> kShareBits,
+        as_volatile(state.low_latency[kCombineKind].received) >> kShareBits};
+    fence_system();  // between the reads of those kernels and the peers' next writes
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       if (const int p = rank_at(step); x_.is_peer(p) && is_active(p)) {
@@ -263,24 +265,26 @@ class LowLatencyExchange {
     }
   }
 
-  // Warp-collective. All waits of the exchange before are known.
+  // Warp-collective. The previous exchange has ended, so its waits are known.
   __device__ void report_waits(int64_t* wait_ns) const {
     for (int p = lane_id(); p < world_size(); p += kWarp) {
       uint64_t& before = state_.wait_ns[1 - half()][p];
-      wait_ns[p] = static_cast<int64_t>(fresh(before));
+      wait_ns[p] = static_cast<int64_t>(as_volatile(before));
       before = 0;
     }
   }
 
-  // One thread. Cold path. Whether to keep waiting (arrived), to go on without the peer (absent), or to stop (failed).
+  // One thread. Cold path. Returns whether to keep waiting (arrived), to go on without the peer (absent), or to stop
+  // (failed).
   __device__ static __noinline__ Outcome
   check_slowly(const Comm& comm, int kind, uint64_t number, Phase phase, int peer, uint64_t since) {
     State& state = *comm.state;
-    if (fresh(state.failed) != 0) {
+    if (as_volatile(state.failed) != 0) {
       return Outcome::failed;
     }
     const int word = peer / kWarp;
-    if (((fresh(state.masked_by_host[word]) | fresh(state.masked_by_timeout[word])) >> peer % kWarp & 1) != 0) {
+    if (((as_volatile(state.masked_by_host[word]) | as_volatile(state.masked_by_timeout[word])) >> peer % kWarp & 1) !=
+        0) {
       return Outcome::absent;
     }
     if (static_cast<int64_t>(global_timer_ns() - since) <= comm.timeout_ns) {
@@ -294,19 +298,19 @@ class LowLatencyExchange {
     return Outcome::failed;
   }
 
-  __device__ static Op op_of(int kind) {
-    return kind == kDispatchKind ? Op::low_latency_dispatch : Op::low_latency_combine;
+  __device__ static OpKind op_of(int kind) {
+    return kind == kDispatchKind ? OpKind::low_latency_dispatch : OpKind::low_latency_combine;
   }
 
   LowLatencyState& state_;
   const int kind_;
   const Part part_;
-  const int64_t* in_flight_;
+  const int64_t* status_;
   LowLatencyExchangeState& memory_;
   Exchange x_;
 };
 
-// An entry of topk_idx as it lies in memory: loading it does not wait, using it does.
+// The words of an entry of topk_idx. A load does not stall; using the value does.
 struct Entry {
   int low = -1, high = -1;
   bool wide = false;

@@ -1,4 +1,5 @@
-// How ep::low_latency_dispatch receives: announcements, then rows, each to its rows of the result.
+// The receive of ep::low_latency_dispatch: waits for the announcements, then copies each wire row to its rows of the
+// result.
 #pragma once
 
 #include "nvlink/device/low_latency.cuh"
@@ -13,33 +14,33 @@ constexpr int kDispatchWarps = kDispatchThreads / kWarp;
 // What the host derives for a launch.
 struct LowLatencyShape {
   int stage_bytes;       // a wire row, padded
-  int receive_warps;     // of a block, each with a stage; none if rows travel in packets
-  int parts;             // chunks of a row in packets, one per warp
+  int receive_warps;     // per block, each with a stage; 0 if rows are sent in packets
+  int parts;             // chunks per row in packets, one per warp
   int packet_row_bytes;  // of such a row
   Divisor by_parts, by_tokens, by_local, by_words, by_rows;
 };
 
 // Shared memory of a thread block.
 struct LowLatencyMemory {
-  char* stages;        // a wire row each
-  uint64_t* barriers;  // of each warp
+  char* stages;        // one wire row per stage
+  uint64_t* barriers;  // one per warp
   int* words;
-  bool* is_lost;  // of each rank
+  bool* is_lost;  // one per rank
 };
 
 template <bool uses_packets>
 class LowLatencyReceive {
  public:
-  // `loads`: what the barrier of this warp has counted before.
+  // `loads`: earlier loads on this warp's barrier.
   __device__ LowLatencyReceive(
       const LowLatencyDispatchArgs& args,
       const LowLatencyShape& shape,
-      const LowLatencyExchange& flight,
+      const LowLatencyExchange& exchange,
       const LowLatencyMemory& memory,
       int loads)
       : a_(args),
         shape_(shape),
-        x_(flight),
+        x_(exchange),
         memory_(memory),
         loads_(loads),
         num_local_(args.num_experts / args.comm.low_latency.world_size),
@@ -47,10 +48,11 @@ class LowLatencyReceive {
         routes_at_(static_cast<int>(args.routes_at())),
         wire_row_bytes_(static_cast<int>(args.wire_row_bytes())) {}
 
+  // Block-collective.
   __device__ void run() const {
     const Announced announced{memory_.words, layout().words};
     if constexpr (uses_packets) {
-      // Polls the warp's first chunk right after its own words: most likely it has arrived.
+      // Polls the warp's first chunk right after its announcement words: most likely it has arrived.
       ChunkOfRow first(*this, first_chunk());
       if (wait_for_announcements(memory_.words, [&] { first.poll(); })) {
         receive_packets(announced, first);
@@ -111,8 +113,7 @@ class LowLatencyReceive {
     return false;
   }
 
-  // Block-collective. False: failed, or a mismatch. `then`: what each thread does between its own words and the
-  // barrier.
+  // Block-collective. False: a failure or a mismatch. Each thread calls `then` after its own words, before the barrier.
   template <class Then>
   __device__ bool wait_for_announcements(int* announced, const Then& then) const {
     const int words = layout().words, all = x_.world_size() * words;
@@ -141,7 +142,7 @@ class LowLatencyReceive {
     return going && (!x_.masks() || agree_on_ranks(announced));
   }
 
-  // Block-collective, where timeouts mask. Agrees with all other blocks on who takes part.
+  // Block-collective, only if timeouts mask. Agrees with all other blocks on the ranks that take part.
   __device__ bool agree_on_ranks(int* announced) const {
     __shared__ bool is_there[kMaxRanks];
     const int words = layout().words;
@@ -163,10 +164,11 @@ class LowLatencyReceive {
     return same;
   }
 
-  // Each warp has some experts: their rows, up to each rank, and -1 for rows that nobody sent.
+  // Block-collective. Each warp handles some experts: it writes their rows, summed up to each source rank, and -1 for
+  // rows that no rank sent.
   __device__ void count_rows(const Announced& announced) const {
     const int lane = lane_id(), world_size = x_.world_size(), rows_of_expert = world_size * a_.max_tokens;  // C
-    // Warps with the fewest rows to receive begin.
+    // The warps with the fewest rows to receive come first.
     const int turn = uses_packets ? warp_id() : kDispatchWarps - 1 - warp_id();
 #pragma unroll 1
     for (int e = static_cast<int>(blockIdx.x) + x_.workers() * turn; e < num_local_;
@@ -194,7 +196,7 @@ class LowLatencyReceive {
     }
   }
 
-  // The row of the result for a slot, or -1.
+  // One thread. The row of the result for a slot, or -1.
   __device__ int64_t row_at(const Announced& announced, int source, int expert_of_all, int index) const {
     const int expert = expert_of_all - x_.me() * num_local_;
     if (expert_of_all < 0 || expert < 0 || expert >= num_local_ || index < 0 ||
@@ -205,7 +207,7 @@ class LowLatencyReceive {
     return expert * rows_of_expert + announced.before(source, expert) + index;
   }
 
-  // Lane k writes slot k of a token. `i`: source * max_tokens + token.
+  // Warp-collective. Lane k writes slot k of a token. `i`: source * max_tokens + token.
   __device__ void write_slot(int i, int64_t row, float weight) const {
     const int64_t slot = int64_t{i} * a_.num_topk + lane_id();
     if (lane_id() < a_.num_topk) {
@@ -217,14 +219,14 @@ class LowLatencyReceive {
     }
   }
 
-  // The index of a row's first word of scales; the next is scale_rows further.
+  // The index of a row's first word of scales. The next word is scale_rows further.
   __device__ int64_t scales_of(int64_t row) const {
     const int rows_of_expert = x_.world_size() * a_.max_tokens, expert = shape_.by_rows.quotient(static_cast<int>(row));
     return expert * a_.num_scales * a_.scale_rows + (row - int64_t{expert} * rows_of_expert);
   }
 
-  // What a lane has of a chunk of a row in packets: a SlotRoute, a payload, and the scale of a group of channels. What
-  // this lane has none of counts as arrived.
+  // One lane's part of a chunk of a row in packets: a SlotRoute, a payload, and the scale of a group of channels. Parts
+  // that this lane does not have count as arrived.
   struct ChunkOfRow {
     int row, chunk, source, token;  // row: source * max_tokens + token
     LaneVectors vectors;
@@ -235,7 +237,7 @@ class LowLatencyReceive {
     uint4 route, scale;
     Packets packets;
 
-    // The n-th chunk of all; nothing, if there is none.
+    // The n-th chunk of all rows; empty if there is none.
     __device__ ChunkOfRow(const LowLatencyReceive& r, int n)
         : row(r.shape_.by_parts.quotient(n)),
           chunk(n - row * r.shape_.parts),
@@ -281,7 +283,7 @@ class LowLatencyReceive {
     __device__ uint32_t scale_word() const { return nth_scale == 0 ? scale.x : nth_scale == 1 ? scale.y : scale.z; }
   };
 
-  // This warp's first. The warps that send least begin: the last but the one that counts.
+  // This warp's first chunk. The warps that send least come first, from the last one before the counting warp.
   __device__ int first_chunk() const {
     constexpr int kFirst = kDispatchWarps - 2;
     const int turn = (kFirst - warp_id() + kDispatchWarps) % kDispatchWarps;
@@ -294,7 +296,7 @@ class LowLatencyReceive {
     return min(groups - chunk * kChunkGroups, kChunkGroups);
   }
 
-  // Each warp has chunks of rows. `c`: its first, which may not exist.
+  // Block-collective. Each warp receives chunks of rows. `c`: its first chunk, which may not exist.
   __device__ void receive_packets(const Announced& announced, ChunkOfRow& c) const {
 #pragma unroll 1
     for (int n = first_chunk(); n < num_chunks();) {
@@ -322,7 +324,7 @@ class LowLatencyReceive {
     }
   }
 
-  // Warp-collective. The same outcome in all lanes.
+  // Warp-collective. Waits for a chunk. The outcome is the same in all lanes.
   __device__ Outcome wait_for_chunk(ChunkOfRow& c) const {
     auto outcome = Outcome::arrived;
     if (!c.has_arrived(x_.tag())) {
@@ -337,7 +339,7 @@ class LowLatencyReceive {
     return __any_sync(kFullWarp, outcome == Outcome::failed) ? Outcome::failed : Outcome::absent;
   }
 
-  // Warp-collective. Writes a chunk to the rows of all lanes; each lane its payload and scale.
+  // Warp-collective. Writes a chunk to the rows of all lanes. Each lane writes its payload and scale.
   __device__ void write_chunk(const ChunkOfRow& c, int64_t row) const {
     LanePayload payload = c.packets.payload();
 #pragma unroll
@@ -367,7 +369,7 @@ class LowLatencyReceive {
     }
   }
 
-  // Each warp has rows.
+  // Warp-collective, in receive_warps warps. Receives whole rows by bulk copies.
   __device__ void receive_rows(const Announced& announced) const {
     const int lane = lane_id(), rows_of_expert = x_.world_size() * a_.max_tokens;
     char* stage = memory_.stages + int64_t{warp_id()} * shape_.stage_bytes;
@@ -389,11 +391,11 @@ class LowLatencyReceive {
           break;
         }
         if (__all_sync(kFullWarp, outcome == Outcome::arrived)) {
-          bulk_wait_read<0>();   // of what was copied from this stage
-          fence_async_shared();  // what this lane read of it
+          bulk_wait_read<0>();   // earlier copies out of this stage
+          fence_async_shared();  // earlier reads by this lane
           __syncwarp();
           if (lane == 0) {
-            fence_async_global();  // between the flag and the bulk copy of what it publishes
+            fence_async_global();  // between the flag and the bulk copy of the row that it publishes
             barrier_expect(barrier, wire_row_bytes_);
             const char* from = x_.inbox().data(layout().dispatch_row(x_.half(), source, token));
             bulk_load(stage, from, wire_row_bytes_, barrier);

@@ -1,5 +1,5 @@
-// Memory operations with their order and scope in the name. PTX ISA, sections "Memory Consistency Model" and
-// "cp.async.bulk".
+// Memory operations of one thread, with their order and scope in the name. PTX ISA, sections "Memory Consistency Model"
+// and "cp.async.bulk".
 #pragma once
 
 #include <cstdint>
@@ -82,9 +82,10 @@ __device__ __forceinline__ uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32
   return old;
 }
 
-// --- 16 bytes per lane: global to shared memory, past the registers; a lane waits for its own copies ---
+// --- asynchronous copies of 16 bytes, global to shared memory, without registers ---
 
-// At kOffset from both addresses. A branch around every copy would make the compiler compute an address for each.
+// Copies at kOffset from both addresses, if `copies`. With a branch around every copy, the compiler would compute an
+// address for each.
 template <int kOffset>
 __device__ __forceinline__ void copy_async_if(bool copies, void* shared, const void* global) {
   asm volatile("{ .reg .pred p; setp.ne.s32 p, %0, 0; @p cp.async.cg.shared.global [%1 + %3], [%2 + %3], 16; }" ::"r"(
@@ -99,7 +100,7 @@ __device__ __forceinline__ void copy_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until all but the last kPending groups of this lane have arrived.
+// Waits until all but the last kPending groups of this thread have arrived.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -178,7 +179,8 @@ __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Orders them for global memory: between a bulk copy and the flag that publishes it, on both sides of the link.
+// Orders this thread's ordinary accesses and bulk copies of global memory: between a bulk copy and the flag that
+// publishes it, on both sides of the link.
 __device__ __forceinline__ void fence_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

@@ -9,8 +9,8 @@ struct LanePayload {
   uint4 vectors[kVectorsPerLane];
 };
 
-// Which vectors of a row of `vectors` vectors of 16 bytes this lane has of a chunk: every step-th, so that neighboring
-// lanes have neighboring vectors. A step is a multiple of a group of channels.
+// The vectors of 16 bytes that this lane handles in a chunk: every step-th, so that neighboring lanes have neighboring
+// vectors. The step is a multiple of a group of channels. `vectors`: of the whole row.
 class LaneVectors {
  public:
   __device__ __forceinline__ LaneVectors(int chunk, int vectors) {
@@ -40,6 +40,7 @@ __device__ __forceinline__ LanePayload load_payload(const char* from, const Lane
   return u;
 }
 
+// One thread. Stores only the vectors that the row at `to` has.
 __device__ __forceinline__ void store_payload(char* to, const LanePayload& u, const LaneVectors& v) {
 #pragma unroll
   for (int i = 0; i < kVectorsPerLane; ++i) {
@@ -49,19 +50,19 @@ __device__ __forceinline__ void store_payload(char* to, const LanePayload& u, co
   }
 }
 
-// Keeps a value that is stored more than once in its own registers. The compiler would put it together again for every
-// store, which waits for the store before.
+// One thread. Keeps a value that is stored more than once in its own registers. Otherwise the compiler assembles it
+// again for every store, which then waits for the previous store.
 __device__ __forceinline__ void keep_together(uint4& v) {
   asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
 }
 
-// Where this lane's first packet of a chunk is in a row.
+// One thread. The offset of this lane's first packet of a chunk in a row.
 __device__ __forceinline__ int64_t packet_offset(int chunk) {
   return int64_t{chunk} * kChunkBytes + lane_id() * kPacketBytes;
 }
 constexpr int kPacketStride = kLanesPerChunk * kPacketBytes;  // between the packets of a lane
 
-// A LanePayload in packets. It has `arrived` once every packet holds the number of the exchange.
+// One thread's LanePayload in packets. It has `arrived` once every packet holds the number of the exchange.
 struct Packets {
   uint4 packets[kPacketsPerLane];
 

@@ -1,7 +1,7 @@
-// What a rank does to a peer: put bytes, put words that are complete in themselves, signal. And the own buffer, where
-// what peers put arrives. No kernel computes with the address of a peer's memory.
+// Access to symmetric memory. Peer writes into a peer's buffer: it puts bytes, puts self-contained words and packets,
+// and signals. Inbox reads this rank's own buffer. No kernel computes with the address of a peer's memory.
 //
-// Both sides name a place by its offset in the symmetric buffer (layout.h), which is the same in every rank's.
+// Both take offsets in the symmetric buffer (layout.h), which are the same on every rank.
 #pragma once
 
 #include "nvlink/device/memory.cuh"
@@ -28,7 +28,7 @@ class Peer {
       *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(value);
     }
   }
-  // One thread. A word that its reader can tell from an older one: it needs no signal.
+  // One thread. A self-contained word: its reader can distinguish it from an older one, so it needs no signal.
   __device__ __forceinline__ void put_word(int64_t offset, uint64_t word) const {
     store_relaxed_system(buffer_ + offset, word);
   }
@@ -36,7 +36,7 @@ class Peer {
   __device__ __forceinline__ void put_packet(int64_t offset, const uint4& packet) const {
     store_relaxed_system_16(buffer_ + offset, packet);
   }
-  // One thread. Publishes what is ordered before it: stores of this thread, and of others before a barrier.
+  // One thread. Publishes all stores before it: those of this thread, and those of other threads before a barrier.
   __device__ __forceinline__ void signal(int64_t offset, uint64_t word) const {
     store_release_system(buffer_ + offset, word);
   }
@@ -50,21 +50,22 @@ class Peer {
   char* buffer_ = nullptr;
 };
 
-// The own symmetric buffer.
+// This rank's own symmetric buffer.
 class Inbox {
  public:
   __device__ __forceinline__ explicit Inbox(const char* buffer) : buffer_(buffer) {}
 
-  // One thread. Acquires what the signal publishes. Bulk copies of it need fence_async_global too.
+  // One thread. Acquires the data that the signal publishes. Bulk copies of that data need fence_async_global too.
   __device__ __forceinline__ uint64_t poll_signal(int64_t offset) const {
     return load_acquire_system(buffer_ + offset);
   }
-  // One thread. A word that is complete in itself, or one that a signal has published.
+  // One thread. A self-contained word, or a word that a signal has published.
   __device__ __forceinline__ uint64_t poll_word(int64_t offset) const { return load_relaxed_system(buffer_ + offset); }
+  // One thread.
   __device__ __forceinline__ uint4 poll_packet(int64_t offset) const {
     return load_relaxed_system_16(buffer_ + offset);
   }
-  // Where published bytes are.
+  // The address of published bytes.
   __device__ __forceinline__ const char* data(int64_t offset) const { return buffer_ + offset; }
 
  private:

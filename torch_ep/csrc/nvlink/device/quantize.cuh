@@ -1,4 +1,4 @@
-// Rows to fp8, with a scale for each group of channels: docstring of torch_ep.low_latency_dispatch.
+// Quantizes rows to fp8, with one scale per group of channels. Formulas: docstring of torch_ep.low_latency_dispatch.
 #pragma once
 
 #include "nvlink/device/exchange.cuh"
@@ -7,9 +7,6 @@
 #include <cuda_fp8.h>
 
 namespace ep::nvlink {
-
-constexpr float kLargest = 448;  // of e4m3
-constexpr float kLeastMaximum = 1e-4F;
 
 // The bits of absolute values are ordered as the values are, NaN above all.
 __device__ inline uint32_t magnitude(float v) {
@@ -22,10 +19,11 @@ struct Scale {
 
 __device__ inline Scale scale_of(float maximum, Quantize quantize) {
   if (quantize == Quantize::fp8) {
-    return {__fdiv_rn(maximum, kLargest), __fdiv_rn(kLargest, maximum)};
+    return {__fdiv_rn(maximum, kMaxFp8), __fdiv_rn(kMaxFp8, maximum)};
   }
-  // The next power of two: one exponent more if there is a fraction. At most that of infinity, also for NaN.
-  const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kLargest));
+  // Rounds up to a power of two: the exponent grows by one if there is a fraction. It is at most that of infinity, also
+  // for NaN.
+  const uint32_t bits = __float_as_uint(__fdiv_rn(maximum, kMaxFp8));
   // fault: low latency: scale not rounded up
   const uint32_t exponent = min((bits + 0x7fffff) >> 23, 255U);
   const float scale = __uint_as_float(exponent << 23);
@@ -52,7 +50,7 @@ class Channels {
   }
 
   __device__ uint32_t greatest_magnitude() const {
-    uint32_t most = 0;  // of T's bits, which are ordered likewise; of two bytes, two at once
+    uint32_t most = 0;  // bits of T, which have the same order; two numbers of two bytes at once
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       for (const uint32_t word : {vectors_[i].x, vectors_[i].y, vectors_[i].z, vectors_[i].w}) {
@@ -92,14 +90,14 @@ class Channels {
   uint4 vectors_[kLoads];
 };
 
-// Warp-collective. kGroupVectors neighboring lanes have the i-th vectors of one group. Gives those vectors and their
-// scales.
+// Warp-collective. kGroupVectors neighboring lanes have the i-th vectors of one group. Returns these vectors,
+// quantized, and their scales.
 template <class T, int kVectors>
 __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {
   static_assert(kVectors <= kGroupVectors);
   const int lane = lane_id();
-  uint32_t maximum = magnitude(kLeastMaximum);  // of the i-th vectors, in the i-th lane of a group
+  uint32_t maximum = magnitude(kMinAmax);  // of the i-th vectors, in the i-th lane of a group
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     uint32_t most = channels[i].greatest_magnitude();

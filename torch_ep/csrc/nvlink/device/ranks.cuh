@@ -1,8 +1,8 @@
 // Values that a warp keeps per rank, and sets of ranks.
 //
 // Note [Ranks and lanes]
-// Lane l of a warp has the values of ranks l, l + 32, and so on: rank r is in lane r % 32, at step r / 32. Loops over
-// steps are unrolled. Up to 32 ranks there is one step, and all of this is one register per lane and value.
+// Lane l of a warp holds the values of ranks l, l + 32, and so on: rank r is in lane r % 32, at step r / 32. Loops over
+// steps are unrolled. Up to 32 ranks there is one step, which takes one register per lane and value.
 #pragma once
 
 #include "core/device/warp.cuh"
@@ -10,15 +10,15 @@
 
 namespace ep::nvlink {
 
-// The rank that this lane stands for at a step. It may be none: >= world_size.
+// The rank of this lane at a step. A value >= world_size is no rank.
 __device__ __forceinline__ int rank_at(int step) {
   return step * kWarp + lane_id();
 }
 
 // Note [Peers in turn]
-// What all ranks send to one of them at once shares that rank's links, while the links of the others are idle. So no
-// two ranks begin with the same peer, nor do all warps of one. Bulk copies of a warp leave in the order of its lanes:
-// these stand for the ranks from the `turn`-th on. Lanes beyond the last rank stand for none.
+// If all ranks send to one rank at once, they share that rank's links while the other links idle. So no two ranks begin
+// with the same peer, and neither do all warps of one rank. A warp's bulk copies are issued in the order of its lanes:
+// the first lane has rank `turn`, the next one rank `turn` + 1, and so on. Lanes beyond the last rank have none.
 __device__ __forceinline__ int rank_in_turn(int step, int turn, int world_size) {
   const int rank = rank_at(step);
   return rank < world_size ? (rank + turn) % world_size : rank;
@@ -43,7 +43,7 @@ struct PerRank {
   }
 };
 
-// Warp-collective. The sum of the values of this lane and the lanes below it.
+// Warp-collective. The sum of the values of this lane and all lower lanes.
 __device__ __forceinline__ int sum_up_to_lane(int value) {
 #pragma unroll
   for (int lanes = 1; lanes < kWarp; lanes *= 2) {
@@ -53,7 +53,7 @@ __device__ __forceinline__ int sum_up_to_lane(int value) {
   return value;
 }
 
-// Warp-collective. Sums of the values of each rank and those below it.
+// Warp-collective. Per rank, the sum of the values of this rank and all lower ranks.
 __device__ __forceinline__ PerRank<int> sum_up_to_rank(const PerRank<int>& values, int world_size) {
   PerRank<int> sums;
   int before = 0;

@@ -1,4 +1,4 @@
-// Reduction of rows: in float32 (float64 for float64), in the order of the token's slots, without contraction.
+// Sums rows: in float32 (float64 for float64), in the order of the token's slots, without contraction.
 #pragma once
 
 #include "core/device/numbers.cuh"
@@ -7,28 +7,28 @@
 namespace ep::nvlink {
 
 // Rows are read in pieces of kBatch vectors per lane through a ring in shared memory. The loads in flight there hide
-// the latency of device memory, for which so few warps have not enough registers.
+// the latency of device memory. So few warps do not have enough registers for that.
 constexpr int kBatch = 4;
 constexpr int kPieceVectors = kBatch * kWarp;
 constexpr int kPieceBytes = kPieceVectors * 16;
 
-// What is summed, as masks of lanes with one row each. Terms are added in the order of their lanes. One term may stand
-// for rows of this rank, which are first added up, in the order of their lanes, and rounded.
+// The terms of a sum, as masks of lanes with one row each. Terms are added in the order of their lanes. One term may be
+// the sum of rows of this rank, which are added first, in the order of their lanes, and rounded.
 struct Terms {
   uint32_t all;
-  uint32_t own;       // none, or one of them
-  uint32_t own_rows;  // whose rows that term stands for
+  uint32_t own;       // the term of this rank: one lane of `all`, or none
+  uint32_t own_rows;  // the rows of that term
 };
 
 // The rows of `Terms` in the order in which they are loaded; lane i has the i-th. This rank's rows come first, so that
-// only their rounded sum is kept while the others are added.
+// only their rounded sum is kept while the other terms are added.
 template <class Wide>
 struct RowList {
   uint64_t row = 0;
   Wide weight{};
   int count = 0;
   int own = 0;     // rows of this rank
-  int before = 0;  // terms before that of this rank
+  int before = 0;  // terms before this rank's term
 
   __device__ RowList(const Terms& terms, const char* row_of_lane, Wide weight_of_lane) {
     const auto take = [&](uint32_t lanes) {
@@ -54,7 +54,7 @@ struct RowList {
 };
 
 // Warp-collective. Adds `terms`, whose rows are at the lanes' addresses `row`. This rank's rows are multiplied by the
-// lanes' `weight`. sink(piece, vectors) takes this lane's part of each piece of the result.
+// lanes' `weight`. Calls sink(piece, vectors) with this lane's part of each piece of the result.
 template <class T, bool weighted, int kDepth, class Sink>
 __device__ __forceinline__ void reduce_rows(
     const Terms& terms,
@@ -133,11 +133,11 @@ __device__ __forceinline__ void reduce_rows(
     load_next();
   }
   const int others = list.count - list.own;
-  // Nothing to add: passed on unchanged.
-  const bool lone = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
+  // A single row is copied unchanged.
+  const bool is_single_row = list.count == 1 && __popc(terms.all) == 1 && !(weighted && list.own != 0);
   for (int piece = 0; piece * kPieceVectors < vectors; ++piece) {
     Part part = {};
-    if (lone) {
+    if (is_single_row) {
       take(part);
     } else {
       if (list.own != 0) {
@@ -146,7 +146,7 @@ __device__ __forceinline__ void reduce_rows(
       if (others != 0) {
         Sum<T> total[kBatch];
         add_rows(total, list.before);
-        if (terms.own != 0) {  // zero if it stands for no row
+        if (terms.own != 0) {  // zero if it has no row
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
             total[b].template add_term<false>(part[b], 1);

@@ -6,10 +6,10 @@
 namespace ep::nvlink {
 
 // Note [Blocks that send]
-// A thread block either sends or receives. While the links are full, an SM's copies to peers hold up every later copy
-// of that SM: warps that wrote arrived rows beside warps that sent fell behind, the more the more was sent.
+// A thread block either sends or receives. While the links are full, an SM's copies to peers delay all later copies of
+// that SM. With senders and receivers in one block, the receivers fell behind, and more so the more was sent.
 
-// One thread. An index of the plan is not in [-1, bound), or not where ep::plan puts it.
+// One thread. Reports an index of the plan that is not in [-1, bound), or out of order.
 __device__ inline void publish_bad_index(const Exchange& x, Failure kind, int64_t bound, int64_t index) {
   FailureCause cause{kind, Phase::rows, x.comm.rank};
   cause.ours = bound;
@@ -17,38 +17,38 @@ __device__ inline void publish_bad_index(const Exchange& x, Failure kind, int64_
   publish_failure(x, cause);
 }
 
-// How a kernel divides its thread blocks, and their shared memory among warps.
-struct Shape {
+// How ep::dispatch divides its thread blocks, and their shared memory among warps.
+struct DispatchShape {
   int send_blocks;
-  int warps;   // of a block
-  int stages;  // of a warp
+  int warps;   // per block
+  int stages;  // per warp
   int stage_bytes;
-  int chunk_tokens;  // of dispatch
+  int chunk_tokens;
 };
 
 // Shared memory of a thread block on sm_90 (CUDA C++ Programming Guide, table of compute capabilities: 227 KB), less
-// room for the barriers.
+// the barriers.
 constexpr int kStageMemory = 227 * 1024 - 1024;
 
-// The stages of one warp, used in turn. Each has a barrier for its loads.
+// The stages of one warp, used one after another. Each has a barrier for its loads.
 class Ring {
  public:
-  __device__ Ring(char* stages, uint64_t* barriers, const Shape& shape)
-      : stages_(stages), barriers_(barriers), count_(shape.stages), bytes_(shape.stage_bytes) {}
+  __device__ Ring(char* stages, uint64_t* barriers, int count, int stage_bytes)
+      : stages_(stages), barriers_(barriers), count_(count), bytes_(stage_bytes) {}
 
-  __device__ static Ring of_warp(const Shape& shape) {
+  __device__ static Ring of_warp(const DispatchShape& shape) {
     const int warp = warp_id(), warps = shape.warps;
     extern __shared__ __align__(128) char shared[];
     char* stages = shared + static_cast<int64_t>(warp) * shape.stages * shape.stage_bytes;
     auto* barriers =
         reinterpret_cast<uint64_t*>(shared + static_cast<int64_t>(warps) * shape.stages * shape.stage_bytes);
-    return {stages, barriers + warp * shape.stages, shape};
+    return {stages, barriers + warp * shape.stages, shape.stages, shape.stage_bytes};
   }
 
   __device__ void init() const {
     if (lane_id() == 0) {
-      // Not unrolled: unrolled, it was predicated, and compute-sanitizer thought that other lanes had initialized the
-      // barriers too.
+      // Not unrolled: the unrolled loop was predicated, and compute-sanitizer reported barriers initialized by other
+      // lanes too.
 #pragma unroll 1
       for (int i = 0; i < count_; ++i) {
         barrier_init(&barriers_[i]);
@@ -59,7 +59,7 @@ class Ring {
   }
 
   __device__ int depth() const { return count_; }
-  // Of the n-th wire row.
+  // The stage of the n-th wire row.
   __device__ char* stage(int n) const { return stages_ + n % count_ * bytes_; }
   __device__ uint64_t* barrier(int n) const { return &barriers_[n % count_]; }
   __device__ void wait(int n) const { barrier_wait(barrier(n), n / count_ % 2); }
@@ -70,17 +70,17 @@ class Ring {
   int count_, bytes_;
 };
 
-// What a warp knows of a token.
+// The wire rows of a token, in the registers of a warp.
 struct TokenRows {
   // Lane k, of slot k: the wire row that carries it, its rank, and whether it is the first slot of that row.
   int row;  // counted within the rows of that rank; -1: none
   int rank;
   bool first;
-  // Of each rank: the row to it, or -1.
+  // Per rank: the row to it, or -1.
   PerRank<int> row_to;
 };
 
-// Warp-collective. Lane k has the token's entry k of send_row. A bad entry counts as none and is reported.
+// Warp-collective. Lane k has the token's entry k of send_row. A bad entry is reported, and ignored.
 __device__ inline TokenRows find_rows(const Exchange& x, int entry, const WireRows& out) {
   const int lane = lane_id();
   TokenRows token{-1, 0, false, {}};
@@ -115,7 +115,7 @@ __device__ inline TokenRows find_rows(const Exchange& x, int entry, const WireRo
   return token;
 }
 
-// Warp-collective. This warp's share of rows_of, the inverse of recv_pair.
+// Warp-collective. Writes this warp's share of rows_of, the inverse of recv_pair.
 __device__ inline void
 invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int warp, int warps) {
   const int64_t pairs = received * plan.num_topk;
@@ -134,17 +134,17 @@ invert_recv_pair(const Exchange& x, const PlanView& plan, int64_t received, int 
   }
 }
 
-// expert_major: the row of lane k's slot of a received wire row, or -1.
+// One thread. expert_major: the row of this lane's slot of a received wire row, or -1.
 __device__ inline int64_t row_of_slot(const Exchange& x, const PlanView& plan, int64_t wire_row) {
   const int k = lane_id();
   if (k >= plan.num_topk) {
     return -1;
   }
-  const uint64_t entry = fresh(x.comm.rows_of[wire_row * plan.num_topk + k]);
+  const uint64_t entry = as_volatile(x.comm.rows_of[wire_row * plan.num_topk + k]);
   return x.is_tagged(entry) ? static_cast<int64_t>(entry & 0xffffffff) : -1;
 }
 
-// Warp-collective. A few bytes of any alignment. Not inlined, since there are many calls.
+// Warp-collective. Copies a few bytes of any alignment. Not inlined, since there are many calls.
 __device__ __noinline__ inline void copy_bytes(char* to, const char* from, int bytes) {
   const auto alignment =
       reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | static_cast<uintptr_t>(bytes);
@@ -160,6 +160,7 @@ __device__ __noinline__ inline void copy_bytes(char* to, const char* from, int b
   }
 }
 
+// Warp-collective. Zeros bytes of any alignment.
 __device__ __noinline__ inline void zero_bytes(char* to, int64_t bytes) {
   const auto alignment = reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(bytes);
   if (alignment % 16 == 0) {
@@ -174,7 +175,7 @@ __device__ __noinline__ inline void zero_bytes(char* to, int64_t bytes) {
   }
 }
 
-// One thread. One weight: 2, 4 or 8 bytes.
+// One thread. Copies one weight of 2, 4 or 8 bytes.
 __device__ inline void copy_weight(char* to, const char* from, int bytes) {
   if (bytes == 4) {
     *reinterpret_cast<uint32_t*>(to) = *reinterpret_cast<const uint32_t*>(from);
@@ -185,6 +186,7 @@ __device__ inline void copy_weight(char* to, const char* from, int bytes) {
   }
 }
 
+// One thread.
 __device__ inline void zero_weight(char* to, int bytes) {
   const uint64_t zero = 0;
   copy_weight(to, reinterpret_cast<const char*>(&zero), bytes);

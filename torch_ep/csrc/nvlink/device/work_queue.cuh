@@ -1,4 +1,4 @@
-// Work that warps take when they are ready for it.
+// A queue from which warps take work as they become free.
 #pragma once
 
 #include "core/device/warp.cuh"
@@ -6,21 +6,21 @@
 
 namespace ep::nvlink {
 
-// Items are taken in the order in which they are wanted, so no warp is late because of a fixed share.
+// Warps take items in the order in which they are needed, so no warp is late because of a fixed share.
 class WorkQueue {
  public:
   // `queue`: which of State::work_queues.
   __device__ WorkQueue(const Comm& comm, int queue) : counter_(&comm.state->work_queues[queue]) {}
 
-  // Warp-collective. Takes the item that the next `next` returns: early, to hide the latency. This warp then has to do
-  // it.
+  // Warp-collective. Takes the item that the next call of `next` returns, early enough to hide the latency. This warp
+  // then has to process it.
   __device__ void prefetch() {
     if (lane_id() == 0) {
       prefetched_ = atomicAdd(counter_, 1);
     }
     has_prefetched_ = true;
   }
-  // Warp-collective.
+  // Warp-collective. Returns the next item.
   __device__ int64_t next() {
     if (!has_prefetched_) {
       prefetch();

@@ -1,10 +1,11 @@
 // ep::combine: returns rows to the ranks of their tokens and reduces them on both sides.
-//   send    Some blocks have chunks of every peer's rows: rows of one token reduced -> shared memory -> peer.
-//   reduce  The other blocks, and the senders when they are done, have this rank's tokens: arrived and own rows ->
+//   send    Some blocks send chunks of every peer's rows: rows of one token reduced -> shared memory -> peer.
+//   reduce  The other blocks, and the senders when they have finished, sum this rank's tokens: arrived and own rows ->
 //           result. The first of these warps exchanges handshakes.
-// Few rows are cut by columns, so that every warp has some: one warp for a whole row would be the last to finish.
-// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction. What
-// crosses a link, or would, is rounded to the rows' type first: the bits are those of torch_ep/reference.py.
+// Few rows are split by columns, so that every warp has work: a warp with a whole row would finish last.
+// Sums accumulate in float32 (float64 for float64), in the order of the token's slots, without contraction. Each rank's
+// partial sum is rounded to the rows' type, whether it crosses a link or not: the bits are those of
+// torch_ep/reference.py.
 #include "nvlink/device/reduce.cuh"
 #include "nvlink/device/rows.cuh"
 
@@ -27,13 +28,14 @@ class Combine {
 
   __device__ Combine(const CombineArgs& args, int send_blocks)
       : a_(args),
-        x_(args.comm, Op::combine),
+        x_(args.comm, OpKind::combine),
         send_blocks_(send_blocks),
         memory_(shared_memory() + warp_id() * kWarpBytes),
         out_(wire_rows(x_, args.plan.send_counts)),
         in_(wire_rows(x_, args.plan.recv_counts)),
         vectors_(args.format.row_bytes / 16) {}
 
+  // Block-collective.
   __device__ void run() {
     const bool sends = static_cast<int>(blockIdx.x) < send_blocks_;
     copy_ring().init();
@@ -48,7 +50,7 @@ class Combine {
     if (static_cast<int>(blockIdx.x) == send_blocks_ && warp_id() == 0) {
       going = exchange_handshakes(x_, a_.handshake, {in_.counts(), out_.counts()}) && going;
     }
-    going = going && wait_for_credits(x_, fresh(a_.comm.state->last_combine));
+    going = going && wait_for_credits(x_, as_volatile(a_.comm.state->last_combine));
     if (going && sends) {
       send();
     }
@@ -72,7 +74,7 @@ class Combine {
     __device__ int64_t offset() const { return int64_t{begin} * kPieceBytes; }
   };
 
-  // How rows are cut: 1 << shift rows per chunk, or some parts per row, each a chunk of its own.
+  // How rows are split: 1 << shift rows per chunk, or some parts per row, one per chunk.
   struct Cut {
     int shift, parts;
   };
@@ -97,7 +99,7 @@ class Combine {
   __device__ int peers() const { return max(x_.world_size() - 1, 1); }
   __device__ int pieces() const { return (vectors_ + kPieceVectors - 1) / kPieceVectors; }
 
-  // Code of its own where no rank has few rows: divisions made 4096 tokens 1.6 % slower.
+  // Separate code if no rank has few rows: the divisions made 4096 tokens 1.6 % slower.
   template <bool few>
   __device__ Columns columns_of(const Cut& cut, int part) const {
     if (!few || cut.parts == 1) {
@@ -125,7 +127,7 @@ class Combine {
     Wide weight;     // of it
   };
 
-  // Warp-collective. rank_major: the same row, which `lane` has.
+  // Warp-collective. rank_major: the row of that number, in `lane`.
   __device__ Rows rows_of(int64_t wire_row, int lane) const {
     Rows rows{0, -1, Wide{1}};
     if (a_.plan.expert_major) {
@@ -142,7 +144,7 @@ class Combine {
 
   __device__ const char* y_row(const Rows& rows) const { return a_.y + rows.row * a_.format.row_stride; }
 
-  // Lane k: the weight of slot k of a wire row.
+  // One thread. Copies the weight of this lane's slot of a wire row.
   __device__ void take_weight(char* to, int64_t wire_row, const Rows& rows) const {
     const int lane = lane_id(), bytes = a_.format.weight_bytes;
     if (a_.plan.expert_major ? rows.row < 0 : wire_row >= a_.plan.rows) {
@@ -169,7 +171,8 @@ class Combine {
       chunks_ = static_cast<int>(__reduce_max_sync(kFullWarp, static_cast<unsigned>(most)));
     }
 
-    // Warp-collective. False: none is left. Items go round the peers, as long as the peer with most chunks has any.
+    // Warp-collective. Advances to the next chunk. False: none is left. Items alternate between the peers until the
+    // peer with the most chunks has none left.
     __device__ bool advance() {
       const int peers = c_.peers();
       while (true) {
@@ -203,11 +206,12 @@ class Combine {
     int chunks_ = 0;
   };
 
-  // Signals a chunk once its rows are there: after pieces of the next row have been copied, so that nothing waits.
+  // Warp-collective. Signals a chunk once its rows are written: after the copies of the next row have begun, so that
+  // the warp does not stall.
   class ChunkFlags {
    public:
     __device__ explicit ChunkFlags(const Exchange& x) : x_(x) {}
-    // After a row's last bulk_commit. `copies`: bulk copies of the row, at least.
+    // Call after a row's last bulk_commit. `copies`: at most the number of bulk copies of the row.
     __device__ void sent(int to, int chunk, int copies, bool ends_chunk) {
       if (chunk_ >= 0) {
         if (copies >= 4) {
@@ -232,7 +236,7 @@ class Combine {
    private:
     __device__ void signal() {
       __syncwarp();
-      // The lane whose bulk copies they were. The barrier orders what the others stored.
+      // The lane that issued the bulk copies. The barrier orders the other lanes' stores.
       if (lane_id() == lane_of(to_)) {
         x_.peer(to_).signal_copies(x_.layout().combine_flag(x_.comm.rank, chunk_), x_.tag());
       }
@@ -242,6 +246,7 @@ class Combine {
     int to_ = 0, chunk_ = -1;
   };
 
+  // Warp-collective.
   __device__ void send() {
     SendQueue work(*this);
     if (a_.plan.expert_major || weighted) {
@@ -256,7 +261,7 @@ class Combine {
   // The lane that copies to a rank.
   __device__ static int lane_of(int rank) { return rank % kWarp; }
 
-  // Where the row-th wire row to a rank is in its buffer.
+  // The offset of the row-th wire row to a rank in its buffer.
   __device__ int64_t row_at(int to, int row) const {
     const Layout& layout = x_.layout();
     return layout.combine_rows(a_.comm.rank, to) + row * layout.wire_row_bytes;
@@ -272,10 +277,10 @@ class Combine {
     }
   }
 
-  // Two pieces of the warp's memory hold what is being copied to peers.
+  // Warp-collective. Two pieces of the warp's memory hold data that is being copied to peers.
   __device__ void send_reduced(SendQueue& work) {
     ChunkFlags flags(x_);
-    char* leaving = memory_ + kSumDepth * kPieceBytes;
+    char* outgoing = memory_ + kSumDepth * kPieceBytes;
     int parity = 0;
     while (work.advance()) {
       for (int row = work.begin; row < work.end; ++row) {
@@ -285,7 +290,7 @@ class Combine {
         const auto sink = [&](int piece, const uint4(&part)[kBatch]) {
           bulk_wait_read<1>();
           __syncwarp();
-          char* stage = leaving + parity * kPieceBytes;
+          char* stage = outgoing + parity * kPieceBytes;
           parity ^= 1;
 #pragma unroll
           for (int b = 0; b < kBatch; ++b) {
@@ -315,12 +320,12 @@ class Combine {
     flags.finish();
   }
 
-  // Nothing to reduce: rows go through shared memory unchanged; half of it is loaded while the other half is copied
-  // out.
+  // Warp-collective. Without a reduction, rows go through shared memory unchanged: half of it is loaded while the other
+  // half is copied out.
   __device__ void send_copies(SendQueue& work) {
     const Ring ring = copy_ring();
     ChunkFlags flags(x_);
-    // The piece that is loaded, and the one before, which is copied out next.
+    // A piece of a row. One is loaded while the previous one waits to be copied out.
     struct Piece {
       int to, row, chunk;
       int64_t wire_row;
@@ -363,7 +368,7 @@ class Combine {
               ++copies,
               begin + kHalf >= end,
               row + 1 == work.end};
-          bulk_wait_read<0>();  // of what is copied out of this half
+          bulk_wait_read<0>();  // earlier copies out of this half
           load_copy(ring, piece.wire_row, piece.begin, piece.bytes, copied);
           if (has_waiting) {
             push(waiting, copied - 1);
@@ -380,6 +385,7 @@ class Combine {
     flags.finish();
   }
 
+  // Warp-collective.
   __device__ void load_copy(const Ring& ring, int64_t wire_row, int begin, int bytes, int n) const {
     const bool is_dropped = wire_row >= a_.plan.rows;
     fence_async_shared();
@@ -399,6 +405,7 @@ class Combine {
 
   // --- reduce ---
 
+  // Warp-collective.
   template <bool few>
   __device__ void reduce() {
     const int lane = lane_id(), me = a_.comm.rank, num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
@@ -406,7 +413,7 @@ class Combine {
     const int first_own = in_.begin.of(me);
     const Cut ours = cut_of(a_.plan.num_tokens);
     Cut theirs[kRankSteps];
-    PerRank<int> arrived_chunk;  // the last one of each rank that was waited for
+    PerRank<int> arrived_chunk;  // the last chunk of each rank for which this warp has waited
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       theirs[step] = cut_of(out_.counts()[step]);
@@ -418,14 +425,14 @@ class Combine {
       const int token = few ? static_cast<int>(i) / ours.parts : static_cast<int>(i);
       const Columns columns = columns_of<few>(ours, static_cast<int>(i) - token * ours.parts);
       const int entry = lane < num_topk ? a_.plan.send_row[int64_t{token} * num_topk + lane] : -1;
-      const TokenRows slot = find_rows(x_, entry, out_);
-      const uint32_t terms = __ballot_sync(kFullWarp, slot.first);
+      const TokenRows sent = find_rows(x_, entry, out_);
+      const uint32_t terms = __ballot_sync(kFullWarp, sent.first);
 
       // Waits for these columns of the row of every rank.
       bool going = true;
 #pragma unroll
       for (int step = 0; step < kRankSteps; ++step) {
-        const int row = slot.row_to[step], from = rank_at(step);
+        const int row = sent.row_to[step], from = rank_at(step);
         // fault: combine: only the first part awaited
         const int last_chunk = chunk_of<few>(theirs[step], row, columns.end - 1);
         int chunk = chunk_of<few>(theirs[step], row, columns.begin);
@@ -446,15 +453,15 @@ class Combine {
         return;
       }
 
-      // Lane k: what came back for slot k, unless it is this rank's.
-      const char* arrived_row = x_.inbox().data(layout.combine_rows(slot.rank, me) + slot.row * layout.wire_row_bytes);
-      const bool is_own = slot.row >= 0 && slot.rank == me;
+      // Lane k: the returned row of slot k, unless its expert is on this rank.
+      const char* arrived_row = x_.inbox().data(layout.combine_rows(sent.rank, me) + sent.row * layout.wire_row_bytes);
+      const bool is_own = sent.row >= 0 && sent.rank == me;
       const uint32_t own_lanes = __ballot_sync(kFullWarp, is_own);
       Rows own{0, -1, Wide{1}};
       int64_t own_wire_row = 0;
       if (own_lanes != 0) {
         const int own_lane = __ffs(static_cast<int>(own_lanes)) - 1;
-        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, slot.row, own_lane);
+        own_wire_row = int64_t{first_own} + __shfl_sync(kFullWarp, sent.row, own_lane);
         own = rows_of(own_wire_row, own_lane);
         own.lanes &= own_lanes;  // the same lanes, unless the plan is inconsistent
       }
@@ -472,7 +479,7 @@ class Combine {
       const char* own_row = y_row(own);
       uint32_t own_term = terms & own_lanes;
       if (!weighted && __popc(own.lanes) == 1) {
-        // A row that needs no rounding first is a term like any other.
+        // A single row without a weight needs no rounding: it is an ordinary term.
         own_row = reinterpret_cast<const char*>(
             __shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(own_row), __ffs(static_cast<int>(own.lanes)) - 1));
         own_term = 0;
@@ -487,7 +494,7 @@ class Combine {
 
       if (weight_bytes != 0 && columns.begin == 0 && lane < num_topk) {
         char* to = a_.out_weights + (int64_t{token} * num_topk + lane) * weight_bytes;
-        if (slot.row < 0) {
+        if (sent.row < 0) {
           zero_weight(to, weight_bytes);
         } else if (is_own) {
           take_weight(to, own_wire_row, own);
@@ -498,7 +505,7 @@ class Combine {
     }
   }
 
-  // Where rows are many, a chunk has two: each costs a fence, as in ep::dispatch.
+  // Chunks of large batches have two rows: each chunk costs a fence, as in ep::dispatch.
   static constexpr int kChunkShift = 1;
 
   __device__ static char* shared_memory() {
@@ -507,7 +514,7 @@ class Combine {
   }
   static constexpr int kHalf = kWarpBytes / 2;
 
-  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, {0, 0, 2, kHalf}}; }
+  __device__ Ring copy_ring() const { return {memory_, barriers() + warp_id() * 2, 2, kHalf}; }
   __device__ static uint64_t* barriers() {
     return reinterpret_cast<uint64_t*>(shared_memory() + kMaxWarps * kWarpBytes);
   }
@@ -529,8 +536,8 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
   }
 }
 
-// Shares that were fastest with 24 blocks on four H200. Senders that reduce need more blocks than senders that copy,
-// most where rows are many. See Note [Blocks that send], device/rows.cuh.
+// The fastest shares with 24 blocks on four H200. Senders that reduce need more blocks than senders that copy, most of
+// all for large batches. See Note [Blocks that send], device/rows.cuh.
 int send_blocks_of(const CombineArgs& args) {
   constexpr int kManyTokens = 512;
   const int blocks = args.comm.layout.num_blocks;

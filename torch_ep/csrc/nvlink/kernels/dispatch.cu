@@ -1,7 +1,7 @@
 // ep::dispatch: copies rows to the ranks that need them.
-//   send     some blocks, chunks of tokens: row -> shared memory -> every peer that needs it
-//   receive  the other blocks, chunks of every peer: arrived row -> shared memory -> its rows of the result; and while
-//            none has arrived, this rank's own rows. The first of these warps exchanges handshakes.
+//   send     Some blocks send chunks of tokens: row -> shared memory -> every peer that needs it.
+//   receive  The other blocks receive chunks of every peer: arrived row -> shared memory -> its rows of the result.
+//            While no chunk has arrived, they copy this rank's own rows. The first of these warps exchanges handshakes.
 // Blocks that have sent everything help with the own rows.
 #include "core/device/launch.cuh"
 #include "nvlink/device/rows.cuh"
@@ -16,9 +16,9 @@ constexpr int kMaxWarps = 24, kFewWarps = 16;
 
 class Dispatch {
  public:
-  __device__ Dispatch(const DispatchArgs& args, const Shape& shape)
+  __device__ Dispatch(const DispatchArgs& args, const DispatchShape& shape)
       : a_(args),
-        x_(args.comm, Op::dispatch),
+        x_(args.comm, OpKind::dispatch),
         receiver_(
             static_cast<int>(blockIdx.x) - shape.send_blocks +
             (static_cast<int>(gridDim.x) - shape.send_blocks) * warp_id()),
@@ -30,6 +30,7 @@ class Dispatch {
         out_(wire_rows(x_, args.plan.send_counts)),
         in_(wire_rows(x_, args.plan.recv_counts)) {}
 
+  // Block-collective.
   __device__ void run() {
     ring_.init();
     if (sends_) {
@@ -46,7 +47,7 @@ class Dispatch {
 
   // --- send ---
 
-  // One thread.
+  // One thread. Starts the bulk copies of a token's row into the stage of the n-th wire row.
   __device__ void load_token_row(int64_t token, int n) const {
     const bool scales = a_.format.scale_bytes != 0 && scales_in_bulk();
     barrier_expect(ring_.barrier(n), a_.format.row_bytes + (scales ? a_.format.scale_bytes : 0));
@@ -60,7 +61,7 @@ class Dispatch {
     }
   }
 
-  // Warp-collective. What bulk copies do not load. `weight`: this lane's.
+  // Warp-collective. Fills the parts of a wire row that bulk copies do not load. `weight`: this lane's.
   __device__ void fill_wire_row(char* stage, int64_t token, uint64_t weight) const {
     const int lane = lane_id(), weight_bytes = a_.format.weight_bytes, num_topk = a_.plan.num_topk;
     const bool scales = a_.format.scale_bytes != 0 && !scales_in_bulk();
@@ -78,14 +79,14 @@ class Dispatch {
     }
   }
 
-  // A token, and this lane's slot of it.
+  // A token, and this lane's slot of the token.
   struct Token {
     int64_t index = -1;  // -1: there is none
     int entry = -1;      // of send_row
     uint64_t weight = 0;
   };
 
-  // The tokens of this warp, chunk by chunk.
+  // Warp-collective. The tokens of this warp, chunk by chunk.
   class Tokens {
    public:
     __device__ Tokens(const Exchange& x, const DispatchArgs& args, int queue, int chunk_tokens)
@@ -132,21 +133,21 @@ class Dispatch {
     __syncwarp();
   }
 
-  // Rows of a chunk to one rank: the first, and how many.
+  // Rows of a chunk to one rank: the first row and their number.
   struct Span {
     int begin = 0, count = 0;
   };
 
-  // Returns how many tokens this warp has staged.
+  // Warp-collective. Returns the number of tokens that this warp has staged.
   __device__ int send() {
     const int lane = lane_id(), me = a_.comm.rank;
     const Layout& layout = x_.layout();
     const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
-    // Of the ranks that this lane stands for.
+    // Of this lane's ranks.
     PerRank<int> to, rows_before;
     Peer peers[kRankSteps];
     PerRank<int64_t> rows_at;
-    // Of the chunk at hand, and of the one before, whose flag is still to be written.
+    // Of the current chunk, and of the previous one, whose flag is still to be written.
     Span spans[kRankSteps], unsignaled_spans[kRankSteps];
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
@@ -176,7 +177,7 @@ class Dispatch {
       load_token_row(token.index, 0);
     }
     int n = 0;
-    if (!wait_for_credits(x_, fresh(a_.comm.state->last_dispatch))) {
+    if (!wait_for_credits(x_, as_volatile(a_.comm.state->last_dispatch))) {
       if (token.index >= 0) {
         ring_.wait(n++);
       }
@@ -242,7 +243,7 @@ class Dispatch {
     return n;
   }
 
-  // A chunk's flag: which rows to the reader are in it.
+  // The flag of a chunk holds the range of its rows to the reader.
   __device__ uint64_t flag_of(int begin, int count) const {
     // fault: dispatch: row count in a flag
     return x_.tag() | static_cast<uint64_t>(count) << kCountShift | static_cast<uint64_t>(begin);
@@ -252,7 +253,8 @@ class Dispatch {
   static constexpr int kCountShift = 24;
   static_assert(kMaxTokens == 1 << kCountShift);
 
-  // Own rows that the receiving blocks have not taken yet. `n`: wire rows that this warp has staged before.
+  // Warp-collective. Copies own rows that the receiving blocks have not taken yet. `n`: wire rows that this warp has
+  // staged before.
   __device__ void write_own_rows(int n) const {
     if (!wait_for_inverse()) {
       return;
@@ -266,6 +268,7 @@ class Dispatch {
 
   // --- receive ---
 
+  // Warp-collective.
   __device__ void receive() {
     const int lane = lane_id();
     const Layout& layout = x_.layout();
@@ -282,10 +285,10 @@ class Dispatch {
       return;
     }
 
-    // Of each rank, this warp takes the receiver_-th chunk, then one after another that no warp has taken yet. Taking
-    // one costs most of a microsecond: not where there is none.
+    // Of each rank, this warp takes the receiver_-th chunk, then the next chunk that no warp has taken. Taking a chunk
+    // costs almost a microsecond, so take_chunk first checks that there can be one.
     PerRank<int64_t> chunk, chunks;
-    PerRank<int> next, end;  // rows of the chunk before that one which have arrived
+    PerRank<int> next, end;  // arrived rows of the previous chunk
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       const int from = rank_at(step);
@@ -335,7 +338,7 @@ class Dispatch {
         }
         ready = have_arrived();
         if (ready.any()) {
-          fence_async_global();  // between the flag and the bulk copies of what it publishes
+          fence_async_global();  // between the flag and the bulk copies of the rows that it publishes
           __syncwarp();
         } else if (own.index >= 0) {
           n += write_own_row(own, n);
@@ -345,7 +348,7 @@ class Dispatch {
           return;
         }
       }
-      // Sources in turn, so that none of them is left behind.
+      // The sources take turns, so that none of them falls behind.
       const int source = ready.first_from(turn);
       turn = (source + 1) % (kRankSteps * kWarp);
       const int row = next.of(source);
@@ -371,7 +374,7 @@ class Dispatch {
     }
   }
 
-  // One thread. The next chunk of a rank that no warp has taken; beyond the first of each warp.
+  // One thread. Takes the next chunk of a rank, beyond the first chunk of every warp.
   __device__ int64_t take_chunk(int from, int64_t chunks) const {
     uint32_t* taken = &a_.comm.state->chunks[from];
     // fault: dispatch: chunk that no warp takes
@@ -398,7 +401,7 @@ class Dispatch {
     return 1;
   }
 
-  // Rows of the result that no token fills.
+  // Warp-collective. Zeros this warp's share of the rows that no token fills.
   __device__ void zero_fill(int received) const {
     const int64_t rows = a_.plan.rows;
     if (!a_.plan.expert_major) {
@@ -417,6 +420,7 @@ class Dispatch {
     }
   }
 
+  // Warp-collective.
   __device__ void zero_row(int64_t row, int weights) const {
     zero_bytes(a_.out + row * a_.format.row_stride, a_.format.row_bytes);
     const int64_t weight_bytes = int64_t{a_.format.weight_bytes} * weights;
@@ -434,7 +438,8 @@ class Dispatch {
     return !a_.plan.expert_major || wait_for_gate(x_, static_cast<uint32_t>(inverters()));
   }
 
-  // Lane k: where slot k goes. expert_major: the row of the result; rank_major: the local expert; -1: nowhere.
+  // One thread. The target of this lane's slot. expert_major: the row of the result; rank_major: the local expert; -1:
+  // none.
   __device__ int64_t target_of(int64_t wire_row) const {
     if (a_.plan.expert_major) {
       return row_of_slot(x_, a_.plan, wire_row);
@@ -447,7 +452,8 @@ class Dispatch {
                             : static_cast<const int32_t*>(a_.plan.recv_topk_idx)[i];
   }
 
-  // Warp-collective. The caller commits the bulk copies. `target`: target_of, loaded before the wire row was there.
+  // Warp-collective. Copies a staged wire row to its rows of the result. The caller commits the bulk copies. `target`:
+  // of target_of, loaded before the wire row arrived.
   __device__ void write_row(const char* stage, int64_t wire_row, int64_t target) const {
     const int lane = lane_id(), num_topk = a_.plan.num_topk, weight_bytes = a_.format.weight_bytes;
     const char* weights = stage + a_.format.weights_at();
@@ -485,6 +491,7 @@ class Dispatch {
     }
   }
 
+  // Warp-collective.
   __device__ void write_scales(int64_t row, const char* scales) const {
     char* to = a_.out_scales + row * a_.format.scale_bytes;
     if (a_.format.scale_bytes % 16 == 0 && is_bulk(a_.out_scales)) {
@@ -506,17 +513,17 @@ class Dispatch {
 };
 
 __global__ void __launch_bounds__(kMaxWarps* kWarp, 1)
-    dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ Shape shape) {
+    dispatch_kernel(const __grid_constant__ DispatchArgs args, const __grid_constant__ DispatchShape shape) {
   prefetch_arguments(args);
   if (!has_failed(args.comm)) {
     Dispatch(args, shape).run();
   }
 }
 
-// Tokens per chunk; `warps` send. Each chunk costs a fence, some microseconds of one warp. But the receiver uses no row
-// of a chunk before all of it has arrived, and a chunk of every warp shares the links: the larger chunks are, with
-// `token_bytes` per token, the later the receiver starts and ends. That costs more where it has more to do than the
-// sender.
+// Tokens per chunk, for `warps` that send and `token_bytes` per token. Each chunk costs a fence, some microseconds of
+// one warp. But the receiver uses no row of a chunk before the whole chunk has arrived, and the chunks of all warps
+// share the links. So with larger chunks the receiver starts and ends later. That costs more if the receiver has more
+// work than the sender.
 int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   constexpr int kChunkBytes = 64 * 1024;
   if (tokens <= (expert_major ? 12 * warps : warps)) {
@@ -525,16 +532,17 @@ int chunk_tokens_of(int tokens, int warps, int token_bytes, bool expert_major) {
   return std::clamp(kChunkBytes / token_bytes, 1, tokens <= 16 * warps ? 2 : 4);
 }
 
-// Eight blocks fill the links of an H200 with one row after another. Here they also wait, for flags and for the first
-// rows; and where each arrived row goes to one row of the result, the receivers can spare one.
-Shape shape_of(const DispatchArgs& args) {
+// Eight blocks that only copy rows fill the links of an H200. Here they also wait for flags and for the first rows. In
+// rank_major each arrived row goes to one row of the result, so the receivers need one block less.
+DispatchShape shape_of(const DispatchArgs& args) {
   const int tokens = args.plan.num_tokens, blocks = args.comm.layout.num_blocks, ranks = args.comm.layout.world_size;
   const int senders = args.plan.expert_major ? (blocks + 2) / 3 : (3 * blocks + 4) / 8;
   const auto stage = static_cast<int>(round_up(args.format.bytes(args.plan.num_topk), 128));
   const int fit = kStageMemory / stage;
   const int stages = fit >= 2 * kMaxWarps ? 2 : 1;
   const int warps = std::min(fit / stages, tokens > 4 * senders * kFewWarps ? kMaxWarps : kFewWarps);
-  const int token_bytes = stage * std::max(std::min(ranks - 1, args.plan.num_topk), 1);  // to all that it can visit
+  const int token_bytes =
+      stage * std::max(std::min(ranks - 1, args.plan.num_topk), 1);  // to all ranks that it can visit
   const int chunk_tokens = chunk_tokens_of(tokens, senders * warps, token_bytes, args.plan.expert_major);
   return {ranks > 1 ? senders : 0, warps, stages, stage, chunk_tokens};
 }
@@ -550,7 +558,7 @@ cudaError_t prepare_dispatch() {
 }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, cudaStream_t stream) {
-  const Shape shape = shape_of(args);
+  const DispatchShape shape = shape_of(args);
   const int shared = shape.warps * shape.stages * (shape.stage_bytes + static_cast<int>(sizeof(uint64_t)));
   const int blocks = args.comm.layout.num_blocks, threads = shape.warps * kWarp;
   return launch_kernel(Launch::in_clusters, dispatch_kernel, blocks, threads, shared, stream, args, shape);

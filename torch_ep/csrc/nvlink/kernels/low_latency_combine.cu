@@ -1,9 +1,9 @@
 // ep::low_latency_combine: returns the experts' rows of each token, weighted and reduced, to the token's rank.
-//   send     each warp has a part of one token of one rank: the token's rows here reduced -> that rank
-//   receive  each warp has a part of one own token: what every rank sent for it reduced -> result
-// Rows are reduced where the experts are, so that one row per (token, rank) crosses the link. Order and width of the
-// sums are those of ep::combine. Small batches travel in packets (Note [LL packets]), a chunk per warp; large ones by
-// bulk copies, some columns per warp, each followed by a flag.
+//   send     Each warp sends a part of one token of one rank: the token's rows on this rank reduced -> that rank.
+//   receive  Each warp sums a part of one own token: the rows that every rank has sent for it reduced -> result.
+// Rows are reduced on the rank of the experts, so that one row per (token, rank) crosses the link. Order and width of
+// the sums are those of ep::combine. Small batches are sent in packets (Note [LL packets]), one chunk per warp. Large
+// batches are sent by bulk copies, some columns per warp, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/low_latency.cuh"
 #include "nvlink/device/packet.cuh"
@@ -25,13 +25,13 @@ constexpr int kSendAhead = 8, kReceiveAhead = 2;
 constexpr int kAheadBytes = kSendAhead * kChunkVectors * 16;
 static_assert(kMaxWarps * kAheadBytes <= kSharedBytes);
 
-// How rows travel. A receive of its own learns it from what the send returned.
+// How rows are sent. A separate receive reads it from the result of the send.
 enum class Transfer { packets, bulk, either };
 
 // What the host derives for a launch.
 struct CombineShape {
   Divisor by_ranks, by_chunks, by_local;
-  // Few rows in packets: half of the warps send and half receive, so that neither prepares after the other.
+  // Few rows in packets: half of the warps send and half receive, so that both prepare at the same time.
   bool has_receivers;
 };
 
@@ -42,15 +42,16 @@ class LowLatencyCombine {
   LowLatencyCombine(const LowLatencyCombineArgs& args, const CombineShape& shape, LowLatencyExchangeState& memory)
       : a_(args),
         shape_(shape),
-        x_(args.comm, kCombineKind, args.part, args.in_flight, memory),
+        x_(args.comm, kCombineKind, args.part, args.status, memory),
         entries_{args.topk_idx, args.wide_idx},
         vectors_(args.row_bytes / 16),
-        max_tokens_(args.part == Part::receive ? static_cast<int>(args.in_flight[1]) : args.max_tokens),
+        max_tokens_(args.part == Part::receive ? static_cast<int>(args.status[1]) : args.max_tokens),
         parts_(uses_packets() ? chunks_of(vectors_) : kRowParts) {
     extern __shared__ __align__(128) char shared[];
     memory_ = shared + (uses_packets() ? warp_id() % warps() * kAheadBytes : warp_id() * kWarpBytes);
   }
 
+  // Block-collective.
   __device__ void run() {
     if (warp_id() == kMaxWarps - 1) {  // the one with the least to send
       x_.poll_state();
@@ -62,7 +63,7 @@ class LowLatencyCombine {
       return;
     }
     const bool is_sender = kTransfer != Transfer::either && sends();
-    const int first = is_sender ? kNobody : rank_of_slot(begin());  // before anything is awaited
+    const int first = is_sender ? kNoRank : rank_of_slot(begin());  // before any wait
     // All warps of a block begin at one barrier.
     if (!(kTransfer == Transfer::either ? may_begin() : send(is_sender))) {
       return;
@@ -89,7 +90,7 @@ class LowLatencyCombine {
     return kTransfer == Transfer::packets || (kTransfer == Transfer::either && max_tokens_ <= layout().packet_tokens);
   }
 
-  // Part of a row that travels by bulk copies.
+  // Part of a row that is sent by bulk copies.
   struct Columns {
     int begin, count;  // vectors
   };
@@ -98,8 +99,8 @@ class LowLatencyCombine {
     return {begin, min(most, vectors_ - begin)};
   }
 
-  // What a rank publishes as it enters: what both sides have to agree on, and the number of the exchange. A packet of
-  // its own, so that nothing is awaited but what is read.
+  // The packet that a rank publishes as it enters: the values on which both sides must agree, and the number of the
+  // exchange. With a separate packet, a rank waits only for peers whose rows it reads.
   __device__ uint4 entered_packet() const {
     return {
         static_cast<uint32_t>(max_tokens_),
@@ -114,15 +115,15 @@ class LowLatencyCombine {
   // Block-collective, after the first loads have been issued.
   __device__ bool may_begin() { return x_.begin() && (a_.part == Part::send || x_.is_next()); }
 
-  // Block-collective: all warps begin here, whether they send or not. False: the exchange did not begin.
+  // Block-collective. All warps begin the exchange here, whether they send or not. False: the exchange did not begin.
   __device__ bool send(bool is_sender) {
     const int work = is_sender ? x_.world_size() * max_tokens_ * parts_ : 0;
-    RankSet ranks;  // that may be written
+    RankSet ranks;  // those that may be written
     int parity = 0;
     bool has_begun = false;
     for (int i = begin(); i < work || !has_begun; i += step()) {
       const int pair = row_of(i), part = i - pair * parts_;
-      // Sources in turn: Note [Peers in turn].
+      // The sources take turns: Note [Peers in turn].
       const int token = shape_.by_ranks.quotient(pair), turn = pair - token * x_.world_size() + x_.me();
       const int source = turn < x_.world_size() ? turn : turn - x_.world_size();
       const int row = i < work ? row_of_lane(source, token) : -1;
@@ -131,7 +132,7 @@ class LowLatencyCombine {
       const uint32_t lanes = __ballot_sync(kFullWarp, row >= 0);
       const LaneVectors vectors(part, vectors_);
       LanePayload sum;
-      if (uses_packets()) {  // all that can be done before the exchange begins
+      if (uses_packets()) {  // all work that is possible before the exchange begins
         sum = reduce_lanes(lanes, y, weight, vectors);
       }
       if (!has_begun) {
@@ -158,11 +159,11 @@ class LowLatencyCombine {
     return true;
   }
 
-  // Warp-collective. Waits for credits and publishes to the ranks that may be written that this one has entered.
+  // Warp-collective. Waits for credits. Then publishes, to the ranks that may be written, that this rank has entered.
   __device__ RankSet enter() const {
     const RankSet ranks = x_.writable();
     if (!uses_packets()) {
-      fence_async_global();  // between the credit and the bulk copies that it allows
+      fence_async_global();  // between the credit and the bulk copies that it permits
     }
     if (blockIdx.x == 0 && warp_id() == 0) {
       for (int p = lane_id(); p < x_.world_size(); p += kWarp) {
@@ -171,14 +172,14 @@ class LowLatencyCombine {
         }
       }
       if (lane_id() == 0 && a_.part == Part::send) {
-        a_.in_flight[0] = static_cast<int64_t>(x_.number());
-        a_.in_flight[1] = max_tokens_;
+        a_.status[0] = static_cast<int64_t>(x_.number());
+        a_.status[1] = max_tokens_;
       }
     }
     return ranks;
   }
 
-  // Lane k: the row of slot k of a token; -1: none here.
+  // One thread. The row of this lane's slot of a token; -1: none on this rank.
   __device__ int row_of_lane(int source, int token) const {
     const int most = a_.num_experts * max_tokens_;
     const int64_t first = (int64_t{source} * max_tokens_ + token) * a_.num_topk;
@@ -186,8 +187,8 @@ class LowLatencyCombine {
     return row < most ? row : -1;
   }
 
-  // Warp-collective. Adds the rows of `lanes`, at `y`, in that order. Through shared memory, although each lane reads
-  // only what it loaded: there are not enough registers.
+  // Warp-collective. Adds the rows of `lanes`, at `y`, in that order. Rows go through shared memory for lack of
+  // registers, although each lane reads only data that it loaded itself.
   __device__ LanePayload reduce_lanes(uint32_t lanes, const char* y, float weight, const LaneVectors& vectors) const {
     auto* mine = reinterpret_cast<uint4*>(memory_) + lane_id();
     Sum<T> sums[kVectorsPerLane];
@@ -218,6 +219,7 @@ class LowLatencyCombine {
     return rounded(sums);
   }
 
+  // One thread.
   template <bool weighted>
   __device__ static void add_payload(Sum<T> (&sums)[kVectorsPerLane], const LanePayload& u, float weight) {
 #pragma unroll
@@ -226,6 +228,7 @@ class LowLatencyCombine {
     }
   }
 
+  // One thread.
   __device__ static LanePayload rounded(const Sum<T> (&sums)[kVectorsPerLane]) {
     LanePayload u;
 #pragma unroll
@@ -235,10 +238,11 @@ class LowLatencyCombine {
     return u;
   }
 
+  // Warp-collective. Sends a part of a row by bulk copies, followed by its flag.
   __device__ void send_part(int source, int token, int part, uint32_t lanes, const char* y, float weight, int& parity)
       const {
-    constexpr int kDepth = kPieces - 2;  // the last two pieces hold what is being copied to peers
-    char* leaving = memory_ + kDepth * kPieceBytes;
+    constexpr int kDepth = kPieces - 2;  // the last two pieces hold data that is being copied to peers
+    char* outgoing = memory_ + kDepth * kPieceBytes;
     const int lane = lane_id();
     const Columns columns = columns_of(part);
     const Peer peer = x_.peer(source);
@@ -246,7 +250,7 @@ class LowLatencyCombine {
     const auto sink = [&](int piece, const uint4(&vectors)[kBatch]) {
       bulk_wait_read<1>();
       __syncwarp();
-      char* stage = leaving + parity * kPieceBytes;
+      char* stage = outgoing + parity * kPieceBytes;
       parity ^= 1;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
@@ -269,23 +273,23 @@ class LowLatencyCombine {
 
   // --- receive ---
 
-  static constexpr int kNobody = -1;
+  static constexpr int kNoRank = -1;
 
-  // Warp-collective. The rank whose row for this piece of work the lane awaits: the first lane of those whose slot is
-  // on that rank.
+  // Warp-collective. The rank whose row this lane awaits for a piece of work. Of the lanes whose slots are on one rank,
+  // the first lane has that rank; the others have kNoRank.
   __device__ int rank_of_slot(int work) const {
     const bool has = work < a_.num_tokens * parts_ && lane_id() < a_.num_topk;
     const int entry = has ? entries_[int64_t{row_of(work)} * a_.num_topk + lane_id()].value() : -1;
-    const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : kNobody;
+    const int rank = entry >= 0 && entry < a_.num_experts ? shape_.by_local.quotient(entry) : kNoRank;
     const int first = __ffs(static_cast<int>(__match_any_sync(kFullWarp, rank))) - 1;
-    return first == lane_id() ? rank : kNobody;
+    return first == lane_id() ? rank : kNoRank;
   }
 
-  // `rank`: rank_of_slot of the first piece of work.
+  // Warp-collective. `rank`: rank_of_slot of the first piece of work.
   __device__ void receive(int rank) const {
     for (int i = begin(); i < a_.num_tokens * parts_;) {
       const int token = row_of(i), part = i - token * parts_;
-      const bool counts = rank != kNobody && x_.is_active(rank);
+      const bool counts = rank != kNoRank && x_.is_active(rank);
       const bool going =
           uses_packets() ? receive_packets(counts, rank, token, part) : receive_part(counts, rank, token, part);
       if (!going) {
@@ -296,11 +300,11 @@ class LowLatencyCombine {
     }
   }
 
-  // One thread. What a rank published as it entered.
+  // One thread. Polls the packet that a rank publishes as it enters.
   __device__ uint4 poll_entered(int rank) const { return x_.inbox().poll_packet(layout().entered(x_.half(), rank)); }
 
-  // Warp-collective. Waits until `rank` has entered the same exchange, on lanes where `counts`, which becomes false
-  // where the rank is absent. `entered`: a first poll. False: the exchange failed.
+  // Warp-collective. On lanes with `counts`, waits until `rank` has entered the same exchange. `counts` becomes false
+  // if the rank is absent. `entered`: a first poll. False: the exchange failed.
   __device__ bool await_rank(bool& counts, int rank, uint4 entered) const {
     bool going = true;
     if (counts) {
@@ -343,7 +347,7 @@ class LowLatencyCombine {
     const LaneVectors vectors(chunk, vectors_);
     Packets packets[kReceiveAhead];
     int ranks[kReceiveAhead], count = 0;
-    // The first poll of several rows, before any is waited for.
+    // Polls several rows once, before it waits for any of them.
     const auto poll = [&](uint32_t lanes) {
       count = 0;
 #pragma unroll
@@ -401,6 +405,7 @@ class LowLatencyCombine {
     return layout().combine_packets(x_.half(), rank, token) + packet_offset(chunk);
   }
 
+  // Warp-collective. Sums the columns of a part that arrived by bulk copies.
   __device__ bool receive_part(bool counts, int rank, int token, int part) const {
     if (!await_rank(counts, rank, counts ? poll_entered(rank) : uint4{})) {
       return false;
@@ -413,7 +418,7 @@ class LowLatencyCombine {
     if (__any_sync(kFullWarp, outcome == Outcome::failed)) {
       return false;
     }
-    __syncwarp();  // what one lane acquired is there for all
+    __syncwarp();  // data that one lane acquired becomes visible to all lanes
     const uint32_t terms = __ballot_sync(kFullWarp, counts && outcome == Outcome::arrived);
     const Columns columns = columns_of(part);
     const char* row = x_.inbox().data(layout().combine_row(x_.half(), max(rank, 0), token) + columns.begin * 16);
@@ -451,7 +456,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp, 1) low_latency_combine_kerne
   LowLatencyCombine<T, kTransfer>(args, shape, memory).run();
 }
 
-// A warp per part of a row, some warps per block; and a block that publishes credits.
+// One warp per part of a row, some warps per block, and one block that publishes credits.
 int blocks_of(const LowLatencyCombineArgs& args, int multiprocessors) {
   constexpr int kWarpsPerBlock = kMaxWarps / 4;
   const int64_t to_send = args.part == Part::receive ? 0 : int64_t{args.comm.low_latency.world_size} * args.max_tokens;

@@ -1,12 +1,12 @@
 // ep::low_latency_dispatch: plans and copies rows to the ranks that need them, in one exchange.
-//   announce  The first block tells every peer which tokens visit it and how many rows each expert gets.
-//   send      Each other block has tokens; with packets, each of its warps has chunks of tokens. A row, quantized here,
-//             and a SlotRoute per slot go to every rank that the token visits.
-//   receive   Each warp of all blocks has rows, or chunks of rows: arrived row -> its rows of the result. Then each has
-//             experts, and writes the number of their rows.
-// The source counts a row's index among its own rows for an expert. The receiver adds the rows of the ranks below it,
-// so it waits for nothing but the announcements. Small batches travel in packets (Note [LL packets]), large ones by
-// bulk copies, each followed by a flag.
+//   announce  The first block announces to every peer which tokens visit it, and the number of rows per expert.
+//   send      Every other block sends tokens; with packets, each of its warps sends chunks of tokens. It quantizes a
+//             row, and sends it with one SlotRoute per slot to every rank that the token visits.
+//   receive   Every warp of all blocks receives rows, or chunks of rows: arrived row -> its rows of the result. Then it
+//             writes the number of rows of some experts.
+// The source counts a row's index among its own rows for an expert. The receiver adds the rows of lower ranks, so it
+// waits only for the announcements. Small batches are sent in packets (Note [LL packets]), large batches by bulk
+// copies, each followed by a flag.
 #include "core/device/launch.cuh"
 #include "nvlink/device/counter.cuh"
 #include "nvlink/device/low_latency_receive.cuh"
@@ -22,24 +22,24 @@ constexpr int kThreads = kDispatchThreads;
 constexpr int kMaxWarps = kDispatchWarps;
 constexpr int kStateWarp = kMaxWarps - 2;  // has little to send, and does not lead the Counter
 constexpr int kSendStages = 2;
-// Dynamic shared memory of a thread block, less its variables.
+// Dynamic shared memory of a thread block: less than kStageMemory by the static variables.
 constexpr int kSharedBytes = kStageMemory - 3 * 1024;
 
-constexpr int kNowhere = INT_MIN;  // no expert
+constexpr int kNoExpert = INT_MIN;
 
 struct LowLatencyShared {
-  LowLatencyExchangeState flight;
+  LowLatencyExchangeState exchange;
   bool is_lost[kMaxRanks];
 };
 
-// `uses_packets`: how rows travel. Each has a kernel of its own, since they have little in common.
+// `uses_packets`: how rows are sent. There is a kernel for either value, since they share little code.
 template <bool uses_packets>
 class LowLatencyDispatch {
  public:
   __device__
   LowLatencyDispatch(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, LowLatencyShared& shared)
       : a_(args),
-        x_(args.comm, kDispatchKind, args.part, args.in_flight, shared.flight),
+        x_(args.comm, kDispatchKind, args.part, args.status, shared.exchange),
         entries_{args.topk_idx, args.wide_idx},
         num_local_(args.num_experts / args.comm.low_latency.world_size),
         scales_at_(static_cast<int>(args.scales_at())),
@@ -59,6 +59,7 @@ class LowLatencyDispatch {
            2 * 4 * words(args.comm.low_latency) + round_up(args.num_experts, 4);
   }
 
+  // Block-collective.
   template <class T>
   __device__ void run() {
     if (warp_id() == kStateWarp) {
@@ -91,7 +92,7 @@ class LowLatencyDispatch {
     const int stages = shape.receive_warps > kSendStages ? shape.receive_warps : kSendStages;
     return uses_packets ? 0 : int64_t{shape.stage_bytes} * stages;
   }
-  // Words of the announcements of all ranks; what this rank publishes, counts and visits takes less.
+  // Words of the announcements of all ranks: those that this rank receives, or those that it publishes.
   EP_HOST_DEVICE static int64_t words(const LowLatencyLayout& layout) {
     return int64_t{layout.world_size} * layout.words;
   }
@@ -133,14 +134,14 @@ class LowLatencyDispatch {
       publish_faults();
     }
     if (threadIdx.x == 0 && a_.part == Part::send) {
-      *a_.in_flight = static_cast<int64_t>(x_.number());
+      *a_.status = static_cast<int64_t>(x_.number());
     }
     return true;
   }
 
-  static constexpr int kTokensAhead = 4;  // that a warp loads at once
+  static constexpr int kTokensAhead = 4;  // tokens that a warp loads at once
 
-  // Loads the entries of the warp's tokens from `first` on.
+  // Warp-collective. Loads the entries of the warp's tokens from `first` on.
   __device__ void load_entries(int first, Entry (&entries)[kTokensAhead]) const {
 #pragma unroll
     for (int i = 0; i < kTokensAhead; ++i) {
@@ -149,7 +150,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Warp-collective. Counts its tokens, whose first entries are loaded. True: an entry is bad.
+  // Warp-collective. Counts this warp's tokens. `entries`: those of its first tokens. True: an entry is bad.
   __device__ bool count(Entry (&entries)[kTokensAhead]) const {
     const int words = layout().words;
     bool faulty = false;
@@ -202,11 +203,11 @@ class LowLatencyDispatch {
 
   __device__ bool is_expert(int entry) const { return entry >= 0 && entry < a_.num_experts; }
 
-  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNowhere: none, or that of an earlier
-  // slot.
+  // Warp-collective. Lane k has entry k of a token, -1 beyond the last slot. kNoExpert: no expert, or the expert of an
+  // earlier slot.
   __device__ int expert_of(int entry) const {
     const int first_same = __ffs(static_cast<int>(__match_any_sync(kFullWarp, entry))) - 1;
-    return first_same == lane_id() && is_expert(entry) ? entry : kNowhere;
+    return first_same == lane_id() && is_expert(entry) ? entry : kNoExpert;
   }
 
   // Warp-collective. The ranks that a token visits. Lane k has entry k.
@@ -221,16 +222,17 @@ class LowLatencyDispatch {
     return ranks;
   }
 
-  // The entry of the lane's slot.
+  // One thread. The entry of this lane's slot.
   __device__ Entry entry_of(int token) const {
     return lane_id() < a_.num_topk ? entries_[int64_t{token} * a_.num_topk + lane_id()] : Entry{};
   }
+  // One thread. The weight of this lane's slot.
   __device__ float weight_of(int token) const {
     const bool has = lane_id() < a_.num_topk && a_.topk_weights != nullptr;
     return has ? a_.topk_weights[int64_t{token} * a_.num_topk + lane_id()] : 1;
   }
 
-  // Large batches are counted by all warps, small ones by the last warp.
+  // All warps count large batches; the last warp counts small batches.
   using Counter = RowCounter<uses_packets ? 1 : kMaxWarps>;
 
   // Block-collective. False: the exchange did not begin.
@@ -243,7 +245,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Each warp has chunks of tokens; the last warp of a block has the SlotRoutes of some tokens.
+  // Block-collective. Each warp sends chunks of tokens; the last warp of a block sends the SlotRoutes of some tokens.
   template <class T>
   __device__ bool send_packets() {
     const int lane = lane_id(), senders = x_.workers() - 1, chunks = shape_.parts;
@@ -251,7 +253,7 @@ class LowLatencyDispatch {
     const int end = leads ? a_.num_tokens : a_.num_tokens * chunks;
     const int step = leads ? senders : senders * (kMaxWarps - 1);
     Counter counter(a_, entries_, slots_);
-    PerRank<int> to;  // the ranks that this lane stands for
+    PerRank<int> to;  // this lane's ranks
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
       to[step] = rank_in_turn(step, x_.me() + static_cast<int>(blockIdx.x) + warp_id(), x_.world_size());
@@ -262,7 +264,7 @@ class LowLatencyDispatch {
     for (int n = static_cast<int>(blockIdx.x) - 1 + (leads ? 0 : senders * warp_id()); n < end || !has_begun;
          n += step) {
       const int token = leads ? n : shape_.by_parts.quotient(n), chunk = leads ? 0 : n - token * chunks;
-      // What is loaded here arrives during the waits below.
+      // These loads overlap the waits below.
       const Entry entry = n < end ? entry_of(token) : Entry{};
       const LaneVectors vectors(chunk, leads || n >= end ? 0 : a_.row_bytes / 16);
       const T* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
@@ -293,7 +295,7 @@ class LowLatencyDispatch {
       }
       const int64_t packets = layout().dispatch_packets(x_.half(), x_.me(), token, shape_.packet_row_bytes);
       Packets payload_packets(payload, x_.tag());
-      // One packet more: of scales, or a SlotRoute.
+      // One more packet: scales, or a SlotRoute.
       uint4 extra{__float_as_uint(scales[0]), __float_as_uint(scales[1]), __float_as_uint(scales[2]), x_.tag()};
       int64_t extra_at =
           layout().scale_packets_at + (chunk * kScalePacketsPerChunk + lane / kGroupVectors) * kPacketBytes;
@@ -328,7 +330,7 @@ class LowLatencyDispatch {
     return true;
   }
 
-  // Warp-collective, in the warp that counts. The SlotRoute of the lane's slot, as a packet.
+  // Warp-collective, in the warp that counts. The SlotRoute of this lane's slot, as a packet.
   __device__ uint4 route_of(Counter& counter, int token, int entry, float weight) const {
     const int expert = expert_of(entry);
     counter.begin(expert);
@@ -339,11 +341,12 @@ class LowLatencyDispatch {
     return {static_cast<uint32_t>(expert), static_cast<uint32_t>(index), __float_as_uint(weight), x_.tag()};
   }
 
+  // Block-collective. Each block sends whole tokens.
   template <class T>
   __device__ bool send_bulk() {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id(), blocks = x_.workers() - 1;
     const bool as_is = a_.quantize == Quantize::none;
-    // Of the ranks that this lane stands for: the token of the last copy, whose flag is still to be written.
+    // Of this lane's ranks: the token of the last copy, whose flag is still to be written.
     PerRank<int> to, unsignaled;
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
@@ -366,12 +369,12 @@ class LowLatencyDispatch {
     for (int token = static_cast<int>(blockIdx.x) - 1; token < a_.num_tokens; token += blocks, ++n) {
       char* stage = memory_.stages + int64_t{n % kSendStages} * shape_.stage_bytes;
       const auto* x = reinterpret_cast<const T*>(a_.x) + int64_t{token} * a_.hidden;
-      __syncwarp();  // all lanes have seen the load before
+      __syncwarp();  // all lanes have waited for the previous load
       if (as_is && tid == 0) {
         barrier_expect(&memory_.barriers[0], a_.row_bytes);
         bulk_load(stage, x, a_.row_bytes, &memory_.barriers[0]);
       }
-      // What is loaded here arrives during the waits below.
+      // These loads overlap the waits below.
       const Entry entry = entry_of(token);
       const float weight = weight_of(token);
       Channels<T> ahead[1];
@@ -379,7 +382,7 @@ class LowLatencyDispatch {
         load_piece(x, warp_id(), ahead);
       }
       counter.load(token);
-      int expert = kNowhere;
+      int expert = kNoExpert;
       if (Counter::leads()) {
         expert = expert_of(entry.value());
         counter.begin(expert);
@@ -388,7 +391,7 @@ class LowLatencyDispatch {
         has_begun = true;
         if (!may_begin()) {
           if (as_is && tid == 0) {
-            barrier_wait(&memory_.barriers[0], 0);  // nothing is to arrive in the memory of a block that has ended
+            barrier_wait(&memory_.barriers[0], 0);  // no copy may arrive in the shared memory of a block that has ended
           }
           return false;
         }
@@ -397,7 +400,7 @@ class LowLatencyDispatch {
           fence_async_global();  // between the credit and the bulk copies that it allows
         }
       } else {
-        __syncthreads();  // what was in this stage has been copied
+        __syncthreads();  // the copies out of this stage have ended
       }
       counter.count(token);
       if (!as_is) {
@@ -442,11 +445,11 @@ class LowLatencyDispatch {
       signal();
     }
     __syncthreads();
-    fence_async_shared();  // this memory is for what arrives next
+    fence_async_shared();  // received rows use this memory next
     return has_begun || may_begin();
   }
 
-  // Warp-collective. Piece n of a row that is quantized, a vector per lane.
+  // Warp-collective. Loads piece n of a row to be quantized, one vector per lane.
   template <class T>
   __device__ void load_piece(const T* x, int n, Channels<T> (&channels)[1]) const {
     const int v = n * kWarp + lane_id();
@@ -486,7 +489,7 @@ class LowLatencyDispatch {
     }
   }
 
-  // Loads that the barrier of this warp has counted: rows that warp 0 has sent unquantized.
+  // Earlier loads on this warp's barrier: rows that warp 0 has sent unquantized.
   __device__ int loads_before() const {
     const int first = static_cast<int>(blockIdx.x) - 1, blocks = x_.workers() - 1;
     const bool has_sent = !uses_packets && a_.part == Part::both && warp_id() == 0 && a_.quantize == Quantize::none &&
@@ -502,7 +505,7 @@ class LowLatencyDispatch {
   const LowLatencyShape& shape_;
   LowLatencyShared& shared_;
   LowLatencyMemory memory_;
-  int* published_;  // of the block that announces
+  int* published_;  // in the block that announces
   uint8_t* slots_;  // of the Counter
 };
 
@@ -539,8 +542,8 @@ LowLatencyShape shape_of(const LowLatencyDispatchArgs& args) {
   return shape;
 }
 
-// A block per token and per row that may come, or per some chunks of it; one that announces; one that publishes
-// credits.
+// One block per token and per row that may arrive, or per some chunks of a row; one block that announces, and one that
+// publishes credits.
 template <bool uses_packets>
 int blocks_of(const LowLatencyDispatchArgs& args, const LowLatencyShape& shape, int multiprocessors) {
   const int64_t rows = int64_t{args.comm.low_latency.world_size} * args.max_tokens;

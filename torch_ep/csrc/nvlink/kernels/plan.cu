@@ -1,12 +1,12 @@
-// ep::plan: who sends what where, in one kernel and one message to every peer.
+// ep::plan: computes the routes of all rows, in one kernel and with one message to every peer.
 //   publish_counts  Each block checks and counts its share of this rank's tokens. It writes the counts to every peer,
 //                   then the experts of the tokens.
-//   collect_counts  Every block adds up the counts of all blocks of all ranks: rows to and from each rank, and those
-//                   before its own share of each rank's tokens; for expert_major, the same per expert.
-//   write_plan      Each block assigns rows to its share of every rank's tokens, once these have arrived.
+//   collect_counts  Every block sums the counts of all blocks of all ranks: rows to and from each rank, and rows before
+//                   its own share of each rank's tokens. For expert_major, it also sums the counts per expert.
+//   write_plan      Each block assigns rows to its share of every rank's tokens, once their experts have arrived.
 // Every rank gets the experts of all tokens, not only of those that visit it: they are small, and nothing has to be
-// counted before they are sent. Each count is a word that also holds the number of the exchange. It needs no flag and
-// waits for nothing that was written before it, so the host of an exact plan soon knows the number of rows.
+// counted before they are sent. Each count is a word that also holds the number of the exchange. It needs neither a
+// flag nor a fence, so the host of an exact plan gets the number of rows early.
 #include "nvlink/device/exchange.cuh"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarp;
-// What a thread loads at once.
+// Loads of a thread that are in flight together.
 constexpr int kBatch = 12;  // words
 constexpr int kAhead = 8;   // entries of topk_idx
 // These warps wait for peers first: the last warps have the fewest entries.
@@ -25,9 +25,9 @@ constexpr int kHandshakeWarp = kWarps - 1, kCreditWarp = kWarps - 2;
 // What the host derives for a launch.
 struct PlanShape {
   int num_local;  // experts of a rank
-  int words;      // of kWarp tokens of each rank, which get their rows in one round
-  int groups;     // of threads of a block, each for the tokens of one rank at a time
-  int threads;    // of a group
+  int words;      // words of kWarp tokens per rank and round
+  int groups;     // groups of threads per block, each for the tokens of one rank at a time
+  int threads;    // threads per group
   Divisor by_local, by_topk, by_blocks, by_threads, by_published, by_alignment;
 };
 
@@ -36,12 +36,12 @@ struct ExpertWords {
   int* expert_total;  // [local experts] rows
   int* expert_begin;  // [local experts] of its group in the result
   int* before;        // [world_size][local experts] rows of the expert that come before this block's share of the rank
-  uint32_t* bits;     // [world_size][words][local experts] tokens that have the expert; before, [words][experts]
-  int* histogram;     // [experts] of this block's own tokens; later, [local experts] rows that are kept
+  uint32_t* bits;     // [world_size][words][local experts] tokens with the expert; in publish_counts, [words][experts]
+  int* histogram;     // [experts] of this block's own tokens; in write_plan, [local experts] kept rows
 };
 
 struct RankCounts {
-  int sent, sent_before;  // wire rows to the rank; those of tokens before this block's share
+  int sent, sent_before;  // wire rows to the rank; wire rows of tokens before this block's share
   int received, received_before;
   int received_here;  // of tokens of this block's share
   int num_tokens;     // of the rank
@@ -52,14 +52,13 @@ struct PlanShared {
   unsigned long long first_bad;  // of all ranks: rank << 32 | status
   int rows_to[kMaxRanks];        // of this block's own tokens
   unsigned own_bad;              // index of their first bad entry
-  // Of the tokens of one round: the own ones that visit each rank, and those of each source that visit
-  // this rank; where the rows begin that a word of own tokens sends to each rank, and those that come of a word of each
-  // source.
+  // Per round. Visits: own tokens that visit each rank, and tokens of each source that visit this rank. Begin: the
+  // first row that a word of own tokens sends to each rank, and the first row that arrives from a word of each source.
   uint32_t sent_visits[kMaxRanks][kPlanWords], received_visits[kMaxRanks][kPlanWords];
   int sent_begin[kMaxRanks][kPlanWords], received_begin[kMaxRanks][kPlanWords];
 };
 
-// One thread. Cold path: Note [Cold paths], device/exchange.cuh.
+// One thread. Waits for a word and returns it. Cold path: Note [Cold paths], device/exchange.cuh.
 __device__ __noinline__ uint64_t await_word(Exchange x, const void* word, int rank) {
   Wait wait(x, Phase::counts);
   uint64_t seen = load_relaxed_system(word);
@@ -74,7 +73,7 @@ class PlanBlock {
   __device__ PlanBlock(const PlanArgs& args, const PlanShape& shape, PlanShared& shared, int* words)
       : a_(args),
         shape_(shape),
-        x_(args.comm, Op::plan),
+        x_(args.comm, OpKind::plan),
         shared_(shared),
         world_size_(x_.world_size()),
         me_(args.comm.rank),
@@ -88,6 +87,7 @@ class PlanBlock {
     s_.histogram = reinterpret_cast<int*>(s_.bits + world_size_ * shape.words * num_local_);
   }
 
+  // Block-collective.
   __device__ void run() {
     if (publish_counts() && collect_counts()) {
       if (block_ == 0) {
@@ -111,7 +111,7 @@ class PlanBlock {
     int begin, end;
   };
 
-  // This block's share of a rank's tokens.
+  // This block's share of a rank's tokens: its size, and its range.
   __device__ int share_of(int num_tokens) const { return shape_.by_blocks.quotient(num_tokens + blocks_ - 1); }
   __device__ Range tokens_of(int num_tokens) const {
     const int share = share_of(num_tokens);
@@ -120,11 +120,11 @@ class PlanBlock {
 
   __device__ int rank_of(int expert) const { return shape_.by_local.quotient(expert); }
 
-  // Tokens that get their rows in one round.
+  // Tokens per rank and round.
   __device__ int round_tokens() const { return shape_.words * kWarp; }
 
-  // f(i, entry i) for this thread's share of `count` entries: every `threads`-th from the `first` one on. A value out
-  // of range stays out of range.
+  // One thread. Calls f(i, entry i) for this thread's share of `count` entries: every `threads`-th from the `first` one
+  // on. A value out of range stays out of range.
   template <class Int, class F>
   __device__ static void each_entry(const Int* entries, int count, int first, int threads, F f) {
     int ahead[kAhead];
@@ -149,7 +149,7 @@ class PlanBlock {
     }
   }
 
-  // f(i, entry i) for this thread's share of `count` own entries from the `begin`-th on.
+  // One thread. Calls f(i, entry i) for this thread's share of `count` own entries from the `begin`-th on.
   template <class F>
   __device__ void each_own_entry(int64_t begin, int count, F f) const {
     const auto tid = static_cast<int>(threadIdx.x);
@@ -181,10 +181,10 @@ class PlanBlock {
     if (is_handshake_warp()) {
       publish_handshake(x_, a_.handshake, RowCounts::unknown());
     }
-    const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, fresh(a_.comm.state->last_plan));
+    const bool going = warp_id() != kCreditWarp || wait_for_credits(x_, as_volatile(a_.comm.state->last_plan));
     for (int first = own.begin; first < own.end; first += round_tokens()) {
       if (first != own.begin) {
-        __syncthreads();  // what is cleared next has been read
+        __syncthreads();  // the bits have been read and may be cleared
       }
       clear_bits(true);
       __syncthreads();
@@ -231,6 +231,7 @@ class PlanBlock {
     return true;
   }
 
+  // Block-collective.
   __device__ void clear_bits(bool of_experts) {
     const auto tid = static_cast<int>(threadIdx.x);
     for (int i = tid; of_experts && i < shape_.words * a_.num_experts; i += kThreads) {
@@ -242,7 +243,7 @@ class PlanBlock {
     }
   }
 
-  // Tokens in the words of one round, which lie `step` apart.
+  // One thread. Counts tokens in the words of one round, which are `step` apart.
   __device__ int tokens_in(const uint32_t* words, int step) const {
     constexpr int kUnroll = 4;
     static_assert(kPlanWords / 2 % kUnroll == 0);
@@ -257,8 +258,8 @@ class PlanBlock {
     return sum;
   }
 
-  // One thread. The i-th entry of a round that begins with entry `begin`: its token has this expert and visits its
-  // rank.
+  // One thread. Counts the i-th entry of a round that begins with entry `begin`: its token has this expert and visits
+  // its rank.
   __device__ void count_entry(int64_t begin, int i, int entry) const {
     const int t = shape_.by_topk.quotient(i);
     const uint32_t bit = 1U << t % kWarp;
@@ -267,7 +268,7 @@ class PlanBlock {
       if ((atomicOr(&s_.bits[t / kWarp * a_.num_experts + entry], bit) & bit) == 0) {
         return;
       }
-      // The token has it at least twice, whichever slot came first here: the second one is bad.
+      // The token has the expert at least twice. The second slot is bad, whichever thread came first.
       i = t * a_.num_topk - 1;
 #pragma unroll 1
       for (int times = 0; times < 2;) {
@@ -286,16 +287,16 @@ class PlanBlock {
 
   // --- collect_counts ---
 
-  // What a block of a rank publishes besides the counts of the experts.
+  // The words that a block publishes after the counts per expert.
   enum class Sum { rows, num_tokens, status };
   __device__ int word_of(Sum sum) const { return num_local_ + static_cast<int>(sum); }
 
-  // What the n-th block published, counted through all blocks of all ranks.
+  // The words of the n-th block, counted over all blocks of all ranks.
   __device__ const char* published_by(int n) const {
     return x_.inbox().data(x_.layout().plan_counts(0, 0)) + n * x_.layout().counts_bytes;
   }
 
-  // One thread. The value of a word, once it is there. `seen`: a first poll.
+  // One thread. Waits for a word and returns its value. `seen`: a first poll.
   __device__ int value_of(const void* word, uint64_t seen, int rank, bool& going) const {
     if (!x_.is_tagged(seen)) {
       seen = await_word(x_, word, rank);
@@ -304,8 +305,8 @@ class PlanBlock {
     return static_cast<int>(seen & 0xffffffff);
   }
 
-  // f(n, its value) for a word of every kLanes-th block from the `first` one on, counted as in `published_by`. `words`:
-  // that word of block 0.
+  // One thread. Calls f(n, value) for a word of every kLanes-th block from the `first` one on, counted as in
+  // `published_by`. `words`: that word of block 0.
   template <int kLanes, class F>
   __device__ void each_count(const char* words, int end, int first, bool& going, F f) const {
     const int64_t step = x_.layout().counts_bytes;
@@ -365,7 +366,7 @@ class PlanBlock {
     received_ = received_end_.of(world_size_ - 1);
     needed_ = a_.expert_major ? add_up_experts() : received_;
     rows_ = a_.capacity < 0 ? min(needed_, a_.map_rows) : a_.capacity;
-    // Where rows are dropped, assign_rows finds where the capacity ends.
+    // If rows are dropped, assign_rows finds the end of the capacity.
     if (!a_.expert_major && received_ <= rows_ && lane == 0) {
       for (int e = first_expert(); e < num_local_; e += blocks_ * kWarps) {
         a_.tokens_per_expert[e] = is_void_ ? 0 : s_.expert_total[e];
@@ -374,11 +375,11 @@ class PlanBlock {
     return true;
   }
 
-  // rank_major: the first expert whose rows this warp adds up; one warp of all blocks per expert. The last warps have
-  // time.
+  // rank_major: the first expert whose rows this warp sums, with one warp of all blocks per expert. The last warps come
+  // first: they have the least work.
   __device__ int first_expert() const { return block_ + blocks_ * (kWarps - 1 - warp_id()); }
 
-  // Warp-collective. What all blocks of a rank published besides the experts.
+  // Warp-collective. Sums the words that all blocks of a rank published after the counts per expert.
   __device__ void collect_rank(int rank, bool& going) const {
     RankCounts sums{};
     for (int b = lane_id(); b < blocks_; b += kWarp) {
@@ -419,7 +420,8 @@ class PlanBlock {
     }
   }
 
-  // Block-collective. Per (rank, local expert): in `before` the rows of the blocks before this one; and the totals.
+  // Block-collective. Per (rank, local expert): sums the rows of the blocks before this one into `before`, and the rows
+  // of all blocks into totals().
   __device__ void collect_experts(bool& going) const {
     constexpr int kLanes = 2;  // that share the blocks
     const auto tid = static_cast<int>(threadIdx.x);
@@ -436,7 +438,7 @@ class PlanBlock {
         before += __shfl_xor_sync(kFullWarp, before, lanes);
       }
       if (i < a_.num_experts && tid % kLanes == 0) {
-        // Rows of the ranks before are added once all totals are known.
+        // Rows of lower ranks are added once all totals are known.
         s_.before[i] = before;
         totals()[i] = total;
       }
@@ -457,7 +459,7 @@ class PlanBlock {
       s_.expert_total[e] = sum;
     }
     __syncthreads();
-    // A group begins where the one before ends, padded. Each lane has some consecutive groups.
+    // A group begins at the padded end of the previous group. Each lane has some consecutive groups.
     if (warp_id() == 0) {
       const int lane = lane_id(), share = (num_local_ + kWarp - 1) / kWarp;
       const int from = min(lane * share, num_local_), to = min(from + share, num_local_);
@@ -481,7 +483,7 @@ class PlanBlock {
     return int64_t{s_.expert_begin[expert]} + aligned(s_.expert_total[expert]);
   }
 
-  // One thread. `status`: what the rank published, not 0.
+  // One thread. `status`: the word that the rank published, not 0.
   __device__ void publish_bad_topk(int rank, int64_t status) const {
     FailureCause cause{Failure::too_many_tokens, Phase::counts, rank};
     if (status != kRefused) {
@@ -514,7 +516,7 @@ class PlanBlock {
     return static_cast<int>(min(max(rows_ - s_.expert_begin[expert], int64_t{0}), int64_t{s_.expert_total[expert]}));
   }
 
-  // The first block.
+  // Block-collective, in the first block.
   __device__ void write_totals() const {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     if (tid == 0 && a_.capacity < 0) {
@@ -522,7 +524,7 @@ class PlanBlock {
     }
     if (warp_id() == 1) {
       int64_t dropped = max(needed_ - rows_, int64_t{0});
-      if (a_.expert_major && dropped > 0) {  // of those, some are padding
+      if (a_.expert_major && dropped > 0) {  // some of these are padding
         int rows = 0;
         for (int e = lane; e < num_local_; e += kWarp) {
           rows += s_.expert_total[e] - kept(e);
@@ -551,7 +553,7 @@ class PlanBlock {
 
   // --- write_plan ---
 
-  // One thread. Waits until it can read the experts of the tokens of a block of a rank.
+  // One thread. Waits until the experts of a block's share of a rank's tokens have arrived.
   __device__ bool wait_for_tokens(int rank, int block) const {
     const int64_t flag = x_.layout().plan_flag(rank, block);
     Wait wait(x_, Phase::counts);
@@ -565,6 +567,7 @@ class PlanBlock {
     return true;
   }
 
+  // Block-collective.
   __device__ void write_plan() {
     const auto tid = static_cast<int>(threadIdx.x);
     const bool waits = tid < world_size_ && !is_void_;
@@ -587,12 +590,12 @@ class PlanBlock {
     clear_rest();
   }
 
-  // Block-collective. Its share of every rank's tokens: at most `share` tokens of a rank.
+  // Block-collective. Assigns rows to this block's share of every rank's tokens: at most `share` tokens per rank.
   __device__ void assign_rows(int share) {
     const auto tid = static_cast<int>(threadIdx.x), lane = lane_id();
     const int group = shape_.by_threads.quotient(tid), thread = tid - group * shape_.threads;
-    // Of the ranks that this lane stands for: where the rows to and from each begin; first, those before this block's
-    // share. rank_major, dropping: the one share in which the capacity ends counts what each expert keeps.
+    // Of this lane's ranks: the first rows of the round, to and from each rank; at first, those of this block's share.
+    // If rank_major drops rows, the one share in which the capacity ends counts the kept rows of each expert.
     PerRank<int> sent, received;
     RankSet ends;
 #pragma unroll
@@ -606,7 +609,7 @@ class PlanBlock {
     const bool counts_kept = !a_.expert_major && ends.any();
     const int ends_in = counts_kept ? ends.first_from(0) : -1;
     if (counts_kept) {
-      bool going = true;  // all of this has been collected, unless the exchange ends anyway
+      bool going = true;  // collect_counts has waited for these words
       for (int e = warp_id(); e < num_local_; e += kWarps) {
         const int rows = rows_of(e, ends_in * blocks_ + block_, going);
         if (lane == 0) {
@@ -617,7 +620,7 @@ class PlanBlock {
 
     for (int done = 0; done < share; done += round_tokens()) {
       if (done != 0) {
-        __syncthreads();  // what is cleared next has been read
+        __syncthreads();  // the bits have been read and may be cleared
 #pragma unroll
         for (int step = 0; step < kRankSteps; ++step) {
           if (const int rank = rank_at(step); rank < world_size_) {
@@ -689,12 +692,13 @@ class PlanBlock {
     return reinterpret_cast<const int*>(x_.inbox().data(x_.layout().plan_topk(rank)));
   }
 
-  // The word of tokens that have an expert, with a source's t-th token.
+  // The word of `bits` for a source's t-th token of this round and an expert.
   __device__ uint32_t* bits_of(int source, int t, int local) const {
     return &s_.bits[(source * shape_.words + t / kWarp) * num_local_ + local];
   }
 
-  // One thread. Slot k of a source's token, the t-th of this round. `counts`: count what the expert keeps.
+  // One thread. Assigns slot k of a source's token, the t-th of this round. `counts`: count the kept rows of the
+  // expert.
   __device__ void assign_slot(int source, int t, int token, int k, int expert, bool counts) const {
     const int w = t / kWarp;
     const uint32_t bit = 1U << t % kWarp, below = bit - 1;
@@ -712,10 +716,10 @@ class PlanBlock {
     }
     const int row = shared_.received_begin[source][w] + __popc(visits & below);
     const int local = rank == me_ ? expert - me_ * num_local_ : -1;
-    const int64_t slot = int64_t{row} * a_.num_topk + k;
+    const int64_t pair = int64_t{row} * a_.num_topk + k;
     if (!a_.expert_major) {
       if (row < rows_) {
-        write_topk(slot, local);
+        write_topk(pair, local);
         if (counts && local >= 0) {
           atomicAdd(&s_.histogram[local], 1);
         }
@@ -729,11 +733,12 @@ class PlanBlock {
       }
       row_of_expert += __popc(bits[w * num_local_] & below);
       if (row_of_expert < rows_) {
-        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(slot);
+        static_cast<int32_t*>(a_.recv_map)[row_of_expert] = static_cast<int>(pair);
       }
     }
   }
 
+  // One thread.
   __device__ void write_topk(int64_t i, int expert) const {
     if (a_.wide_idx) {
       static_cast<int64_t*>(a_.recv_map)[i] = expert;
@@ -750,7 +755,7 @@ class PlanBlock {
     return static_cast<int>(__reduce_add_sync(kFullWarp, static_cast<unsigned>(sum)));
   }
 
-  // Rows of the result that no token takes.
+  // Grid-wide. Writes -1 to the elements of recv_map that no token takes.
   __device__ void clear_rest() const {
     const auto tid = static_cast<int64_t>(threadIdx.x);
     const int64_t threads = int64_t{blocks_} * kThreads, thread = int64_t{block_} * kThreads + tid;
@@ -760,16 +765,16 @@ class PlanBlock {
       }
       return;
     }
-    auto* slots = static_cast<int32_t*>(a_.recv_map);
+    auto* recv_pair = static_cast<int32_t*>(a_.recv_map);
     for (int e = block_; e < num_local_; e += blocks_) {
       const int64_t used = int64_t{s_.expert_begin[e]} + s_.expert_total[e];
       const int64_t end = min(end_of(e), rows_);
       for (int64_t i = used + tid; i < end; i += kThreads) {
-        slots[i] = -1;
+        recv_pair[i] = -1;
       }
     }
     for (int64_t i = needed_ + thread; i < rows_; i += threads) {
-      slots[i] = -1;
+      recv_pair[i] = -1;
     }
   }
 
@@ -782,8 +787,8 @@ class PlanBlock {
   PlanShared& shared_;
   ExpertWords s_;
   const int world_size_, me_, block_, blocks_, num_local_;
-  bool is_void_ = false;  // some rank's values are bad: a plan of no rows, everywhere
-  // Per rank: what it published, and where the wire rows to it and from it end.
+  bool is_void_ = false;  // a rank has bad values: a plan of no rows, on every rank
+  // Per rank: the counts that it published, and the ends of the wire rows to it and from it.
   RankCounts mine_[kRankSteps];
   PerRank<int> sent_end_, received_end_;
   int64_t received_ = 0;  // wire rows

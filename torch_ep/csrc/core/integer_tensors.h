@@ -1,4 +1,4 @@
-// Few integers of a tensor as numbers of the host, and the reverse.
+// Copies small integer tensors to vectors on the host and back.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -21,7 +21,7 @@ inline at::Tensor to_device(const std::vector<int64_t>& values, const at::Tensor
   return at::tensor(values, at::kLong).to(like.device());
 }
 
-// The least and the greatest.
+// [minimum, maximum].
 inline at::Tensor ends_of(const at::Tensor& values) {
   const auto [least, greatest] = values.aminmax();
   return at::stack({least, greatest});
