@@ -1470,7 +1470,7 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
     ids=lambda value: value.replace(" ", "-") if " of " in value else "",
 )
 def test_a_bad_argument_on_one_rank_is_told_to_the_others(which: str, error: str, message: str) -> None:
-    """Over a process group, where nobody has to wait for the timeout."""
+    """Over a process group, where no rank has to wait for the timeout."""
     (other, told, others_work), (own, said, own_works) = world(2).run(caught, "cpu", which)
     assert (own, said) == (error, message)
     assert other == "DistError"

@@ -273,7 +273,7 @@ def test_a_group_that_is_gone_is_named() -> None:
 
 
 def test_two_hosts_on_loopback() -> None:
-    """What two hosts would run, a torchrun on each."""
+    """Runs one torchrun per host, for two hosts."""
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}

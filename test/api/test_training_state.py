@@ -1,4 +1,4 @@
-"""What a layer keeps through casts, materialization and resets: the dtype of its bias, and its initial values."""
+"""A layer keeps the dtype of its bias and its initial values through casts, materialization and resets."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def through_fp8(x: Tensor, powers_of_two: bool) -> Tensor:
 
 
 def _quantized(rank: int, world_size: int, device: str, quantize: Any) -> tuple[Tensor, Tensor]:
-    """What decode says, and what every expert by itself says of the rows as they arrive."""
+    """Returns the result of decode, and that of every expert alone for the rows as they arrive."""
     layer, x = make_layer(device), make_x(device, rank)
     topk_idx, topk_weights, _, _ = layer.route(x)
     gate, up, down = (gather_experts(getattr(layer, name), layer.group_name) for name in layer.EXPERT_PARAMETERS)

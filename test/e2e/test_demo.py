@@ -302,7 +302,7 @@ def test_a_sample_is_printed_and_kept(finished: Path) -> None:
 
 
 def restore_sigint() -> None:
-    """What runs the tests may ignore interrupts, as shells make their background jobs do; a child would inherit it."""
+    """The parent of the tests may ignore interrupts, as background jobs of a shell do; a child would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

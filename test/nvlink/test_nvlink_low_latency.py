@@ -452,7 +452,7 @@ class Steps:
         self.first_wrong.copy_(torch.minimum(self.first_wrong, now))
 
     def forget(self) -> None:
-        """What was counted so far."""
+        """Returns the counts so far."""
         self.wrong.zero_()
         self.first_wrong.fill_(2**62)
 
@@ -630,7 +630,7 @@ def decode(
 def compiled_steps(
     rank: int, world_size: int, group: str | None, dtype: torch.dtype, form: str
 ) -> tuple[list[str], int, int, int]:
-    """What differs; graphs of the compiler; CUDA graphs that were skipped; inputs copied for those that were not."""
+    """Returns differences, graphs of the compiler, skipped CUDA graphs, and inputs copied for the other CUDA graphs."""
     torch._dynamo.reset()
     counters.clear()
     experts = NUM_LOCAL * world_size
@@ -763,7 +763,7 @@ def test_a_rank_that_does_not_come(name: str, which: str, what: str) -> None:
 def goes_on_without(
     rank: int, world_size: int, group: str | None, shared: dict[int, int], lost: int, by_host: bool
 ) -> tuple[list[str], list[bool], list[bool], list[str]]:
-    """What differs without a rank, who is active then and after a reset, and what differs after that."""
+    """Returns differences without a rank, active ranks then and after a reset, and differences after the reset."""
     differences = check_seeds(rank, world_size, group, 0, 4)
     meet(group)
     if rank != lost:
