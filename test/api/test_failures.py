@@ -83,7 +83,7 @@ def _leave(r: Rank, culprit: int, how: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("culprit", [0, LAST], ids=["the rank that keeps the store", "the last rank"])
 @pytest.mark.parametrize("how", ["exits", "is killed", "is killed amid rows", "is stopped", "does something else"])
-def test_a_rank_that_goes_away_is_named(launcher: Launcher, how: str, culprit: int) -> None:
+def test_the_error_names_a_rank_that_disappears(launcher: Launcher, how: str, culprit: int) -> None:
     answers = launcher.run(_leave, WORLD_SIZE, culprit, how)
     for rank, answer in enumerate(answers):
         if rank == culprit:
@@ -485,7 +485,7 @@ def _wrong_alone(r: Rank) -> dict[str, list[tuple[str, str]]]:
     return answers
 
 
-def test_an_error_of_one_rank_alone_is_told(launcher: Launcher) -> None:
+def test_an_error_of_one_rank_raises_on_all_ranks(launcher: Launcher) -> None:
     answers = launcher.run(_wrong_alone, WORLD_SIZE)
     for name, (op, _) in ALONE.items():
         (kind, own), after = answers[LAST][name]

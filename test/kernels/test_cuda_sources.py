@@ -146,7 +146,7 @@ void launch(float* x, cudaStream_t stream) { twice<<<1, 32, 0, stream>>>(x); }
     ],
     ids=["sound", "error", "warning", "ptx", "torch-header"],
 )
-def test_compiling_a_kernel_finds_what_is_wrong(tmp_path: Path, code: str, complaint: str) -> None:
+def test_compiling_a_kernel_finds_its_errors(tmp_path: Path, code: str, complaint: str) -> None:
     (tmp_path / "kernel.cu").write_text(code)
     answer = compile_kernel(tmp_path / "kernel.cu")
     assert complaint in answer and bool(answer) == bool(complaint)
@@ -171,7 +171,7 @@ void wait() { C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStre
     ],
     ids=["sound", "error", "warning"],
 )
-def test_checking_a_host_file_finds_what_is_wrong(tmp_path: Path, code: str, complaint: str) -> None:
+def test_checking_a_host_file_finds_its_errors(tmp_path: Path, code: str, complaint: str) -> None:
     (tmp_path / "host.cpp").write_text(code)
     answer = check_host_file(tmp_path / "host.cpp")
     assert complaint in answer and bool(answer) == bool(complaint)

@@ -293,7 +293,7 @@ def exact_plan_in_capture(rank: int, world_size: int, group: str | None) -> tupl
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_an_exact_plan_cannot_be_captured_and_says_so(name: str) -> None:
+def test_capturing_an_exact_plan_raises(name: str) -> None:
     for message, differences in open_world(name).run(exact_plan_in_capture):
         assert message.startswith("ep::plan: ")
         assert "capacity" in message and "captur" in message

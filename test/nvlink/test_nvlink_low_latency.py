@@ -237,7 +237,7 @@ def not_finite(rank: int, world_size: int, group: str | None, bad: float) -> lis
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=["nan", "-nan", "inf", "-inf"])
 @worlds("gloo-2", "virtual-1", "gpus-2")
-def test_what_is_not_finite_spoils_its_own_group_alone(name: str, bad: float) -> None:
+def test_a_value_that_is_not_finite_spoils_only_its_own_group(name: str, bad: float) -> None:
     no_differences(name, not_finite, bad)
 
 
@@ -917,7 +917,7 @@ def disagree(rank: int, world_size: int, group: str | None, what: str) -> tuple[
     ],
 )
 @several_ranks
-def test_what_ranks_disagree_on_is_named(name: str, what: str, named: str) -> None:
+def test_the_error_names_the_argument_that_differs_between_ranks(name: str, what: str, named: str) -> None:
     answers = ranks_of(name).run(disagree, what)
     for rank, ((kind, message), differences) in enumerate(answers):
         assert kind == "DistError", message
@@ -971,7 +971,7 @@ def one_rank_is_wrong(rank: int, world_size: int, group: str | None, what: str, 
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("what", ["high", "low", "twice"])
 @every_world
-def test_a_bad_index_is_told_on_its_rank_alone(name: str, what: str, halves: bool) -> None:
+def test_a_bad_index_raises_only_on_its_own_rank(name: str, what: str, halves: bool) -> None:
     answers = ranks_of(name).run(one_rank_is_wrong, what, halves)
     experts, op = 2 * len(answers), "ep::low_latency_dispatch"
     message = {
