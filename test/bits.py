@@ -46,7 +46,7 @@ def digest(results: Any) -> str:
 
 
 def random_case(seed: int, rank: int, world_size: int) -> str:
-    """Runs one case. What ranks share comes from `seed`; this rank's numbers from `seed` and `rank`."""
+    """Runs one case. Shared numbers come from `seed`; this rank's numbers from `seed` and `rank`."""
     shared = random.Random(seed)
     g = torch.Generator().manual_seed(seed * 100 + rank)
     experts = world_size * shared.choice([1, 2, 5, 16])

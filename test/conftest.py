@@ -14,14 +14,18 @@ from support.devices import CUDA, one_rank_on
 
 # The files that take longest start first, so that no process is left with one of them at the end.
 LONGEST = [
-    "test_emulator.py",
-    "test_compile.py",
+    "test_failures.py",  # mostly waits for timeouts, which leaves a core to the compilers of the next files
     "test_cuda_sources.py",
     "test_decode.py",
+    "test_compile.py",
+    "test_emulator.py",
     "test_demo.py",
-    "test_packaging.py",
-    "test_fuzz.py",
+    "test_opcheck.py",
+    "test_bench.py",
+    "test_examples.py",
+    "test_docs.py",
     "test_protocol.py",
+    "test_packaging.py",
 ]
 MOST_PROCESSES = 4  # each has ranks of its own
 

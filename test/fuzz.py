@@ -154,7 +154,7 @@ def check_combine(
 
 
 def check_results(rank: int, world_size: int, seed: int) -> list[str]:
-    """One case: a plan with a dispatch and a combine, or a low-latency pair. Collective. What differs."""
+    """Collective. Runs a plan with a dispatch and a combine, or a low-latency pair. Returns the differences."""
     rng = random.Random(seed)
     torch.set_num_threads(rng.choice((1, 1, 2)))
     uses_torch = rng.random() < 0.2
@@ -229,7 +229,7 @@ def poison() -> None:
 
 
 def complaint(call: Callable[[], Any], any_number: bool = False) -> str | None:
-    """What is wrong with what a call returns or raises. `any_number`: it was given bytes that may be any."""
+    """Returns the defects of a call's result or error. `any_number`: the call got arbitrary bytes."""
     poison()
     try:
         result = call()
@@ -471,7 +471,7 @@ def operator_calls(a: Arguments) -> dict[str, tuple[Callable, dict[str, Any]]]:
 
 
 def check_arguments(rank: int, world_size: int, seed: int) -> list[str]:
-    """One call with arguments that do not fit. Collective: with several ranks all of them err alike. What is wrong."""
+    """Collective. Calls one operator with wrong arguments, the same on all ranks. Returns the defects of the answer."""
     rng = random.Random(seed)
     torch.set_num_threads(1)
     ops._force_aten(rng.random() < 0.2)
@@ -573,7 +573,7 @@ class Fuzzer:
         self._workers: Workers | None = None
 
     def run(self, what: str, seeds: Sequence[int]) -> list[str]:
-        """What is wrong, with the seed of each."""
+        """Returns the defects, each with its seed."""
         found = self._attempt(what, seeds)
         if found is not None:
             return found

@@ -151,7 +151,7 @@ def delay(r: random.Random) -> None:
 
 
 class Checked:
-    """What one round must give on this rank; counts what differs."""
+    """The expected result of one round on this rank; counts differences."""
 
     def __init__(self, a: Round, rank: int, problems: list[str]) -> None:
         self.a, self.rank, self.problems = a, rank, problems
@@ -307,7 +307,7 @@ def draw_low_latency(seed: int, number: int, world_size: int) -> LowLatencyRound
 
 
 class LowLatencyChecked:
-    """What one dispatch and its combine must give on this rank; counts what differs."""
+    """The expected result of one dispatch and its combine on this rank; counts differences."""
 
     def __init__(self, a: LowLatencyRound, rank: int, group: str | None, problems: list[str]) -> None:
         self.a, self.rank, self.group, self.problems = a, rank, group, problems
@@ -442,7 +442,7 @@ def tensors_alive() -> Counter[Kind]:
 
 
 def describe_left_over(was: Memory, now: Memory) -> str:
-    """Largest first. What no Python object holds has no name."""
+    """Largest first. A tensor that no Python object holds has no name."""
     kinds = sorted((now.tensors - was.tensors).items(), key=lambda item: item[0].storage_bytes, reverse=True)
     named = [f"{n} of {list(k.shape)} {k.dtype}, {k.storage_bytes} bytes" for k, n in kinds[:MOST_KINDS_NAMED]]
     if len(kinds) > MOST_KINDS_NAMED:

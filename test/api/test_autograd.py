@@ -73,7 +73,7 @@ every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 @every_mode
-def test_the_modes_drop_what_their_names_say(device: str, mode: str) -> None:
+def test_only_modes_with_drops_in_their_names_drop_rows(device: str, mode: str) -> None:
     plan, _ = _inputs(0, device, 5, mode)
     assert (plan.num_dropped > 0) == mode.endswith("drops")
 

@@ -1,4 +1,4 @@
-"""The short way from the public functions to the operators is taken where nobody is to notice, and only there."""
+"""Public functions take the fast path to the operators where no caller can observe the difference, and only there."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def test_a_function_mode_sees_every_call() -> None:
     assert len(log.seen) == len(OPS)
 
 
-def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    short: list[str] = []
+def test_the_fast_path_is_taken_without_gradients_and_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast: list[str] = []
 
     def counted(name: str) -> Any:
         def call(*args: Any) -> Any:
             result = getattr(_C, name)(*args)
             if result is not None:
-                short.append(name)
+                fast.append(name)
             return result
 
         return call
@@ -82,22 +82,22 @@ def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["plan", "dispatch", "combine", "combine_weighted"]
     monkeypatch.setattr(torch_ep.ops, "_C", SimpleNamespace(**{name: counted(name) for name in names}))
     call_all(torch.randn(3, 8))
-    assert short == names
-    short.clear()
+    assert fast == names
+    fast.clear()
     call_all(torch.randn(3, 8, requires_grad=True))
-    assert short == ["plan"]  # the only one without a tensor that requires a gradient
-    short.clear()
+    assert fast == ["plan"]  # the only one without a tensor that requires a gradient
+    fast.clear()
     with FunctionLog():
         call_all(torch.randn(3, 8))
-    assert short == []
+    assert fast == []
 
 
-def test_forward_mode_and_transforms_are_noticed() -> None:
+def test_forward_mode_and_transforms_take_the_slow_path() -> None:
     x = torch.randn(3, 8)
     with forward_ad.dual_level():
-        assert short_of("dispatch", x=x) is not None
-        assert short_of("dispatch", x=forward_ad.make_dual(x, x)) is None
-        assert short_of("dispatch", topk_weights=forward_ad.make_dual(torch.rand(3, 2), torch.rand(3, 2))) is None
+        assert call_fast_path("dispatch", x=x) is not None
+        assert call_fast_path("dispatch", x=forward_ad.make_dual(x, x)) is None
+        assert call_fast_path("dispatch", topk_weights=forward_ad.make_dual(torch.rand(3, 2), torch.rand(3, 2))) is None
     plan, seen = torch_ep.plan(topk_idx(), 4), []
 
     def look(t: Tensor) -> Tensor:
@@ -115,18 +115,18 @@ def test_fake_tensors_stay_fake() -> None:
     assert type(rows).__name__ == "FakeTensor" and rows.shape == (plan.num_rows, 8)
 
 
-def test_both_ways_give_the_same() -> None:
+def test_fast_and_slow_path_give_the_same_result() -> None:
     x = torch.randn(3, 8)
-    short = call_all(x)
+    fast = call_all(x)
     with DispatchLog():
-        assert all(torch.equal(a, b) for a, b in zip(short, call_all(x), strict=True))
-    long = call_all(x.clone().requires_grad_())
-    assert all(a.requires_grad for a in long) and not any(a.requires_grad for a in short)
-    assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(fast, call_all(x), strict=True))
+    slow = call_all(x.clone().requires_grad_())
+    assert all(a.requires_grad for a in slow) and not any(a.requires_grad for a in fast)
+    assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
 
 
-def short_of(name: str, **changes: Any) -> Any:
-    """What the short way of an operator returns for arguments of which some are others; None: the long way is taken."""
+def call_fast_path(name: str, **changes: Any) -> Any:
+    """Calls an operator's fast path with valid arguments, except `changes`. None: it leaves them to the slow path."""
     plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")
     x = torch.randn(plan.num_rows if name.startswith("combine") else 3, 8)
     rows = {"x": x, "type": torch_ep.Plan, "plan": plan}
@@ -142,8 +142,8 @@ def short_of(name: str, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", ["plan", "dispatch", "combine", "combine_weighted"])
-def test_the_fast_path_takes_what_it_knows(name: str) -> None:
-    result = short_of(name, after=torch.zeros(1))
+def test_the_fast_path_takes_valid_arguments(name: str) -> None:
+    result = call_fast_path(name, after=torch.zeros(1))
     assert type(result) is (torch_ep.Plan if name == "plan" else Tensor)
 
 
@@ -170,32 +170,32 @@ def test_the_fast_path_takes_what_it_knows(name: str) -> None:
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_the_fast_path_leaves_the_rest_to_the_slow_path(name: str, changes: dict[str, Any]) -> None:
-    assert short_of(name, **changes) is None
+    assert call_fast_path(name, **changes) is None
 
 
 @pytest.mark.parametrize(
     "field, value", [("send_row", None), ("recv_pair", None), ("layout", "rank_major"), ("group_name", 1)]
 )
-def test_plans_that_are_not_whole_too(field: str, value: Any) -> None:
+def test_the_fast_path_leaves_incomplete_plans_to_the_slow_path(field: str, value: Any) -> None:
     plan = torch_ep.plan(topk_idx(), 4, layout="expert_major")
-    assert short_of("dispatch", plan=plan._replace(**{field: value})) is None
+    assert call_fast_path("dispatch", plan=plan._replace(**{field: value})) is None
 
 
 @pytest.mark.parametrize("capacity", [None, 8])
 @pytest.mark.parametrize("layout", ["rank_major", "expert_major"])
-def test_plans_of_both_ways_have_the_same_fields(layout: torch_ep.Layout, capacity: int | None) -> None:
+def test_plans_of_both_paths_have_the_same_fields(layout: torch_ep.Layout, capacity: int | None) -> None:
     def plan() -> torch_ep.Plan:
         return torch_ep.plan(topk_idx(), 4, layout=layout, capacity=capacity)
 
-    short = plan()
+    fast = plan()
     with FunctionLog() as log:
-        long = plan()
+        slow = plan()
     assert len(log.seen) == 1
-    for name, a, b in zip(torch_ep.Plan._fields, short, long, strict=True):
+    for name, a, b in zip(torch_ep.Plan._fields, fast, slow, strict=True):
         assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, name
 
 
-def test_a_wrong_type_is_told_with_the_arguments_name() -> None:
+def test_a_wrong_type_raises_an_error_with_the_name_of_the_argument() -> None:
     with pytest.raises(TypeError, match="ep::plan: expected num_experts to be an int, got str"):
         torch_ep.plan(topk_idx(), "4")  # type: ignore[arg-type]
 

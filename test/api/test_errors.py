@@ -707,7 +707,7 @@ def test_kernel(device: str, name: str) -> None:
 @pytest.mark.parametrize(
     "case", [case for case in CASES.values() if case.fake], ids=[name for name, case in CASES.items() if case.fake]
 )
-def test_fake_says_the_same(case: Case) -> None:
+def test_fake_raises_the_same_error(case: Case) -> None:
     with FakeTensorMode() as mode, pytest.raises(case.error) as raised:
         case.op(**{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in case.arguments.items()})
     assert str(raised.value).splitlines()[0] == case.message
@@ -987,7 +987,7 @@ def test_python_types_come_first_under_compile(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["plan-num_topk-large", "dispatch-tokens", "dispatch-dtype", "combine-rows", "low_latency-tokens"]
 )
-def test_what_a_fake_raises_comes_first_under_compile(name: str, fullgraph: bool) -> None:
+def test_the_error_of_a_fake_comes_first_under_compile(name: str, fullgraph: bool) -> None:
     case = CASES[name]
     torch._dynamo.reset()
     with pytest.raises(case.error) as raised:
@@ -1042,7 +1042,7 @@ REASONS = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_init_says_why_not_nvlink(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_explains_why_nvlink_cannot_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     built, available, limits, reason = REASONS[name]
     monkeypatch.setattr(ops, "_backends", lambda: ["nvlink"] if built else [])
     monkeypatch.setattr(ops, "_nvlink_runs", lambda: False, raising=False)
@@ -1469,8 +1469,8 @@ def test_ranks(device: str, which: str, errors: tuple[str, str], messages: tuple
     ],
     ids=lambda value: value.replace(" ", "-") if " of " in value else "",
 )
-def test_a_bad_argument_on_one_rank_is_told_to_the_others(which: str, error: str, message: str) -> None:
-    """Over a process group, where nobody has to wait for the timeout."""
+def test_a_bad_argument_on_one_rank_raises_on_the_others(which: str, error: str, message: str) -> None:
+    """Over a process group, where no rank has to wait for the timeout."""
     (other, told, others_work), (own, said, own_works) = world(2).run(caught, "cpu", which)
     assert (own, said) == (error, message)
     assert other == "DistError"
@@ -1479,7 +1479,7 @@ def test_a_bad_argument_on_one_rank_is_told_to_the_others(which: str, error: str
     assert own_works and others_work
 
 
-def test_a_peers_bad_index_is_told_in_its_own_words(device: str) -> None:
+def test_a_bad_index_of_a_peer_raises_with_the_message_of_the_peer(device: str) -> None:
     (_, message, _), _ = Ranks(device, 2).run(caught, device, "index on one rank")
     assert message.endswith(": ep::plan: expected topk_idx in [-1, 2), got 9 at token 0, slot 0")
 
@@ -1763,7 +1763,7 @@ def test_plans_of_different_routing(device: str) -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("name", ["plan-index-high", "plan-index-low", "plan-duplicate"])
-def test_a_bad_index_in_capacity_mode_is_told_by_the_next_call(name: str) -> None:
+def test_a_bad_index_in_capacity_mode_raises_in_the_next_call(name: str) -> None:
     case = CASES[name]
     arguments = {key: on("cuda", value) for key, value in case.arguments.items()}
     with one_rank_on("cuda"):
@@ -1825,7 +1825,7 @@ def low_latency_combine_on_cuda(name: str) -> torch.Tensor:
     [("index", [2, 0, 2]), ("recv_row-values", [2, 1, 1]), ("recv_row-negative", [2, 1, 2])],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_low_latency_combine_leaves_out_what_is_out_of_range(what: str, counts: list[int]) -> None:
+def test_low_latency_combine_skips_indices_out_of_range(what: str, counts: list[int]) -> None:
     """Where topk_idx is bad its dispatch has told; recv_row the kernel follows to no address outside y."""
     with one_rank_on("cuda"):
         assert low_latency_combine_on_cuda(f"low_latency-combine-{what}").tolist() == counts

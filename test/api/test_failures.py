@@ -1,4 +1,4 @@
-"""A rank that dies, stalls, fails or runs something else: an error that names it on all others, never a hang."""
+"""A rank dies, stalls, fails or runs something else: all others raise an error that names it, and never hang."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def names(message: str, ranks: str) -> bool:
     return f" ms) for {ranks}, {NOT_HEARD}" in message and message.endswith(RESET)
 
 
-# --- a rank that goes away ----------------------------------------------------------------------------------------
+# --- a rank that disappears ----------------------------------------------------------------------------------------
 
 
 def _leave(r: Rank, culprit: int, how: str) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def _leave(r: Rank, culprit: int, how: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("culprit", [0, LAST], ids=["the rank that keeps the store", "the last rank"])
 @pytest.mark.parametrize("how", ["exits", "is killed", "is killed amid rows", "is stopped", "does something else"])
-def test_a_rank_that_goes_away_is_named(launcher: Launcher, how: str, culprit: int) -> None:
+def test_the_error_names_a_rank_that_disappears(launcher: Launcher, how: str, culprit: int) -> None:
     answers = launcher.run(_leave, WORLD_SIZE, culprit, how)
     for rank, answer in enumerate(answers):
         if rank == culprit:
@@ -282,7 +282,7 @@ def _interrupted(r: Rank) -> tuple[str, str]:
 
 
 def test_a_signal_is_handled_within_an_exchange(launcher: Launcher) -> None:
-    """The exchange cannot end before the interrupted rank has told so."""
+    """The exchange cannot end before the interrupted rank has published its failure."""
     answers = launcher.run(_interrupted, WORLD_SIZE)
     assert answers[0][0] == "KeyboardInterrupt"
     for kind, message in answers[1:]:
@@ -346,7 +346,7 @@ def _busy_backend(r: Rank) -> tuple[str, str] | None:
 
 
 def test_unfinished_collectives_do_not_delay_the_timeout(launcher: Launcher) -> None:
-    """They would end after the process group's own timeout, at which this test has long been stopped."""
+    """The collectives would end after the process group's own timeout, which is longer than this test may take."""
     for answer in launcher.run(_busy_backend, WORLD_SIZE)[:LAST]:
         assert answer is not None and names(answer[1], f"rank {LAST}"), answer
 
@@ -405,7 +405,7 @@ def _forgets(r: Rank) -> list[int]:
 
 
 def test_communicators_of_destroyed_groups_are_forgotten(launcher: Launcher) -> None:
-    """One of them at most is left until the next call of init or destroy."""
+    """At most one of them is left until the next call of init or destroy."""
     assert launcher.run(_forgets, 2) == [[2, 2, 2, 2, 0]] * 2
 
 
@@ -485,7 +485,7 @@ def _wrong_alone(r: Rank) -> dict[str, list[tuple[str, str]]]:
     return answers
 
 
-def test_an_error_of_one_rank_alone_is_told(launcher: Launcher) -> None:
+def test_an_error_of_one_rank_raises_on_all_ranks(launcher: Launcher) -> None:
     answers = launcher.run(_wrong_alone, WORLD_SIZE)
     for name, (op, _) in ALONE.items():
         (kind, own), after = answers[LAST][name]

@@ -41,7 +41,7 @@ def layer(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def dense(x: Tensor, weights: Tensor) -> Tensor:
-    """What `layer` computes."""
+    """Computes the same as `layer`."""
     return x.sin() * weights.sum(1, keepdim=True)
 
 

@@ -55,7 +55,7 @@ def _check_named(rank: int, world_size: int, make: Callable[[int], Any]) -> tupl
 
 
 @pytest.mark.parametrize("named", NAMED)
-def test_ways_to_name_a_group(named: str) -> None:
+def test_arguments_that_name_a_group(named: str) -> None:
     assert world(2).run(_check_named, NAMED[named]) == [(0, 2), (1, 2)]
 
 
@@ -275,7 +275,7 @@ def test_a_group_that_is_gone_is_named() -> None:
 
 
 def test_two_hosts_on_loopback() -> None:
-    """What two hosts would run, a torchrun on each."""
+    """Runs one torchrun per host, for two hosts."""
     tests = Path(__file__).parents[1]
     paths = [str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
@@ -332,7 +332,7 @@ def _init_too_early(rank: int, world_size: int, port: int) -> list[str]:
     return messages
 
 
-def test_init_before_the_process_group_is_told_later() -> None:
+def test_init_before_the_process_group_raises_later() -> None:
     own = World(2)
     try:
         for messages in own.run(_init_too_early, free_port()):

@@ -328,7 +328,7 @@ def test_rounds_to_the_nearest_and_never_beyond_448(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("how", QUANTIZE[1:])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=["nan", "inf"])
-def test_what_is_not_finite_spoils_its_own_group_alone(bad: float, how: str) -> None:
+def test_a_value_that_is_not_finite_spoils_only_its_own_group(bad: float, how: str) -> None:
     x = torch.ones(1, 256)
     x[0, 3] = bad
     want_rows, _ = reference.quantize(x, how)

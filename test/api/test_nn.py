@@ -256,7 +256,7 @@ def _autocast_step(
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("before", [False, True], ids=["alone", "after a Linear"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_autocast_equals_a_layer_cast_by_hand(
+def test_autocast_equals_a_layer_with_explicit_casts(
     device: str, world_size: int, before: bool, compiled: bool, layout: str
 ) -> None:
     args = (device, before, layout, compiled)

@@ -1,4 +1,4 @@
-"""What the layer needs for the models that people have: each option equals the dense layer in plain torch."""
+"""Options of the layer for published models: each one equals the dense layer in plain torch."""
 
 from __future__ import annotations
 

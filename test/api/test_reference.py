@@ -1,4 +1,4 @@
-"""What the operators compute equals the specification, `torch_ep.reference`, bit by bit, on one to four ranks."""
+"""The operators compute the bits of the specification, `torch_ep.reference`, on one to four ranks."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn, world_size: int) -> Case:
 
 
 def worst_cases(world_size: int) -> list[Case]:
-    """What every run must see, whatever hypothesis draws."""
+    """Cases that every run covers, in addition to those that hypothesis draws."""
     uneven = (17, 0, 6, 1)[:world_size]
     return [
         Case(1, (0,) * world_size, 2, 2, 0.0, 3, 4, torch.int64),  # no tokens at all
@@ -146,7 +146,7 @@ def on_ranks(world_size: int, fn: Callable, *args: Any) -> list[Any]:
 
 
 def padding(plan: torch_ep.Plan) -> Tensor:
-    """[R] rows that nobody sent."""
+    """[R] bool: rows that no rank sent."""
     if plan.recv_pair is not None:
         return plan.recv_pair < 0
     return torch.arange(plan.num_rows) >= int(plan.recv_counts.sum())

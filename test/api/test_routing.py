@@ -1,4 +1,4 @@
-"""What a plan says of its rows, and other numbers than -1 for "no expert"."""
+"""A plan describes its rows; numbers other than -1 for "no expert"."""
 
 from __future__ import annotations
 

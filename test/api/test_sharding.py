@@ -168,7 +168,7 @@ def _loaded_into_shards(rank: int, world_size: int, state: dict[str, Tensor]) ->
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_full_state_loads_into_what_fsdp_has_sharded(world_size: int) -> None:
+def test_full_state_loads_into_a_layer_that_fsdp_has_sharded(world_size: int) -> None:
     want = _full_state(0, 1, "cpu")
     for state in world(world_size).run(_loaded_into_shards, want):
         for name in want:
@@ -351,7 +351,7 @@ def _gather_what_differs(rank: int, world_size: int, change: str) -> tuple[str, 
 @pytest.mark.parametrize(
     ("change", "got"), [("dtype", "bfloat16 [2, 4]"), ("shape", "float64 [2, 2]"), ("dim", "float32 [8]")]
 )
-def test_what_ranks_gather_has_one_dtype_and_shape(change: str, got: str) -> None:
+def test_gathered_tensors_must_agree_in_dtype_and_shape(change: str, got: str) -> None:
     op = "torch_ep.nn.gather_experts: expected tensors of one dtype and shape on every rank"
     (first, after), (second, _) = world(2).run(_gather_what_differs, change)
     assert first == f"{op}, got float32 [2, 4] on rank 0 and {got} on rank 1"

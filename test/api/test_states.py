@@ -356,7 +356,7 @@ def test_an_optimizer_resumes_before_its_first_step(kind: str, whole: bool) -> N
 
 
 def _saved_by(state: Any, rank: int) -> Any:
-    """What every rank loads of the file that one rank has saved."""
+    """Loads on every rank the file that one rank has saved."""
     file = io.BytesIO()
     torch.save(state, file)
     files: list[Any] = [None] * dist.get_world_size()
@@ -487,7 +487,7 @@ def test_distributed_experts_decode() -> None:
 
 
 class OwnExperts(nn.Module):
-    """What MoE's own experts compute, from the parameters of the same names."""
+    """Computes the same as MoE's own experts, from the parameters of the same names."""
 
     def __init__(self, layer: MoE) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a layer keeps through casts, materialization and resets: the dtype of its bias, and its initial values."""
+"""A layer keeps the dtype of its bias and its initial values through casts, materialization and resets."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _cast_under_fsdp(rank: int, world_size: int) -> tuple[torch.dtype, torch.dty
         return model.moe.router.dtype, model.moe.selection_bias.dtype
 
 
-def test_casts_of_what_fsdp_has_sharded_leave_the_bias_in_float32() -> None:
+def test_casts_of_a_sharded_layer_leave_the_bias_in_float32() -> None:
     assert world(2).run(_cast_under_fsdp) == [(torch.bfloat16, torch.float32)] * 2
 
 
@@ -197,7 +197,7 @@ def _reset_state(rank: int, world_size: int, shape: tuple[int, int], name: str) 
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("shape", [(1, 2), (2, 1), (2, 2)], ids=str)
-def test_reset_gives_what_the_constructor_gives(shape: tuple[int, int], name: str) -> None:
+def test_reset_gives_the_values_of_the_constructor(shape: tuple[int, int], name: str) -> None:
     if name.startswith("distributed") and shape[1] == 1:
         pytest.skip("no experts are spread")
     want = list(Model().state_dict())

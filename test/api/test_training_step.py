@@ -1,4 +1,4 @@
-"""What a training step needs around the layer: the bias of replicas, scaled gradients, checkpointing, FLOPs."""
+"""A training step around the layer: the bias of replicas, scaled gradients, checkpointing, FLOPs."""
 
 from __future__ import annotations
 

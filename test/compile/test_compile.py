@@ -96,7 +96,7 @@ def test_one_graph_for_every_number_of_tokens(device: str, mode: dict[str, Any])
 
 
 def test_a_graph_for_each_special_size_without_marks(device: str) -> None:
-    """What the documentation of `mark_tokens` says about plain use: 2, 0, 1, and one for the rest."""
+    """Compilations that the documentation of `mark_tokens` states for plain use: 2, 0, 1, and one for the rest."""
     layer = make_layer(device)
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
@@ -294,7 +294,7 @@ def test_two_ranks_need_one_graph_each_where_tokens_are_marked(device: str) -> N
 
 
 def _too_many_tokens(rank: int, world_size: int, device: str, marked: bool) -> tuple[list[str], bool]:
-    """Rank 0 exceeds its limit in a compiled graph. What every rank gets, and whether the next step is right."""
+    """Rank 0 exceeds its limit in a compiled graph. Returns each rank's error, and whether the next step is right."""
     torch._dynamo.reset()
     group = dist.new_group(list(range(world_size)))
     others = {} if device == "cpu" else {"hidden": HIDDEN, "num_topk": TOPK, "num_experts": EXPERTS}
@@ -332,7 +332,7 @@ def test_a_dynamic_graph_leaves_a_limit_to_the_kernel_which_tells_the_other_rank
 
 
 def _one_rank_then_two(rank: int, world_size: int, device: str, cache: str) -> list[bool]:
-    """The same code for a group of one, then for the default group: are both right?"""
+    """Runs the same code for a group of one rank, then for the default group. Returns whether each is right."""
     torch._dynamo.reset()
 
     def fn(x: Tensor, topk_idx: Tensor, group: str | None) -> Tensor:

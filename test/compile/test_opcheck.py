@@ -1,4 +1,4 @@
-"""What a compiler is promised about every operator: opcheck, and what opcheck does not look at."""
+"""Promises to a compiler about every operator: opcheck, and properties that opcheck does not check."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_after_makes_every_exchange_depend_on_the_one_before_forward_and_backwar
 
 
 def repeated_and_unused(x: Tensor, topk_idx: Tensor) -> Tensor:
-    """Compilers merge the equal calls and drop the one whose result nobody reads; eager does all of them."""
+    """Compilers merge equal calls and drop a call whose result is unused; eager runs all of them."""
     first = torch_ep.plan(topk_idx, EXPERTS, layout=LAYOUT, capacity=16)
     second = torch_ep.plan(topk_idx, EXPERTS, layout=LAYOUT, capacity=16)
     torch_ep.dispatch(x + 1, first)

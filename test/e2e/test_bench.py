@@ -239,7 +239,7 @@ def _peak(rank: int, world_size: int) -> int:
     return platform.peak_bytes(call)
 
 
-def test_peak_counts_what_lives_at_one_time() -> None:
+def test_peak_counts_memory_in_use_at_one_time() -> None:
     for peak in world(RANKS).run(_peak):
         # The kernel counts resident pages for each core apart and adds them up late: some MiB with many cores.
         assert peak == pytest.approx(104 * MIB, abs=4 * MIB)
@@ -294,7 +294,7 @@ def _check_gpu_case(rank: int, world_size: int) -> None:
     module("gpu").check(_gpu_case(rank, world_size))
 
 
-def test_what_is_written_by_hand_for_gpus_gives_the_same() -> None:
+def test_the_baseline_for_gpus_gives_the_same_result() -> None:
     world(RANKS).run(_check_gpu_case)
 
 
@@ -308,7 +308,7 @@ def _run_with_and_without_capacity(rank: int, world_size: int, op: str) -> tuple
 
 
 @pytest.mark.parametrize("op", ["dispatch", "dispatch-fp8", "dispatch-expert"])
-def test_capacity_is_what_the_busiest_gpu_receives(op: str) -> None:
+def test_capacity_is_the_rows_that_the_busiest_gpu_receives(op: str) -> None:
     received, rows = zip(*world(RANKS).run(_run_with_and_without_capacity, op), strict=True)
     assert set(rows) == {max(received)}
 
@@ -433,7 +433,7 @@ def _check_layers(rank: int, world_size: int, factor: float) -> str:
 
 
 @pytest.mark.parametrize("factor, want", [(1.0, "the same"), (1.1, "output: expected the same from both layers")])
-def test_layer_by_hand_has_the_same_output_and_gradients(factor: float, want: str) -> None:
+def test_baseline_layer_has_the_same_output_and_gradients(factor: float, want: str) -> None:
     for got in world(RANKS).run(_check_layers, factor):
         assert got.startswith(want)
 
@@ -574,7 +574,7 @@ def test_low_latency_results_that_are_wrong_are_not_timed(wrong: str, error: str
 
 
 @pytest.mark.parametrize("part", ["nothing", "undefined", "rows", "scales", "weights", "counts", "sums"])
-def test_low_latency_replays_may_differ_only_in_what_is_undefined(part: str) -> None:
+def test_low_latency_replays_differ_only_in_undefined_values(part: str) -> None:
     import torch_ep
 
     x, idx = torch.randn(3, 128, generator=seeded(0)), random_topk(3, 2, 4, seeded(1))
@@ -663,7 +663,7 @@ def test_overlap_is_the_share_of_the_shorter_that_is_hidden() -> None:
     assert row["fraction"] == 0.75
 
 
-def test_verdict_of_low_latency_counts_what_is_slower_and_the_goals() -> None:
+def test_verdict_of_low_latency_counts_slower_cases_and_goals() -> None:
     low_latency, rows = module("low_latency"), _low_latency_results()["rows"]
     reached = sum(row["goal_ratio"] <= 1 for row in rows if row["goal_ratio"])
     assert 0 < reached < 5

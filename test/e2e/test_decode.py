@@ -86,7 +86,7 @@ def _decode_and_forward(rank: int, world_size: int, device: str, options: dict[s
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_decode_says_what_forward_says(device: str, world_size: int, name: str) -> None:
+def test_decode_equals_forward(device: str, world_size: int, name: str) -> None:
     for decoded, forward in on(device, world_size, _decode_and_forward, device, OPTIONS[name]):
         assert_rows_close(decoded, forward)
 
@@ -105,7 +105,7 @@ def through_fp8(x: Tensor, powers_of_two: bool) -> Tensor:
 
 
 def _quantized(rank: int, world_size: int, device: str, quantize: Any) -> tuple[Tensor, Tensor]:
-    """What decode says, and what every expert by itself says of the rows as they arrive."""
+    """Returns the result of decode, and that of every expert alone for the rows as they arrive."""
     layer, x = make_layer(device), make_x(device, rank)
     topk_idx, topk_weights, _, _ = layer.route(x)
     gate, up, down = (gather_experts(getattr(layer, name), layer.group_name) for name in layer.EXPERT_PARAMETERS)
@@ -358,7 +358,7 @@ def test_bad_flags_are_named(checkpoint: Path, capsys: pytest.CaptureFixture, fl
     assert message in capsys.readouterr().err
 
 
-def test_without_a_checkpoint_it_says_what_to_run(
+def test_a_missing_checkpoint_raises_with_the_command_to_run(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -371,7 +371,7 @@ def test_without_a_checkpoint_it_says_what_to_run(
         assert command in capsys.readouterr().err
 
 
-def test_an_interrupt_is_told(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_exits_with_status_130(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(args: Any, ranks: Any) -> None:
         raise KeyboardInterrupt
 

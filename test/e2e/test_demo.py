@@ -86,7 +86,7 @@ def test_capacity_is_a_multiple_of_an_even_load(layout: str, factor: float, rows
 
 
 @pytest.mark.parametrize("flags", ["", "--capacity 4", "--layout rank_major", "--layout rank_major --capacity 4"])
-def test_no_call_passes_more_than_init_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+def test_no_call_exceeds_the_limits_of_init(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
     passed: dict[str, list[int]] = {name: [] for name in ("max_tokens_per_rank", "hidden", "num_topk", "num_experts")}
     make_plan, dispatch = torch_ep.nn.moe.plan, torch_ep.nn.moe.dispatch
 
@@ -268,13 +268,13 @@ def test_figures_are_those_of_the_run(finished: Path) -> None:
     )
 
 
-def test_the_backend_is_told_and_kept(finished: Path) -> None:
+def test_the_backend_is_printed_and_saved(finished: Path) -> None:
     assert "exchanges: over gloo" in (finished / "stdout").read_text().splitlines()
     figures = json.loads((finished / demo.FIGURES).read_text())
     assert (figures["backend"], figures["symmetric_bytes"]) == ("c10d", 0)
 
 
-def test_a_backend_of_gpus_is_told_with_its_reason_and_memory(tmp_path: Path) -> None:
+def test_a_backend_of_gpus_is_printed_with_its_reason_and_memory(tmp_path: Path) -> None:
     args = tiny(tmp_path)
     args.device = "cuda"
     nvlink = torch_ep.Communicator("", 0, 2, demo.PEER_TIMEOUT, backend="nvlink", reason="R", symmetric_bytes=3 << 19)
@@ -302,7 +302,7 @@ def test_a_sample_is_printed_and_kept(finished: Path) -> None:
 
 
 def restore_sigint() -> None:
-    """What runs the tests may ignore interrupts, as shells make their background jobs do; a child would inherit it."""
+    """The parent of the tests may ignore interrupts, as background jobs of a shell do; a child would inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

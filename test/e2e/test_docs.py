@@ -146,7 +146,7 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def test_diagrams_are_what_their_script_draws() -> None:
+def test_diagrams_equal_the_output_of_their_script() -> None:
     diagrams = script("docs/diagrams.py").DIAGRAMS
     assert {p.stem for p in (ROOT / "docs/images").iterdir()} == set(diagrams)
     for name, draw in diagrams.items():

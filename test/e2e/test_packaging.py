@@ -49,7 +49,7 @@ def test_an_isolated_build_by_pip_finds_torch(requirements: Path) -> None:
     assert done.stdout.splitlines()[-1] == torch_ep.__version__
 
 
-def test_a_build_in_an_environment_without_torch_says_what_to_do(requirements: Path, tmp_path: Path) -> None:
+def test_a_build_without_torch_explains_what_to_do(requirements: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "bare")
     done = run_setup(str(tmp_path / "bare" / "bin" / "python"), requirements)
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_uv_builds_with_the_torch_that_it_installs_beside(tmp_path: Path) -> Non
     ],
     ids=["four-cores", "one-job", "cuda-without-ninja"],
 )
-def test_a_build_says_what_it_does_and_how_long(
+def test_a_build_prints_its_steps_and_duration(
     build: Build,
     monkeypatch: pytest.MonkeyPatch,
     cuda: str | None,
@@ -161,7 +161,7 @@ def test_a_long_command_shows_that_it_goes_on(
     ],
     ids=["missing", "does-not-load"],
 )
-def test_an_import_without_a_working_extension_says_what_to_do(
+def test_an_import_without_a_working_extension_explains_what_to_do(
     tmp_path: Path, extension: bytes | None, message: str
 ) -> None:
     folder = tmp_path / "torch_ep"
@@ -203,7 +203,7 @@ def test_wheel_contains_nothing_else(wheel: list[str]) -> None:
     assert {name.split("/")[0] for name in others} == {f"torch_ep-{torch_ep.__version__}.dist-info"}
 
 
-def test_source_distribution_contains_what_a_wheel_is_built_from(tmp_path: Path) -> None:
+def test_source_distribution_contains_the_sources_of_a_wheel(tmp_path: Path) -> None:
     # An egg_info elsewhere: that of an earlier build lists files that are then taken whatever MANIFEST.in says.
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
     subprocess.run(command, check=True, cwd=ROOT)

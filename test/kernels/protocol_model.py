@@ -241,7 +241,7 @@ State = tuple[Position, tuple[int, ...]]  # and, where they are followed, how ma
 
 
 class _Words(NamedTuple):
-    """What one rank does with one word in the memory of one rank, over its whole program."""
+    """All that one rank does with one word in the memory of one rank, over its whole program."""
 
     values: list[int]  # written, one after the other; the first: what is there before
     after: list[str]  # of each of these: as in Step
@@ -296,7 +296,7 @@ class Model:
         return self.words[source, reader][word].written[at[source]]
 
     def breaks(self, at: Position, rank: int, sees: Callable[[int, int, str], list[int]]) -> set[str] | None:
-        """What the next step of `rank` breaks by itself. None: it has to wait.
+        """Returns the promises that the next step of `rank` breaks by itself. None: the step has to wait.
 
         `sees(source, reader, word)`: values that the reader may find.
         """
@@ -323,7 +323,7 @@ class Model:
         return broken
 
     def breaks_by_arriving(self, at: Position, source: int, reader: int, word: str, count: int) -> set[str]:
-        """What the arrival of write number `count` of a word breaks."""
+        """Returns the promises that the arrival of write number `count` of a word breaks."""
         old = self.words[source, reader][word].values[count - 1]
         return {OVERWRITTEN} if self.last_use.get((reader, source, word, old), -1) >= at[reader] else set()
 

@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: which builds take them, and that they compile."""
+"""The CUDA sources without a GPU: builds take the right ones, and they compile."""
 
 from __future__ import annotations
 
@@ -41,32 +41,34 @@ def relative(path: Path) -> str:
 
 
 def errors_of(command: list[str]) -> str:
-    """What the compiler complains about, "" if nothing."""
+    """Returns the compiler's output if it fails, else ""."""
     done = subprocess.run(command, capture_output=True, text=True)
     complaint = (done.stdout + done.stderr).strip()
     return "" if done.returncode == 0 else complaint or f"{command[0]} exited with {done.returncode}"
 
 
 def compile_kernel(path: Path) -> str:
-    """Without torch's include folders; with the macros that torch's builds define for nvcc."""
+    """Compiles without torch's include folders, with the macros that torch's builds define for nvcc."""
     host_compiler = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
-    # Not optimized, which halves the time. Programs, which hold the same kernels again, only as far as PTX.
-    code = "compute_90a" if path in PROGRAMS else "sm_90a"
-    target = [f"-I{CSRC}", f"-gencode=arch=compute_90a,code={code}", "-std=c++20", "-G", "-Werror", "all-warnings"]
-    flags = [*target, *cpp_extension.COMMON_NVCC_FLAGS, *host_compiler]
+    if path in PROGRAMS:  # they hold the same kernels again: syntax and types suffice
+        steps = ["-gencode=arch=compute_90a,code=compute_90a", "-fdevice-syntax-only", "-Xcompiler", "-fsyntax-only"]
+    else:
+        steps = ["-gencode=arch=compute_90a,code=sm_90a", "-G"]  # not optimized, which halves the time
+    flags = [f"-I{CSRC}", *steps, "-std=c++20", "-Werror", "all-warnings", *cpp_extension.COMMON_NVCC_FLAGS]
+    flags += host_compiler
     with tempfile.TemporaryDirectory() as folder:
         return errors_of([str(NVCC), *flags, "-c", str(path), "-o", f"{folder}/kernel.o"])
 
 
 def cuda_include_folders() -> list[str]:
-    """Asked of nvcc itself, which may be a script that calls one elsewhere."""
+    """Asks nvcc itself, which may be a script that calls an nvcc elsewhere."""
     answer = subprocess.run([str(NVCC), "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
     lines = re.findall(r"^#\$ (?:SYSTEM_)?INCLUDES=(.*)", answer.stderr, re.M)
     return [word.removeprefix("-I") for word in shlex.split(" ".join(lines)) if word != "-isystem"]
 
 
 def check_host_file(path: Path) -> str:
-    """Syntax and types, against torch's headers."""
+    """Checks syntax and types against torch's headers."""
     headers = [*cpp_extension.include_paths(), *cuda_include_folders(), sysconfig.get_path("include")]
     flags = ["-fsyntax-only", "-std=c++20", "-DTORCH_EP_CUDA", "-DTORCH_EXTENSION_NAME=_C", "-Wall", "-Werror"]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
@@ -95,7 +97,7 @@ def torch_includes(path: Path, seen: set[Path] | None = None) -> list[str]:
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Callable[[Path], str]]:
-    """What the compilers say about a file of ours. They work side by side, on all from the first question on."""
+    """Returns the errors of one of our files. The compilers work on all files side by side."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         # The slowest first.
         jobs: dict[Path, Future[str]] = {p: pool.submit(check_host_file, p) for p in HOST_FILES}
@@ -144,7 +146,7 @@ void launch(float* x, cudaStream_t stream) { twice<<<1, 32, 0, stream>>>(x); }
     ],
     ids=["sound", "error", "warning", "ptx", "torch-header"],
 )
-def test_compiling_a_kernel_finds_what_is_wrong(tmp_path: Path, code: str, complaint: str) -> None:
+def test_compiling_a_kernel_finds_its_errors(tmp_path: Path, code: str, complaint: str) -> None:
     (tmp_path / "kernel.cu").write_text(code)
     answer = compile_kernel(tmp_path / "kernel.cu")
     assert complaint in answer and bool(answer) == bool(complaint)
@@ -169,7 +171,7 @@ void wait() { C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStre
     ],
     ids=["sound", "error", "warning"],
 )
-def test_checking_a_host_file_finds_what_is_wrong(tmp_path: Path, code: str, complaint: str) -> None:
+def test_checking_a_host_file_finds_its_errors(tmp_path: Path, code: str, complaint: str) -> None:
     (tmp_path / "host.cpp").write_text(code)
     answer = check_host_file(tmp_path / "host.cpp")
     assert complaint in answer and bool(answer) == bool(complaint)

@@ -1,6 +1,7 @@
-"""The nvlink kernels on a CPU, several ranks side by side: what they compute is right, bit by bit.
+"""The nvlink kernels on a CPU, several ranks side by side: they compute the right bits.
 
-Runs the programs that compute-sanitizer runs on a GPU (test/kernels/sanitizer), made C++ by emulator/translate.py.
+Runs the programs of test/kernels/sanitizer, which compute-sanitizer runs on a GPU. emulator/translate.py makes C++ of
+them.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from kernels.test_cuda_sources import cuda_include_folders, needs_nvcc
 # CUDA's headers come with nvcc, which itself is not needed here.
 pytestmark = needs_nvcc
 
-# Random ones of each program, besides fourteen larger ones of virtual_ranks that are always run.
+# Random cases per program. Each program also runs some fixed ones.
 CASES = {"virtual_ranks": 20, "low_latency": 16, "permute": 30}
 
 
 def build(name: str, folder: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
-    """A program of test/kernels/sanitizer. `change(file name, text)`: what to compile instead."""
+    """Builds a program of test/kernels/sanitizer. `change(file name, text)` returns the text to compile."""
     source = translate(name, folder, change)
     program = folder / name
-    flags = ["-x", "c++", "-std=c++20", "-O1", "-w", "-pthread", "-ffp-contract=off"]
+    flags = ["-x", "c++", "-std=c++20", "-O1", "-w", "-ffp-contract=off"]
     flags += ["-U_FORTIFY_SOURCE", "-fno-strict-aliasing"]  # as device code is compiled
     includes = [word for path in cuda_include_folders() for word in ("-isystem", path)]
     compiler = shlex.split(os.environ.get("CXX", "g++"))
@@ -110,7 +111,7 @@ FAULTS = {
 
 
 def plant_all(program: str) -> Callable[[str, str], str]:
-    """What `build` takes as `change`: plants every fault of a program, to be selected by its number in FAULTS."""
+    """The argument `change` of `build` that plants every fault of a program. A number in FAULTS selects one."""
 
     def change(path: str, text: str) -> str:
         for number, (name, fault) in enumerate(FAULTS.items()):
@@ -128,7 +129,7 @@ def plant_all(program: str) -> Callable[[str, str], str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Programs by name. All are built side by side, from the first question on."""
+    """Returns a program by name. All programs build side by side."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = {n: pool.submit(build, n, tmp_path_factory.mktemp("emulator"), plant_all(n)) for n in CASES}
         yield lambda name: jobs[name].result()

@@ -302,7 +302,7 @@ def test_search_without_arrivals_finds_the_same(case: str, monkeypatch: pytest.M
     assert quick.states < full.states
 
 
-def test_a_run_that_breaks_something_is_told_step_by_step() -> None:
+def test_a_run_that_breaks_a_promise_is_printed_step_by_step() -> None:
     found = outcome([two_in_flight(2)] * 2, Rules(credit=1))
     told = """9 states
 stuck:

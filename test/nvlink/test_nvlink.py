@@ -308,7 +308,7 @@ def repeated(rank: int, world_size: int, group: str | None) -> list[str]:
 
 
 @few_worlds
-def test_same_bits_on_every_run_whoever_is_late(name: str) -> None:
+def test_same_bits_on_every_run_with_any_rank_late(name: str) -> None:
     no_differences(name, repeated)
 
 
@@ -442,7 +442,7 @@ def fp8_gradients(rank: int, world_size: int, group: str | None) -> list[str]:
 
 
 @few_worlds
-def test_gradients_of_what_travels_with_fp8_rows(name: str) -> None:
+def test_gradients_of_payloads_beside_fp8_rows(name: str) -> None:
     no_differences(name, fp8_gradients)
 
 
@@ -535,7 +535,7 @@ WRONG = {
 @pytest.mark.parametrize("capacity", [None, 64], ids=["exact", "capacity"])
 @pytest.mark.parametrize("what", WRONG)
 @several_ranks
-def test_what_is_wrong_on_one_rank_is_told_on_all(name: str, what: str, capacity: int | None) -> None:
+def test_an_error_on_one_rank_raises_on_all_ranks(name: str, what: str, capacity: int | None) -> None:
     ranks = open_world(name)
     bad = ranks.world_size - 1
     for rank, (((kind, message),), differences) in enumerate(ranks.run(one_rank_is_wrong, bad, what, capacity)):
@@ -603,7 +603,7 @@ def different_sizes(rank: int, world_size: int, group: str | None, what: str) ->
     "what", ["hidden", "dtype", "weights", "dtype of topk_weights", "dtype of scales", "num_experts"]
 )
 @pytest.mark.parametrize("name", ["virtual-3", "gpus-2"])
-def test_what_ranks_disagree_on_is_named(name: str, what: str) -> None:
+def test_the_error_names_the_argument_that_differs_between_ranks(name: str, what: str) -> None:
     words = {"weights": "bytes of topk_weights per token"}.get(what, what)
     for ((kind, message),), differences in open_world(name).run(different_sizes, what):
         assert kind == "DistError", message

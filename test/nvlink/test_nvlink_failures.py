@@ -307,7 +307,7 @@ def used_bytes(rank: int, world_size: int, times: int) -> int:
     return total - free
 
 
-def test_init_again_frees_what_was_there(ranks: Watched) -> None:
+def test_a_second_init_frees_the_memory_of_the_first(ranks: Watched) -> None:
     before = ranks.run(used_bytes, 2, limit_s=LIMIT_S)
     after = ranks.run(used_bytes, 6, limit_s=LIMIT_S)
     limit = limits(ranks.world_size)

@@ -222,7 +222,7 @@ def test_graphs_and_eager_calls_in_any_order(name: str) -> None:
 
 
 def back_to_back(rank: int, world_size: int, group: str | None) -> list[str]:
-    """Replays that nobody waits for: each one's sums go into the next, on the device alone."""
+    """The host waits for no replay: the sums of each replay go into the next one on the device."""
     compare = Comparison("back to back")
     layers = Layers(rank, world_size, group, 1, "expert_major", 200)
     layers.load(3)
@@ -293,7 +293,7 @@ def exact_plan_in_capture(rank: int, world_size: int, group: str | None) -> tupl
 
 
 @pytest.mark.parametrize("name", WORLDS)
-def test_an_exact_plan_cannot_be_captured_and_says_so(name: str) -> None:
+def test_capturing_an_exact_plan_raises(name: str) -> None:
     for message, differences in open_world(name).run(exact_plan_in_capture):
         assert message.startswith("ep::plan: ")
         assert "capacity" in message and "captur" in message
@@ -320,7 +320,7 @@ def moe_step(
 
 
 def compiled_steps(rank: int, world_size: int, group: str | None, dtype: torch.dtype) -> tuple[list[str], int, int]:
-    """What differs from eager; graphs that were skipped; inputs that recorded graphs copy before they are replayed."""
+    """Returns differences from eager, skipped graphs, and inputs that recorded graphs copy before a replay."""
     torch._dynamo.reset()
     counters.clear()
     experts, capacity, hidden, inner = 4 * world_size, 64 * world_size, 64, 48

@@ -237,7 +237,7 @@ def not_finite(rank: int, world_size: int, group: str | None, bad: float) -> lis
 
 @pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=["nan", "-nan", "inf", "-inf"])
 @worlds("gloo-2", "virtual-1", "gpus-2")
-def test_what_is_not_finite_spoils_its_own_group_alone(name: str, bad: float) -> None:
+def test_a_value_that_is_not_finite_spoils_only_its_own_group(name: str, bad: float) -> None:
     no_differences(name, not_finite, bad)
 
 
@@ -452,7 +452,7 @@ class Steps:
         self.first_wrong.copy_(torch.minimum(self.first_wrong, now))
 
     def forget(self) -> None:
-        """What was counted so far."""
+        """Returns the counts so far."""
         self.wrong.zero_()
         self.first_wrong.fill_(2**62)
 
@@ -630,7 +630,7 @@ def decode(
 def compiled_steps(
     rank: int, world_size: int, group: str | None, dtype: torch.dtype, form: str
 ) -> tuple[list[str], int, int, int]:
-    """What differs; graphs of the compiler; CUDA graphs that were skipped; inputs copied for those that were not."""
+    """Returns differences, graphs of the compiler, skipped CUDA graphs, and inputs copied for the other CUDA graphs."""
     torch._dynamo.reset()
     counters.clear()
     experts = NUM_LOCAL * world_size
@@ -763,7 +763,7 @@ def test_a_rank_that_does_not_come(name: str, which: str, what: str) -> None:
 def goes_on_without(
     rank: int, world_size: int, group: str | None, shared: dict[int, int], lost: int, by_host: bool
 ) -> tuple[list[str], list[bool], list[bool], list[str]]:
-    """What differs without a rank, who is active then and after a reset, and what differs after that."""
+    """Returns differences without a rank, active ranks then and after a reset, and differences after the reset."""
     differences = check_seeds(rank, world_size, group, 0, 4)
     meet(group)
     if rank != lost:
@@ -917,7 +917,7 @@ def disagree(rank: int, world_size: int, group: str | None, what: str) -> tuple[
     ],
 )
 @several_ranks
-def test_what_ranks_disagree_on_is_named(name: str, what: str, named: str) -> None:
+def test_the_error_names_the_argument_that_differs_between_ranks(name: str, what: str, named: str) -> None:
     answers = ranks_of(name).run(disagree, what)
     for rank, ((kind, message), differences) in enumerate(answers):
         assert kind == "DistError", message
@@ -971,7 +971,7 @@ def one_rank_is_wrong(rank: int, world_size: int, group: str | None, what: str, 
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("what", ["high", "low", "twice"])
 @every_world
-def test_a_bad_index_is_told_on_its_rank_alone(name: str, what: str, halves: bool) -> None:
+def test_a_bad_index_raises_only_on_its_own_rank(name: str, what: str, halves: bool) -> None:
     answers = ranks_of(name).run(one_rank_is_wrong, what, halves)
     experts, op = 2 * len(answers), "ep::low_latency_dispatch"
     message = {

@@ -85,7 +85,7 @@ def test_every_rank_gets_the_same_reason() -> None:
     assert world(3).run(access_between_hosts) == ["its ranks are on several hosts: [0, 1] on a, [2] on b"] * 3
 
 
-def test_hosts_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_of_one_name_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     before = symmetric._host()
     assert before == symmetric._host()
     monkeypatch.setattr(symmetric.Path, "read_text", lambda path: "another boot\n")
@@ -178,7 +178,7 @@ def one_fails(rank: int, world_size: int) -> str:
     return str(error.value)
 
 
-def test_what_fails_on_one_rank_is_raised_on_all() -> None:
+def test_a_failure_on_one_rank_raises_on_all_ranks() -> None:
     assert world(3).run(one_fails) == ["torch_ep: symmetric memory from provider 'torch': ranks [1]: OSError: full"] * 3
 
 
@@ -441,7 +441,7 @@ def access_of_gpus(rank: int, world_size: int) -> str | None:
 @pytest.mark.gpu
 @needs_gpus
 @every_backend
-def test_gpus_that_cuda_says_reach_each_other(gpus: World) -> None:
+def test_gpus_that_reach_each_other_according_to_cuda(gpus: World) -> None:
     every = range(gpus.world_size)
     if not all(torch.cuda.can_device_access_peer(i, j) for i in every for j in every if i != j):
         pytest.skip("these GPUs do not reach each other")

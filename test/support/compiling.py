@@ -1,4 +1,4 @@
-"""What tests of compiled code share: a place for Inductor's artifacts, and ways to see which exchanges a graph has."""
+"""Helpers for tests of compiled code: a folder for Inductor's artifacts, and the exchanges of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operators compute, over all ranks at once, in vectorised torch: the same bits as `torch_ep.reference`.
+"""Expected results of the operators, over all ranks at once, in vectorized torch: the bits of `torch_ep.reference`.
 
 The specification works row by row and is slow. `api/test_expected.py` shows that this module equals it, so it can check
 thousands of cases and large ones. It runs where its arguments are: on CPU or on a GPU.
@@ -16,7 +16,7 @@ import torch_ep
 
 
 class Received(NamedTuple):
-    """What one rank gets, with the plan that says so. `n`: wire rows that arrive, dropped ones included."""
+    """The expected result of one rank and its plan. `n`: wire rows that arrive, dropped ones included."""
 
     plan: torch_ep.Plan
     #: [n] where each wire row comes from.

@@ -25,7 +25,7 @@ TIMEOUT = short_timeout()
 
 
 class Rank:
-    """What a scenario gets on each rank: who it is, and marks that other ranks see."""
+    """The argument of a scenario on each rank: the rank's number, and marks that other ranks see."""
 
     def __init__(self, rank: int, world_size: int, folder: str) -> None:
         self.rank, self.world_size, self.folder = rank, world_size, Path(folder)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# These only stop a hang, so they are far above what a test takes on a busy machine. Whoever knows most gives up first:
-# an exchange, then what runs the ranks, then pytest (pyproject.toml).
+# These limits only stop a hang, so they are far above the time of a test on a busy machine. The layer that knows most
+# gives up first: an exchange, then `Workers`, then pytest (pyproject.toml).
 PATIENCE = timedelta(minutes=10)
 LIMIT_S = 1200.0
 
@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def answer_jobs(rank: int, world_size: int, pipe: Connection) -> None:
-    """Runs what comes through the pipe until it is closed."""
+    """Runs the jobs that come through the pipe until it is closed."""
     while True:
         try:
             job = pipe.recv()

@@ -1,4 +1,4 @@
-"""What the low-latency pair computes, over all ranks at once, and random problems for it: for the tests on GPUs.
+"""Expected results of the low-latency pair, over all ranks at once, and random problems for it: for tests on GPUs.
 
 The expectation is vectorised torch of fixed shapes, which runs where its arguments are and never waits for a device: it
 can be captured in a CUDA graph. It has the bits of `torch_ep.reference`. Everything of a case follows from its numbers,
@@ -406,7 +406,7 @@ class Checked:
 
 
 def nothing() -> None:
-    """What happens between the halves of an operator by default."""
+    """The default action between the halves of an operator."""
 
 
 def check_whole(rank: int, group: str | None, case: Case) -> list[str]:
@@ -477,7 +477,7 @@ def check_without(rank: int, world_size: int, group: str | None, lost: int, step
 
 
 def works(rank: int, world_size: int, group: str | None) -> list[str]:
-    """What is wrong with good exchanges afterwards: of both halves of the memory, of every form, of the other kind."""
+    """Returns differences of valid exchanges afterwards: both halves of the memory, every form, the other kind."""
     tokens = tuple(3 + r for r in range(world_size))
     cases = [
         Case(i, tokens, 9, 3, 4, BF16, 144, quantize=quantize, weighted=i % 2 == 0)
@@ -487,7 +487,7 @@ def works(rank: int, world_size: int, group: str | None) -> list[str]:
 
 
 def reference_results(case: Case) -> tuple[list[tuple[Tensor, Tensor | None, LowLatencyPlan]], list[Tensor]]:
-    """What `torch_ep.reference` says of a case: of every rank (rows, scales, plan), and the sums."""
+    """Returns the results of `torch_ep.reference` for a case: (rows, scales, plan) per rank, and the sums."""
     problem = problem_of(case)
     dispatched = reference.low_latency_dispatch(
         problem.x,

@@ -102,7 +102,7 @@ def dense(
 
 
 def dense_self(layer: MoE, x: Tensor, weights: dict[str, Tensor], *, keep: Tensor | None = None) -> Dense:
-    """What the layer says of x, given all its weights."""
+    """Computes the layer's result for x, given all its weights."""
     return dense(
         x,
         weights,

@@ -327,7 +327,7 @@ def check_seeds(rank: int, world_size: int, group: str | None, first: int, count
 
 
 def works(rank: int, world_size: int, group: str | None) -> list[str]:
-    """What is wrong with a good exchange of each kind, afterwards."""
+    """Runs a valid exchange of each kind afterwards. Returns the differences."""
     tokens = tuple(5 + r for r in range(world_size))
     return check_cases(
         rank,

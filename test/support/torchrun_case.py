@@ -1,4 +1,4 @@
-"""What `torchrun` starts on every host of api/test_groups.py: the operators against the reference, over all ranks."""
+"""The program that `torchrun` starts on every host of api/test_groups.py: compares operators with the reference."""
 
 from __future__ import annotations
 

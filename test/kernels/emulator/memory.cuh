@@ -2,14 +2,18 @@
 #pragma once
 
 #include <cstdint>
-#include <ctime>
 
 namespace ep::nvlink {
 
 template <class T>
 T load_word(const void* p) {
-  emulator::yield();  // a poll may have to be repeated
-  return std::atomic_ref<T>(*static_cast<T*>(const_cast<void*>(p))).load(std::memory_order_acquire);
+  return emulator::poll(static_cast<const volatile T*>(p));
+}
+template <class T>
+void store_word(void* p, T v) {
+  *static_cast<volatile T*>(p) = v;
+  emulator::has_written(p);
+  emulator::may_interrupt();
 }
 
 inline uint64_t load_acquire_system(const void* p) {
@@ -23,24 +27,19 @@ inline uint32_t load_acquire_device(const uint32_t* p) {
 }
 
 inline void store_release_system(void* p, uint64_t v) {
-  std::atomic_ref<uint64_t>(*static_cast<uint64_t*>(p)).store(v, std::memory_order_release);
+  store_word(p, v);
 }
 inline void store_relaxed_system(void* p, uint64_t v) {
   store_release_system(p, v);
 }
 
-// As one, as processors with AVX do (Intel SDM, volume 3, "Guaranteed Atomic Operations"; AMD likewise).
 inline uint4 load_relaxed_system_16(const void* p) {
-  emulator::yield();
-  uint4 v;
-  asm volatile("movdqa %1, %%xmm0; movdqu %%xmm0, %0"
-               : "=m"(v)
-               : "m"(*static_cast<const uint4*>(p))
-               : "xmm0", "memory");
-  return v;
+  return emulator::poll(static_cast<const uint4*>(p));
 }
 inline void store_relaxed_system_16(void* p, const uint4& v) {
-  asm volatile("movdqu %1, %%xmm0; movdqa %%xmm0, %0" : "=m"(*static_cast<uint4*>(p)) : "m"(v) : "xmm0", "memory");
+  *static_cast<uint4*>(p) = v;
+  emulator::has_written(p);
+  emulator::may_interrupt();
 }
 
 inline void fence_system() {
@@ -48,13 +47,13 @@ inline void fence_system() {
 }
 
 inline void add_release_device(uint32_t* p, uint32_t v) {
-  std::atomic_ref<uint32_t>(*p).fetch_add(v);
+  atomicAdd(p, v);
 }
 inline void add_relaxed_device(uint64_t* p, uint64_t v) {
-  std::atomic_ref<uint64_t>(*p).fetch_add(v);
+  atomicAdd(p, v);
 }
 inline uint32_t fetch_add_acq_rel_device(uint32_t* p, uint32_t v) {
-  return std::atomic_ref<uint32_t>(*p).fetch_add(v);
+  return atomicAdd(p, v);
 }
 
 // A copy that the hardware would refuse ends the program.
@@ -70,18 +69,18 @@ void copy_async_if(bool copies, void* shared, const void* global) {
     const emulator::Copy copy{static_cast<char*>(shared) + kOffset, static_cast<const char*>(global) + kOffset, 16};
     check_copy(copy.to, copy.from, copy.bytes);
     if (emulator::is_late()) {
-      emulator::block->current->loads.add(copy);
+      emulator::this_fiber->loads.add(copy);
     } else {
       copy.run();
     }
   }
 }
 inline void copy_commit() {
-  emulator::block->current->loads.commit();
+  emulator::this_fiber->loads.commit();
 }
 template <int kPending>
 void copy_wait() {
-  emulator::block->current->loads.write(kPending);
+  emulator::this_fiber->loads.write(kPending);
 }
 
 // Counts phases: a phase ends when as many bytes have come as were expected.
@@ -94,6 +93,7 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   *barrier += bytes;
   if (bytes == 0) {
     *barrier += uint64_t{1} << 32;
+    emulator::has_written(barrier);
   }
 }
 inline void complete(const emulator::Load& load) {
@@ -105,24 +105,24 @@ inline void complete(const emulator::Load& load) {
   barrier -= load.copy.bytes;
   if ((barrier & 0xffffffff) == 0) {
     barrier += uint64_t{1} << 32;
+    emulator::has_written(&barrier);
   }
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  while ((*static_cast<volatile uint64_t*>(barrier) >> 32) % 2 == parity) {
-    auto& loads = emulator::block->bulk_loads;
+  while ((emulator::poll(static_cast<volatile uint64_t*>(barrier)) >> 32) % 2 == parity) {
+    auto& loads = emulator::this_block->bulk_loads;
     const auto found = std::find_if(loads.begin(), loads.end(), [&](const auto& l) { return l.barrier == barrier; });
     if (found != loads.end()) {
       complete(*found);
       loads.erase(found);
     }
-    emulator::yield();
   }
 }
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   check_copy(shared, global, bytes);
   const emulator::Load load{{shared, global, bytes}, barrier};
   if (emulator::is_late()) {
-    emulator::block->bulk_loads.push_back(load);
+    emulator::this_block->bulk_loads.push_back(load);
   } else {
     complete(load);
   }
@@ -131,34 +131,29 @@ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   check_copy(shared, global, bytes);
   const emulator::Copy copy{global, shared, bytes};
   if (emulator::is_late()) {
-    emulator::block->current->stores.add(copy);
+    emulator::this_fiber->stores.add(copy);
   } else {
     copy.run();
   }
 }
 inline void bulk_commit() {
-  emulator::block->current->stores.commit();
+  emulator::this_fiber->stores.commit();
 }
 template <int kPending>
 void bulk_wait_read() {
-  emulator::block->current->stores.read(kPending);
+  emulator::this_fiber->stores.read(kPending);
 }
 template <int kPending>
 void bulk_wait() {
-  emulator::block->current->stores.write(kPending);
+  emulator::this_fiber->stores.write(kPending);
 }
 inline void fence_async_shared() {}
 inline void fence_async_global() {
   __threadfence_system();
 }
 
-// Processor time of the block's thread. A waiting block polls, so on a busy machine its clock runs as slowly as the
-// peer that it waits for: load is no timeout. Scaled up, since blocks share cores.
 inline uint64_t global_timer_ns() {
-  constexpr uint64_t kBlocksPerCore = 8;
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return kBlocksPerCore * (static_cast<uint64_t>(t.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(t.tv_nsec));
+  return emulator::scheduler.now_ns();
 }
 
 }  // namespace ep::nvlink

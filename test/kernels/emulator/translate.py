@@ -1,4 +1,4 @@
-"""Makes C++ for the emulator out of the CUDA sources: copies them, changed where C++ differs."""
+"""Makes C++ for the emulator out of the CUDA sources: copies them, and changes them where C++ differs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ CHANGES = [
     (r"(\w+)<<<((?:[^<>]|<[^<>]*>|->)*?)>>>\(((?:[^()]|\([^()]*\))*)\);", r"emulator::launch([=] { \1(\3); }, \2);"),
     (r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
      r"\1* \2 = reinterpret_cast<\1*>(emulator::shared_memory());"),
+    (r"(?<!extern )__shared__ (\w+) (\w+)(\[\w+\])?;",
+     r"static char key_of_\2; auto& \2 = emulator::shared_variable<\1\3>(&key_of_\2);"),
     (r'asm volatile\("bar\.sync %0, %1;" ::"r"\(([^"]*)\), "n"\((\w+)\) : "memory"\);',
      r"emulator::named_barrier(\1, \2);"),
 ]  # fmt: skip
 
 
 def translate(program: str, destination: Path, change: Callable[[str, str], str] = lambda name, text: text) -> Path:
-    """The source of a program, translated below `destination`. `change(file name, text)`: what to take instead."""
+    """Translates a program below `destination`. `change(file name, text)` returns the text to translate."""
     folders = (ROOT / KERNELS, ROOT / PROGRAMS)
     sources = [p.relative_to(ROOT) for f in folders for p in f.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
     for path in sources:

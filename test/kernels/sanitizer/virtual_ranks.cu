@@ -108,8 +108,8 @@ constexpr int64_t kShortTimeoutNs = 3'000'000'000;  // of an exchange that is to
 
 class World {
  public:
-  World(int world_size, int num_blocks)
-      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, kWireRowBytes} {
+  World(int world_size, int num_blocks, int64_t wire_row_bytes = kWireRowBytes)
+      : layout_{world_size, num_blocks, kMaxTopk, kMostLocalExperts * world_size, kMostTokens, wire_row_bytes} {
     for (int r = 0; r < world_size; ++r) {
       Comm comm{};
       comm.state = memory_.zeros<State>(1);
@@ -951,7 +951,8 @@ int main(int argc, char** argv) {
   for (const bool expert_major : {false, true}) {
     run_case(world, many_tokens(kMostRanks, expert_major), fixed);
   }
-  World largest(kMaxRanks, kLeastBlocks);
+  constexpr int64_t kShortRowBytes = 1024;  // buffers of long rows would take gigabytes
+  World largest(kMaxRanks, kLeastBlocks, kShortRowBytes);
   for (const bool expert_major : {false, true}) {
     Case c = many_tokens(kMaxRanks, expert_major);
     c.tokens.assign(kMaxRanks, 40);
