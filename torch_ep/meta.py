@@ -432,6 +432,59 @@ def _combine_weighted(
     return y.new_empty(send_row.shape[0], y.shape[1])
 
 
+_RELAYED = _ShapeOf(", one row per row that this rank relays", ": pass the plan as torch_ep.plan returned it")
+
+
+_PlanTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_grid_plan(
+    op: str, rail: _PlanTensors, node: _PlanTensors, layout: str, rail_name: str, group_name: str
+) -> None:
+    _check_plan_tensors(op, *rail, "rank_major", rail_name)
+    _check_plan_tensors(op, *node, layout, group_name)
+    _check_tensor(op, "send_row", node[0], (rail[3].shape[0], rail[0].shape[1]), rail[0], _RELAYED)
+
+
+def _split_grid_plan(arguments: tuple) -> tuple[_PlanTensors, _PlanTensors, str, str, str]:
+    """The plan of the rail, that of the node, the layout and the names of both groups."""
+    return arguments[:4], arguments[4:8], *arguments[8:11]  # type: ignore[return-value]
+
+
+@_fake("ep::dispatch.grid")
+def _dispatch_grid(
+    x: Tensor,
+    topk_weights: Tensor | None,
+    scales: Tensor | None,
+    *arguments: Any,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rail, node, layout, rail_name, group_name = _split_grid_plan(arguments)
+    _check_grid_plan("ep::dispatch", rail, node, layout, rail_name, group_name)
+    return _dispatch(*_dispatch(x, topk_weights, scales, *rail, "rank_major", rail_name), *node, layout, group_name)
+
+
+@_fake("ep::combine.grid")
+def _combine_grid(
+    y: Tensor,
+    topk_weights: Tensor | None,
+    scales: Tensor | None,
+    *arguments: Any,
+    after: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rail, node, layout, rail_name, group_name = _split_grid_plan(arguments)
+    _check_grid_plan("ep::combine", rail, node, layout, rail_name, group_name)
+    return _combine(*_combine(y, topk_weights, scales, *node, layout, group_name), *rail, "rank_major", rail_name)
+
+
+@_fake("ep::combine.grid_weighted")
+def _combine_grid_weighted(y: Tensor, row_weights: Tensor, *arguments: Any, after: Tensor | None = None) -> Tensor:
+    rail, node, layout, rail_name, group_name = _split_grid_plan(arguments)
+    _check_grid_plan("ep::combine", rail, node, layout, rail_name, group_name)
+    sums = _combine_weighted(y, row_weights, *node, layout, group_name)
+    return _combine(sums, None, None, *rail, "rank_major", rail_name)[0]
+
+
 _QUANTIZE = ("", "fp8", "fp8_pow2", "fp8_ue8m0")
 _GROUP = 128  # channels that share a scale
 _SCALE_ROWS = 4  # an expert's rows are padded to a multiple of this in the layout of scales

@@ -195,9 +195,10 @@ def dispatch(
         if got is not None:
             return got
     if isinstance(plan, Plan) and plan.rail is not None:
-        return _dispatch_on_grid(x, plan, topk_weights, scales, after)
-    arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
-    rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
+        rows, weights, row_scales = _dispatch_on_grid(x, plan, topk_weights, scales, after)
+    else:
+        arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
+        rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -247,7 +248,8 @@ def combine(
         if got is not None:
             return got
     if isinstance(plan, Plan) and plan.rail is not None:
-        return _combine_on_grid(y, plan, row_weights, topk_weights, after)
+        tokens, weights = _combine_on_grid(y, plan, row_weights, topk_weights, after)
+        return tokens if weights is None else (tokens, weights)
     arguments = _check_combine_arguments(y, plan, row_weights, topk_weights, after)
     if row_weights is not None:
         return torch.ops.ep.combine.weighted(*arguments)
@@ -257,8 +259,9 @@ def combine(
 
 # Note [Grids of nodes]
 # With experts numbered rank after rank, the exchange on a grid is a product of two: D = D_node * D_rail, where D_rail
-# brings a row to each node that has an expert of its token, and D_node brings it to those experts. So plan, dispatch
-# and combine call themselves twice, and fakes, derivatives and compiled graphs follow from those of the two operators.
+# brings a row to each node that has an expert of its token, and D_node brings it to those experts. `plan` calls itself
+# twice. dispatch and combine are an operator each, so that the two levels can overlap; their fakes are compositions of
+# those of one level, and each is the other's derivative as before.
 
 
 def _plan_on_grid(
@@ -299,25 +302,32 @@ def _plan_on_grid(
     return node_plan._replace(num_dropped=node_plan.num_dropped + rail_plan.num_dropped, rail=rail_plan)
 
 
+def _grid_args(op: str, plan: Plan) -> tuple:
+    """The fields of a plan on a grid that the operators take, checked."""
+    check_type(op, "plan.rail", plan.rail, Plan, "a torch_ep.Plan")
+    *rail, _, rail_name = _plan_args(op, plan.rail)  # type: ignore[arg-type]
+    *node, layout, group_name = _plan_args(op, plan)
+    return *rail, *node, layout, rail_name, group_name
+
+
 def _dispatch_on_grid(
     x: Tensor, plan: Plan, topk_weights: Tensor | None, scales: Tensor | None, after: Tensor | None
-) -> Any:
-    rail: Any = plan.rail
-    payloads = {"topk_weights": topk_weights, "scales": scales}
-    payloads = {name: t for name, t in payloads.items() if t is not None}
-    relayed: Any = dispatch(x, rail, **payloads, after=after)  # type: ignore[call-overload]
-    rows, *others = relayed if payloads else (relayed,)
-    return dispatch(rows, plan._replace(rail=None), **dict(zip(payloads, others, strict=True)))  # type: ignore
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    op = "ep::dispatch"
+    check_tensors(op, {"x": x}, {"topk_weights": topk_weights, "scales": scales, "after": after})
+    return torch.ops.ep.dispatch.grid(x, topk_weights, scales, *_grid_args(op, plan), after)
 
 
 def _combine_on_grid(
     y: Tensor, plan: Plan, row_weights: Tensor | None, topk_weights: Tensor | None, after: Tensor | None
-) -> Any:
-    rail: Any = plan.rail
-    sums: Any = combine(  # type: ignore[call-overload]
-        y, plan._replace(rail=None), row_weights=row_weights, topk_weights=topk_weights, after=after
-    )
-    return combine(sums, rail) if topk_weights is None else combine(sums[0], rail, topk_weights=sums[1])
+) -> tuple[Tensor, Tensor | None]:
+    op = "ep::combine"
+    check_tensors(op, {"y": y}, {"row_weights": row_weights, "topk_weights": topk_weights, "after": after})
+    if row_weights is not None and topk_weights is not None:
+        refuse(ValueError, f"{op}: expected row_weights or topk_weights, got both")
+    if row_weights is not None:
+        return torch.ops.ep.combine.grid_weighted(y, row_weights, *_grid_args(op, plan), after), None
+    return torch.ops.ep.combine.grid(y, topk_weights, None, *_grid_args(op, plan), after)[:2]
 
 
 # Derivatives. Every formula sends all payloads in one exchange, whichever gradients are wanted and tangents given, so
@@ -345,29 +355,44 @@ def _grad_after(ctx: Any, exchanged: Tensor) -> Tensor | None:
     return torch.ops.ep.zero_after(exchanged).to(ctx.after_dtype).expand(ctx.after_shape)
 
 
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _save_plan(ctx: Any, plan: Sequence[Any], *others: Tensor) -> None:
+    """Saves the arguments that are a plan, on one level or on two: tensors, then a layout and names of groups."""
+    ctx.save_for_backward(*others, *(a for a in plan if not _is_str(a)))
+    ctx.names = [a for a in plan if _is_str(a)]
+
+
+def _dispatch_op(names: Sequence[str]) -> Any:
+    """The dispatch for a plan on one level, or on two."""
+    return torch.ops.ep.dispatch.default if len(names) == 2 else torch.ops.ep.dispatch.grid
+
+
+def _combine_op(names: Sequence[str]) -> Any:
+    return torch.ops.ep.combine.default if len(names) == 2 else torch.ops.ep.combine.grid
+
+
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, _, scales, *plan_tensors, layout, group_name, after = inputs
-    ctx.save_for_backward(*plan_tensors)
-    ctx.layout, ctx.group_name = layout, group_name
+    x, _, scales, *plan, after = inputs
+    _save_plan(ctx, plan)
     ctx.x_floating, ctx.scales_floating = is_floating(x), is_floating(scales)
     ctx.mark_non_differentiable(*(t for t in output if t is not None and not is_floating(t)))
     _save_after(ctx, after)
 
 
 def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, grad_scales: Tensor | None) -> tuple:
-    plan_tensors = ctx.saved_tensors  # once: activation checkpointing unpacks a tensor a single time
-    recv_map = plan_tensors[-1]
+    plan = (*ctx.saved_tensors, *ctx.names)  # once: activation checkpointing unpacks a tensor a single time
     if not ctx.x_floating:
-        grad_x = _without_columns(recv_map)
-    x, weights, scales = torch.ops.ep.combine(
+        grad_x = _without_columns(plan[-1 - len(ctx.names)])  # of as many rows as recv_map
+    x, weights, scales = _combine_op(ctx.names)(
         _contiguous(grad_x),
         _contiguous(grad_weights),
         _contiguous(grad_scales) if ctx.scales_floating else None,
-        *plan_tensors,
-        ctx.layout,
-        ctx.group_name,
+        *plan,
     )
-    return x if ctx.x_floating else None, weights, scales, *[None] * 6, _grad_after(ctx, x)
+    return x if ctx.x_floating else None, weights, scales, *[None] * len(plan), _grad_after(ctx, x)
 
 
 def _without_columns(rows: Tensor) -> Tensor:
@@ -375,39 +400,38 @@ def _without_columns(rows: Tensor) -> Tensor:
     return rows.new_empty((rows.shape[0], 0), dtype=torch.float32)
 
 
+def _names_of(plan: Sequence[Any]) -> list[str]:
+    return [a for a in plan if _is_str(a)]
+
+
 def _dispatch_jvp(tangents: Sequence[Tensor | None], x: Tensor, topk_weights: Any, scales: Any, *plan: Any) -> tuple:
     grad_x, *others = tangents
-    rows, *others = torch.ops.ep.dispatch(_without_columns(x) if grad_x is None else grad_x, *others, *plan)
+    op = _dispatch_op(_names_of(plan))
+    rows, *others = op(_without_columns(x) if grad_x is None else grad_x, *others, *plan)
     return None if grad_x is None else rows, *others
 
 
 def _combine_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, _, _, *plan_tensors, layout, group_name, after = inputs
-    ctx.save_for_backward(*plan_tensors)
-    ctx.layout, ctx.group_name = layout, group_name
+    _, _, _, *plan, after = inputs
+    _save_plan(ctx, plan)
     _save_after(ctx, after)
 
 
 def _combine_backward(ctx: Any, grad_y: Tensor, grad_weights: Tensor | None, grad_scales: Tensor | None) -> tuple:
-    y, weights, scales = torch.ops.ep.dispatch(
-        _contiguous(grad_y),
-        _contiguous(grad_weights),
-        _contiguous(grad_scales),
-        *ctx.saved_tensors,
-        ctx.layout,
-        ctx.group_name,
+    plan = (*ctx.saved_tensors, *ctx.names)
+    y, weights, scales = _dispatch_op(ctx.names)(
+        _contiguous(grad_y), _contiguous(grad_weights), _contiguous(grad_scales), *plan
     )
-    return y, weights, scales, *[None] * 6, _grad_after(ctx, y)
+    return y, weights, scales, *[None] * len(plan), _grad_after(ctx, y)
 
 
 def _combine_jvp(tangents: Sequence[Tensor | None], y: Tensor, topk_weights: Any, scales: Any, *plan: Any) -> tuple:
-    return torch.ops.ep.combine(*tangents, *plan)
+    return _combine_op(_names_of(plan))(*tangents, *plan)
 
 
 def _combine_weighted_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    y, row_weights, *plan_tensors, layout, group_name, after = inputs
-    ctx.save_for_backward(y, row_weights, *plan_tensors)
-    ctx.layout, ctx.group_name = layout, group_name
+    y, row_weights, *plan, after = inputs
+    _save_plan(ctx, plan, y, row_weights)
     _save_after(ctx, after)
 
 
@@ -426,10 +450,10 @@ def _weigh_backward(rows: Tensor, y: Tensor, row_weights: Tensor, is_filled: Ten
 
 
 def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
-    y, row_weights, *plan_tensors = ctx.saved_tensors
-    rows, _, _ = torch.ops.ep.dispatch(_contiguous(grad), None, None, *plan_tensors, ctx.layout, ctx.group_name)
+    y, row_weights, *tensors = ctx.saved_tensors
+    rows, _, _ = _dispatch_op(ctx.names)(_contiguous(grad), None, None, *tensors, *ctx.names)
     grad_after = _grad_after(ctx, rows)
-    arguments = (rows, y, row_weights, _is_filled(plan_tensors[-1], ctx.layout))
+    arguments = (rows, y, row_weights, _is_filled(tensors[-1], ctx.names[0]))
     block_bytes = _CPU_BLOCK_BYTES if rows.is_cpu else _DEVICE_BLOCK_BYTES
     # A compiler fuses the formula, and a second derivative needs all of it. Else it goes by blocks, in place.
     if type(rows) is not Tensor or torch.is_grad_enabled() or rows.nbytes <= block_bytes:
@@ -442,19 +466,20 @@ def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
         for grad_y_block, grad_weights_block, *block in zip(*blocks, strict=True):
             for into, value in zip((grad_y_block, grad_weights_block), _weigh_backward(*block), strict=True):
                 into.copy_(value)
-    return grad_y, grad_weights, *[None] * 6, grad_after
+    return grad_y, grad_weights, *[None] * (len(tensors) + len(ctx.names)), grad_after
 
 
 def _combine_weighted_jvp(tangents: Sequence[Tensor], y: Tensor, row_weights: Tensor, *plan: Any) -> Tensor:
-    _, _, _, recv_map, layout, *_ = plan
-    is_filled = _is_filled(recv_map, layout)
+    names = _names_of(plan)
+    recv_map = [a for a in plan if isinstance(a, Tensor)][4 * (len(names) - 1) - 1]  # `after` may follow
+    is_filled = _is_filled(recv_map, names[0])
     accumulate = torch.promote_types(y.dtype, torch.float32)
     y, grad_y = (torch.where(is_filled[:, None], t, 0).to(accumulate) for t in (y, tangents[0]))
     row_weights, grad_weights = (
         torch.where(is_filled, t, 0)[:, None].to(accumulate) for t in (row_weights, tangents[1])
     )
     rows = (grad_y * row_weights + y * grad_weights).to(tangents[0].dtype)
-    return torch.ops.ep.combine(rows, None, None, *plan)[0]
+    return _combine_op(names)(rows, None, None, *plan)[0]
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -486,15 +511,18 @@ def _bilinear_jvp(op: Any) -> Callable:
     return jvp
 
 
-register_derivatives("dispatch", 3, backward=_dispatch_backward, setup_context=_dispatch_setup, jvp=_dispatch_jvp)
-register_derivatives("combine", 3, backward=_combine_backward, setup_context=_combine_setup, jvp=_combine_jvp)
-register_derivatives(
-    "combine.weighted",
-    2,
-    backward=_combine_weighted_backward,
-    setup_context=_combine_weighted_setup,
-    jvp=_combine_weighted_jvp,
-)
+for _name in ("dispatch", "dispatch.grid"):
+    register_derivatives(_name, 3, backward=_dispatch_backward, setup_context=_dispatch_setup, jvp=_dispatch_jvp)
+for _name in ("combine", "combine.grid"):
+    register_derivatives(_name, 3, backward=_combine_backward, setup_context=_combine_setup, jvp=_combine_jvp)
+for _name in ("combine.weighted", "combine.grid_weighted"):
+    register_derivatives(
+        _name,
+        2,
+        backward=_combine_weighted_backward,
+        setup_context=_combine_weighted_setup,
+        jvp=_combine_weighted_jvp,
+    )
 register_derivatives(
     "grouped_mm",
     2,

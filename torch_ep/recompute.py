@@ -27,6 +27,9 @@ EXCHANGES = (
     torch.ops.ep.dispatch.default,
     torch.ops.ep.combine.default,
     torch.ops.ep.combine.weighted,
+    torch.ops.ep.dispatch.grid,
+    torch.ops.ep.combine.grid,
+    torch.ops.ep.combine.grid_weighted,
     # Inference only: a frozen layer may run these during training.
     torch.ops.ep.low_latency_dispatch.default,
     torch.ops.ep.low_latency_dispatch_send.default,

@@ -21,6 +21,7 @@ GRIDS = [(2, 2), (3, 2), (2, 4), (4, 2)]  # nodes, ranks per node
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
 TOKENS = [13, 0, 5, 24, 1, 0, 7, 2]  # of each rank
 NUM_TOPK, HIDDEN = 6, 7
+WIDE = 515  # rows that the two levels exchange in several parts of columns
 
 
 def _topk_idx(seed: int, world_size: int, num_experts: int, unwanted: range = range(0)) -> list[Tensor]:
@@ -72,7 +73,7 @@ def _equals_reference(rank: int, world_size: int, grid: tuple[int, int]) -> str:
         for level, got, want in (("rail", plan.rail, plans[rank].rail), ("node", plan, plans[rank])):
             for field, ours, theirs in zip(got._fields[:8], got[:8], want[:8], strict=True):
                 _equal(differences, f"{label}: {level}.{field}", ours, theirs)
-        x = _random(seed, [(t.shape[0], HIDDEN) for t in idx], dtype)
+        x = _random(seed, [(t.shape[0], WIDE if seed % 4 < 2 else HIDDEN) for t in idx], dtype)
         w = _random(seed + 1, [t.shape for t in idx], torch.float32)
         rows, weights, scales = torch_ep.dispatch(
             x[rank], plan, topk_weights=w[rank], scales=x[rank][:, :3].contiguous()
@@ -158,6 +159,32 @@ def _adjoint(rank: int, world_size: int) -> None:
 
 def test_dispatch_and_combine_are_adjoint() -> None:
     world(4).run(_adjoint)
+
+
+def _opcheck(rank: int, world_size: int) -> list[str]:
+    """In lockstep: every rank runs the same checks, and so the same exchanges."""
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2)
+    plan = torch_ep.plan(random_topk(5, 3, 2 * world_size, seeded(rank)), 2 * world_size)
+    assert plan.rail is not None
+    fields = [(p.send_row, p.send_counts, p.recv_counts) for p in (plan.rail, plan)]
+    names = ("expert_major", plan.rail.group_name, plan.group_name)
+    arguments = (*fields[0], plan.rail.recv_topk_idx, *fields[1], plan.recv_pair, *names)
+    x, w = torch.randn(5, WIDE, requires_grad=True), torch.rand(5, 3, requires_grad=True)
+    y, v = torch.randn(plan.num_rows, WIDE, requires_grad=True), torch.rand(plan.num_rows, requires_grad=True)
+    failed = []
+    for op, inputs in (
+        (torch.ops.ep.dispatch.grid, (x, w, None)),
+        (torch.ops.ep.combine.grid, (y, v, None)),
+        (torch.ops.ep.combine.grid_weighted, (y, v)),
+    ):
+        results = torch.library.opcheck(op, (*inputs, *arguments), raise_exception=False)
+        failed += [f"{op}, {test}: {result}" for test, result in results.items() if result != "SUCCESS"]
+    torch_ep.init(timeout=PATIENCE)
+    return failed
+
+
+def test_opcheck_in_lockstep() -> None:
+    assert world(4).run(_opcheck) == [[]] * 4
 
 
 def _numerical(rank: int, world_size: int) -> None:

@@ -28,6 +28,9 @@ OPS = (
     ep.dispatch.default,
     ep.combine.default,
     ep.combine.weighted,
+    ep.dispatch.grid,
+    ep.combine.grid,
+    ep.combine.grid_weighted,
     ep.low_latency_dispatch.default,
     ep.low_latency_dispatch_send.default,
     ep.low_latency_dispatch_recv.default,
@@ -61,7 +64,8 @@ MOVES = [
     for size in ("exact", "capacity")
     for payload in ("", ", weights", ", weights, scales, after")
 ] + [
-    f"combine.weighted, {layout}, {size}{after}"
+    f"{op}, {layout}, {size}{after}"
+    for op in ("combine.weighted", "dispatch.grid", "combine.grid", "combine.grid_weighted")
     for layout in ("rank_major", "expert_major")
     for size in ("exact", "capacity")
     for after in ("", ", after")
@@ -139,17 +143,26 @@ def make_call(name: str, rank: int, world_size: int, device: str, tokens: int, g
     fields = ep.plan.default(*exact) if words[1] == "exact" else ep.plan.capacity(*with_capacity)
     plan_args = (*fields[:4], layout, group_name, after)
     recv_map = fields[3]
-    if op == "combine.weighted":
+    name, _, overload = op.partition(".")
+    if "grid" in overload:  # this group is the rail, and every rank a node of its own
+        rail = ep.plan.default(topk_idx, NUM_EXPERTS, "rank_major", 1, *group)
+        in_node = (rail[3], NUM_EXPERTS // world_size, layout, 1)
+        alone = (1, "", None)
+        is_exact = words[1] == "exact"
+        fields = ep.plan.default(*in_node, *alone) if is_exact else ep.plan.capacity(*in_node, CAPACITY, *alone)
+        plan_args = (*rail[:4], *fields[:4], layout, group_name, "", after)
+        recv_map = fields[3]
+    if overload.endswith("weighted"):
         y = numbers(recv_map.shape[0], HIDDEN)
-        return Call(ep.combine.weighted, (y, numbers(recv_map.shape[0]), *plan_args))
-    rows = tokens if op == "dispatch" else recv_map.shape[0]
-    weights_shape = (tokens, NUM_TOPK) if op == "dispatch" else tuple(recv_map.shape)
+        return Call(getattr(ep.combine, overload), (y, numbers(recv_map.shape[0]), *plan_args))
+    rows = tokens if name == "dispatch" else recv_map.shape[0]
+    weights_shape = (tokens, NUM_TOPK) if name == "dispatch" else tuple(recv_map.shape)
     x = numbers(rows, HIDDEN)
     if "fp8" in words:
         x = x.detach().to(torch.float8_e4m3fn)
     weights = numbers(*weights_shape) if "weights" in words else None
     scales = numbers(rows, 2) if "scales" in words else None
-    return Call(getattr(ep, op).default, (x, weights, scales, *plan_args))
+    return Call(getattr(getattr(ep, name), overload or "default"), (x, weights, scales, *plan_args))
 
 
 def is_half(name: str) -> bool:

@@ -43,7 +43,10 @@ def execute(rank: int, world_size: int, code: str, path: str) -> None:
 
 PAGES_WITH_CODE = [
     "README.md",
-    *(f"docs/{name}.md" for name in ("tutorial", "concepts", "training", "your_own_experts", "serving", "multi_node", "coming_from")),
+    *(
+        f"docs/{name}.md"
+        for name in ("tutorial", "concepts", "training", "your_own_experts", "serving", "multi_node", "coming_from")
+    ),
 ]
 
 

@@ -235,49 +235,61 @@ std::vector<int64_t> Exchange::confirm() {
   return recv_rows;
 }
 
-void Exchange::start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) {
+size_t Exchange::start(
+    const at::Tensor& output,
+    const at::Tensor& input,
+    const std::vector<int64_t>& recv_rows,
+    bool has_own_rows) {
+  auto& transfer = transfers_.emplace_back();
   if (input.size(1) == 0) {
-    return;  // rows of width zero, on every rank: the headers agreed
+    return transfers_.size() - 1;  // rows of width zero, on every rank: the headers agreed
   }
   run([&] {
     auto out = as_bytes(output), in = as_bytes(input);
+    transfer.output = output;
+    transfer.input = input;
     if (!out.is_cpu()) {
       auto output_splits = recv_rows;
       auto input_splits = send_rows_;
       c10d::AllToAllOptions options;
       options.timeout = comm_->timeout;
-      device_transfers_.push_back(
-          {group_->alltoall_base(out, in, output_splits, input_splits, options), output, input});
+      transfer.device_work = group_->alltoall_base(out, in, output_splits, input_splits, options);
       return;
     }
-    tensors_.insert(tensors_.end(), {output, input});
     auto& channel = *comm_->channel;
     // Receives first: gloo sends nothing before the peer has posted the receive. The copy of own rows overlaps both.
-    channel.recv_rows(out, recv_rows, transfers_);
-    channel.send_rows(in, send_rows_, transfers_);
+    channel.recv_rows(out, recv_rows, transfer.messages);
+    channel.send_rows(in, send_rows_, transfer.messages);
     const int rank = comm_->rank;
-    if (recv_rows[rank] > 0) {
+    if (recv_rows[rank] > 0 && !has_own_rows) {
       const auto before = [&](const std::vector<int64_t>& counts) {
         return std::accumulate(counts.begin(), counts.begin() + rank, int64_t{0});
       };
       out.narrow(0, before(recv_rows), recv_rows[rank]).copy_(in.narrow(0, before(send_rows_), recv_rows[rank]));
     }
   });
+  return transfers_.size() - 1;
 }
 
-void Exchange::finish() {
+void Exchange::wait(size_t transfer) {
+  auto& pending = transfers_[transfer];
   run([&] {
-    for (const auto& transfer : device_transfers_) {
-      await_device(transfer.work);
+    if (pending.device_work) {
+      await_device(pending.device_work);
     }
-    if (const auto failure = comm_->channel->wait(transfers_, deadline_)) {
+    if (const auto failure = comm_->channel->wait(pending.messages, deadline_)) {
       fail(Phase::rows, *failure);
     }
   });
   // Frees the send buffers: later steps, such as expand, can use their memory.
-  transfers_ = {};
-  tensors_.clear();
-  device_transfers_.clear();
+  pending = {};
+}
+
+void Exchange::finish() {
+  for (size_t i = 0; i < transfers_.size(); ++i) {
+    wait(i);
+  }
+  transfers_.clear();
   is_over_ = true;
 }
 

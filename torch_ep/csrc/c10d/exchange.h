@@ -33,9 +33,15 @@ class Exchange final : public RowExchange {
   // itself: its own error says more.
   std::vector<int64_t> confirm() override;
 
+  int64_t rank() const override { return comm_->rank; }
   const std::vector<int64_t>& wait_ns() const override { return wait_ns_; }
 
-  void start(const at::Tensor& output, const at::Tensor& input, const std::vector<int64_t>& recv_rows) override;
+  size_t start(
+      const at::Tensor& output,
+      const at::Tensor& input,
+      const std::vector<int64_t>& recv_rows,
+      bool has_own_rows) override;
+  void wait(size_t transfer) override;
   void finish() override;
 
   void abort(const std::string& why) override { close(why); }
@@ -43,9 +49,11 @@ class Exchange final : public RowExchange {
  private:
   enum class Phase { headers, rows };
 
-  struct DeviceTransfer {
-    c10::intrusive_ptr<c10d::Work> work;
-    at::Tensor output, input;  // alive until the transfer ends
+  // Rows in flight.
+  struct Transfer {
+    Transfers messages;                          // of the channel
+    c10::intrusive_ptr<c10d::Work> device_work;  // of CUDA rows: of the group's own backend
+    at::Tensor output, input;                    // alive until the transfer ends
   };
 
   void await_device(const c10::intrusive_ptr<c10d::Work>& work);
@@ -65,9 +73,7 @@ class Exchange final : public RowExchange {
   Deadline deadline_;
   int64_t entered_ns_ = 0;
   std::vector<int64_t> wait_ns_;
-  Transfers transfers_;
-  std::vector<at::Tensor> tensors_;  // of transfers_
-  std::vector<DeviceTransfer> device_transfers_;
+  std::vector<Transfer> transfers_;
 };
 
 }  // namespace ep

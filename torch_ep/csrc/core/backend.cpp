@@ -51,6 +51,35 @@ void report_to_group(OpKind op, const std::string& group, const std::string& fai
 
 }  // namespace
 
+Payloads Backend::dispatch_on_grid(
+    const GridLevel& rail,
+    const GridLevel& node,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  constexpr auto op = OpKind::dispatch;
+  const auto [rows, weights, row_scales] =
+      linked(op, rail.group_name, [&] { return rail.backend.dispatch(rail.plan, x, topk_weights, scales); });
+  return linked(op, node.group_name, [&, &rows = rows, &weights = weights, &row_scales = row_scales] {
+    return node.backend.dispatch(node.plan, rows, weights, row_scales);
+  });
+}
+
+Payloads Backend::combine_on_grid(
+    const GridLevel& rail,
+    const GridLevel& node,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  constexpr auto op = OpKind::combine;
+  const auto [sums, weights, row_scales] = linked(
+      op, node.group_name, [&] { return node.backend.combine(node.plan, y, row_weights, topk_weights, scales); });
+  return linked(op, rail.group_name, [&, &sums = sums, &weights = weights, &row_scales = row_scales] {
+    return rail.backend.combine(rail.plan, sums, std::nullopt, weights, row_scales);
+  });
+}
+
 BackendRegistration::BackendRegistration(const BackendKind& kind) {
   auto& all = kinds();
   const auto later = [&](const BackendKind& other) { return other.order > kind.order; };

@@ -11,6 +11,15 @@
 
 namespace ep {
 
+class Backend;
+
+// One level of an exchange on a grid of nodes: the rail or the node of this rank.
+struct GridLevel {
+  Backend& backend;
+  const PlanTensors& plan;
+  std::string_view group_name;
+};
+
 // Arguments have been checked, except for the limits given to torch_ep.init.
 class Backend {
  public:
@@ -28,6 +37,22 @@ class Backend {
       const std::optional<at::Tensor>& row_weights,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) = 0;
+
+  // dispatch and combine on two levels: see Note [Linked groups]. By default one level follows the other.
+  // `rail.backend` is this backend.
+  virtual Payloads dispatch_on_grid(
+      const GridLevel& rail,
+      const GridLevel& node,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
+  virtual Payloads combine_on_grid(
+      const GridLevel& rail,
+      const GridLevel& node,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
 
   // The low-latency pair, whole and in halves.
   virtual LowLatencyRows low_latency_dispatch(
@@ -114,7 +139,8 @@ void report_failure(OpKind op, std::string_view group_name, const std::string& f
 // its peers learn of the failure.
 int64_t& exchanges_begun();
 
-// Runs `run`, a backend's part of an operator, and returns its result. The backend reports a failure to the group itself.
+// Runs `run`, a backend's part of an operator, and returns its result. The backend reports a failure to the group
+// itself.
 template <class Run>
 auto linked(OpKind op, std::string_view group_name, const Run& run) {
   try {

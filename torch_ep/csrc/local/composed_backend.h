@@ -34,6 +34,21 @@ class ComposedBackend : public Backend {
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override;
 
+  // On the CPU, both levels work on columns of the rows by turns: one's transfer overlaps the other's work.
+  Payloads dispatch_on_grid(
+      const GridLevel& rail,
+      const GridLevel& node,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override;
+  Payloads combine_on_grid(
+      const GridLevel& rail,
+      const GridLevel& node,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override;
+
   LowLatencyRows low_latency_dispatch(
       const at::Tensor& x,
       const at::Tensor& topk_idx,

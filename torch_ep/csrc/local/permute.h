@@ -113,6 +113,25 @@ struct CudaKernels {
 };
 inline const CudaKernels* cuda_kernels = nullptr;
 
+// Rows of a result on the CPU. Each row may be a part of a longer row: stride(0) counts.
+struct RowsOut {
+  at::Tensor rows;
+  // Rows [own_begin, own_begin + own.size(0)) go to `own` instead, if it is defined: wire rows that stay on this rank.
+  at::Tensor own = {};
+  int64_t own_begin = 0;
+};
+
+// As the functions of cpu_kernels, for columns of rows: x, y and wire may have a stride(0) above their width.
+void pack_columns(const RowsOut& wire, const at::Tensor& x, const at::Tensor& send_row);
+void expand_columns(const RowsOut& rows, const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk);
+void reduce_columns(
+    const RowsOut& wire,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const at::Tensor& recv_pair,
+    int64_t num_topk);
+void sum_columns(const RowsOut& tokens, const at::Tensor& wire, const at::Tensor& send_row);
+
 // For tests. force_aten: tensors of any device use aten_kernels. force_parts: one rank runs the steps of several ranks.
 inline std::atomic<bool> force_aten{false}, force_parts{false};
 

@@ -326,6 +326,38 @@ T* write(at::Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Where the rows of a RowsOut are.
+template <typename T>
+class RowWriter {
+ public:
+  explicit RowWriter(const RowsOut& out)
+      : rows_(static_cast<T*>(out.rows.mutable_data_ptr())),
+        stride_(out.rows.stride(0) * bytes_per_element(out)),
+        own_begin_(out.own_begin),
+        own_end_(out.own_begin + (out.own.defined() ? out.own.size(0) : 0)) {
+    if (out.own.defined()) {
+      own_ = static_cast<T*>(out.own.mutable_data_ptr());
+      own_stride_ = out.own.stride(0) * bytes_per_element(out);
+    }
+  }
+
+  T* operator()(int64_t row) const {
+    return row >= own_begin_ && row < own_end_ ? own_ + (row - own_begin_) * own_stride_ : rows_ + row * stride_;
+  }
+
+ private:
+  // In units of T, which is char for copies.
+  static int64_t bytes_per_element(const RowsOut& out) {
+    return static_cast<int64_t>(out.rows.element_size() / sizeof(T));
+  }
+
+  T* rows_;
+  int64_t stride_;
+  int64_t own_begin_, own_end_;
+  T* own_ = nullptr;
+  int64_t own_stride_ = 0;
+};
+
 SendPlan plan_send(const char* op, const at::Tensor& topk_idx, int64_t num_experts, int64_t world_size) {
   return topk_idx.scalar_type() == at::kInt ? plan_send_impl<int32_t>(op, topk_idx, num_experts, world_size)
                                             : plan_send_impl<int64_t>(op, topk_idx, num_experts, world_size);
@@ -393,22 +425,7 @@ void check_recv_pair(const char* op, const at::Tensor& recv_pair, int64_t pairs)
 
 at::Tensor pack_rows(const at::Tensor& x, const at::Tensor& send_row, int64_t wire_rows, const Allocate& allocate) {
   auto wire = allocate(sizes_with(x, wire_rows), x.options());
-  const int64_t bytes = row_bytes(x), num_topk = send_row.size(1);
-  const auto* row_of_slot = read<int32_t>(send_row);
-  const auto* in = read<char>(x);
-  auto* out = write<char>(wire);
-  if (bytes == 0) {
-    return wire;  // memcpy takes no null pointers, not even for no bytes
-  }
-  at::parallel_for(0, x.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> rows(num_topk);
-    for (int64_t token = begin; token < end; ++token) {
-      const int n = distinct(row_of_slot + token * num_topk, num_topk, rows);
-      for (int i = 0; i < n; ++i) {
-        std::memcpy(out + rows[i] * bytes, in + token * bytes, bytes);
-      }
-    }
-  });
+  pack_columns({wire}, x, send_row);
   return wire;
 }
 
@@ -431,22 +448,7 @@ at::Tensor pack_slots(const at::Tensor& w, const at::Tensor& send_row, int64_t w
 
 at::Tensor expand_rows(const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
   auto rows = empty_rows(wire, recv_pair.size(0));
-  const int64_t bytes = row_bytes(wire);
-  const auto* pair_of_row = read<int32_t>(recv_pair);
-  const auto* in = read<char>(wire);
-  auto* out = write<char>(rows);
-  if (bytes == 0) {
-    return rows;
-  }
-  at::parallel_for(0, rows.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (pair_of_row[row] >= 0) {
-        std::memcpy(out + row * bytes, in + pair_of_row[row] / num_topk * bytes, bytes);
-      } else {
-        std::memset(out + row * bytes, 0, bytes);
-      }
-    }
-  });
+  expand_columns({rows}, wire, recv_pair, num_topk);
   return rows;
 }
 
@@ -474,35 +476,7 @@ at::Tensor reduce_rows(
     int64_t num_topk,
     const Allocate& allocate) {
   auto wire = allocate({wire_rows, y.size(1)}, y.options());
-  const int64_t hidden = y.size(1);
-  const auto* pair_of_row = read<int32_t>(recv_pair);
-  std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_pair
-  for (int64_t row = 0; row < recv_pair.size(0); ++row) {
-    if (pair_of_row[row] >= 0) {
-      row_of[pair_of_row[row]] = static_cast<int32_t>(row);
-    }
-  }
-  const auto weights = row_weights ? row_weights->to(at::kDouble) : at::Tensor();
-  const auto* weight = row_weights ? read<double>(weights) : nullptr;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "ep::combine", [&] {
-    const auto* in = read<scalar_t>(y);
-    auto* out = write<scalar_t>(wire);
-    at::parallel_for(0, wire_rows, grain_for(row_bytes(y)), [&](int64_t begin, int64_t end) {
-      std::vector<const scalar_t*> rows(num_topk);
-      std::vector<double> row_weight(num_topk);
-      for (int64_t wire_row = begin; wire_row < end; ++wire_row) {
-        int n = 0;
-        for (int64_t slot = 0; slot < num_topk; ++slot) {
-          const int32_t row = row_of[wire_row * num_topk + slot];
-          if (row >= 0) {
-            row_weight[n] = weight ? weight[row] : 1.0;
-            rows[n++] = in + row * hidden;
-          }
-        }
-        sum_into(out + wire_row * hidden, rows.data(), weight ? row_weight.data() : nullptr, n, hidden);
-      }
-    });
-  });
+  reduce_columns({wire}, y, row_weights, recv_pair, num_topk);
   return wire;
 }
 
@@ -524,23 +498,7 @@ at::Tensor return_slots(const at::Tensor& w, const at::Tensor& recv_pair, int64_
 
 at::Tensor sum_rows(const at::Tensor& wire, const at::Tensor& send_row) {
   auto tokens = empty_rows(wire, send_row.size(0));
-  const int64_t num_topk = send_row.size(1), hidden = wire.size(1);
-  const auto* row_of_slot = read<int32_t>(send_row);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, wire.scalar_type(), "ep::combine", [&] {
-    const auto* in = read<scalar_t>(wire);
-    auto* out = write<scalar_t>(tokens);
-    at::parallel_for(0, tokens.size(0), grain_for(row_bytes(wire)), [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> index(num_topk);
-      std::vector<const scalar_t*> rows(num_topk);
-      for (int64_t token = begin; token < end; ++token) {
-        const int n = distinct(row_of_slot + token * num_topk, num_topk, index);
-        for (int i = 0; i < n; ++i) {
-          rows[i] = in + index[i] * hidden;
-        }
-        sum_into<scalar_t>(out + token * hidden, rows.data(), nullptr, n, hidden);
-      }
-    });
-  });
+  sum_columns({tokens}, wire, send_row);
   return tokens;
 }
 
@@ -562,6 +520,103 @@ at::Tensor gather_slots(const at::Tensor& wire, const at::Tensor& send_row) {
 }
 
 }  // namespace
+
+void pack_columns(const RowsOut& wire, const at::Tensor& x, const at::Tensor& send_row) {
+  const int64_t bytes = row_bytes(x), num_topk = send_row.size(1);
+  if (bytes == 0 || x.size(0) == 0) {
+    return;  // memcpy takes no null pointers, not even for no bytes
+  }
+  const int64_t stride = x.stride(0) * static_cast<int64_t>(x.element_size());
+  const auto* row_of_slot = read<int32_t>(send_row);
+  const auto* in = read<char>(x);
+  const RowWriter<char> out(wire);
+  at::parallel_for(0, send_row.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
+    std::vector<int32_t> rows(num_topk);
+    for (int64_t token = begin; token < end; ++token) {
+      const int n = distinct(row_of_slot + token * num_topk, num_topk, rows);
+      for (int i = 0; i < n; ++i) {
+        std::memcpy(out(rows[i]), in + token * stride, bytes);
+      }
+    }
+  });
+}
+
+void expand_columns(const RowsOut& rows, const at::Tensor& wire, const at::Tensor& recv_pair, int64_t num_topk) {
+  const int64_t bytes = row_bytes(wire);
+  if (bytes == 0 || recv_pair.size(0) == 0) {
+    return;
+  }
+  const int64_t stride = wire.stride(0) * static_cast<int64_t>(wire.element_size());
+  const auto* pair_of_row = read<int32_t>(recv_pair);
+  const auto* in = read<char>(wire);
+  const RowWriter<char> out(rows);
+  at::parallel_for(0, recv_pair.size(0), grain_for(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (pair_of_row[row] >= 0) {
+        std::memcpy(out(row), in + pair_of_row[row] / num_topk * stride, bytes);
+      } else {
+        std::memset(out(row), 0, bytes);
+      }
+    }
+  });
+}
+
+void reduce_columns(
+    const RowsOut& wire,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const at::Tensor& recv_pair,
+    int64_t num_topk) {
+  const int64_t hidden = y.size(1), stride = y.stride(0), wire_rows = wire.rows.size(0);
+  const auto* pair_of_row = read<int32_t>(recv_pair);
+  std::vector<int32_t> row_of(wire_rows * num_topk, -1);  // the inverse of recv_pair
+  for (int64_t row = 0; row < recv_pair.size(0); ++row) {
+    if (pair_of_row[row] >= 0) {
+      row_of[pair_of_row[row]] = static_cast<int32_t>(row);
+    }
+  }
+  const auto weights = row_weights ? row_weights->to(at::kDouble) : at::Tensor();
+  const auto* weight = row_weights ? read<double>(weights) : nullptr;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, y.scalar_type(), "ep::combine", [&] {
+    const auto* in = read<scalar_t>(y);
+    const RowWriter<scalar_t> out(wire);
+    at::parallel_for(0, wire_rows, grain_for(row_bytes(y)), [&](int64_t begin, int64_t end) {
+      std::vector<const scalar_t*> rows(num_topk);
+      std::vector<double> row_weight(num_topk);
+      for (int64_t wire_row = begin; wire_row < end; ++wire_row) {
+        int n = 0;
+        for (int64_t slot = 0; slot < num_topk; ++slot) {
+          const int32_t row = row_of[wire_row * num_topk + slot];
+          if (row >= 0) {
+            row_weight[n] = weight ? weight[row] : 1.0;
+            rows[n++] = in + row * stride;
+          }
+        }
+        sum_into(out(wire_row), rows.data(), weight ? row_weight.data() : nullptr, n, hidden);
+      }
+    });
+  });
+}
+
+void sum_columns(const RowsOut& tokens, const at::Tensor& wire, const at::Tensor& send_row) {
+  const int64_t num_topk = send_row.size(1), hidden = wire.size(1), stride = wire.stride(0);
+  const auto* row_of_slot = read<int32_t>(send_row);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, wire.scalar_type(), "ep::combine", [&] {
+    const auto* in = read<scalar_t>(wire);
+    const RowWriter<scalar_t> out(tokens);
+    at::parallel_for(0, send_row.size(0), grain_for(row_bytes(wire)), [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> index(num_topk);
+      std::vector<const scalar_t*> rows(num_topk);
+      for (int64_t token = begin; token < end; ++token) {
+        const int n = distinct(row_of_slot + token * num_topk, num_topk, index);
+        for (int i = 0; i < n; ++i) {
+          rows[i] = in + index[i] * stride;
+        }
+        sum_into<scalar_t>(out(token), rows.data(), nullptr, n, hidden);
+      }
+    });
+  });
+}
 
 const PermuteKernels cpu_kernels{
     .plan_send = plan_send,

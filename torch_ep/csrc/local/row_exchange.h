@@ -23,10 +23,19 @@ class RowExchange {
   // Waits until all ranks agree on this exchange. Returns the rows that each rank will send here.
   virtual std::vector<int64_t> confirm() = 0;
   // Starts to transfer rows [n, width]. `sent` is in the order of the destination ranks, `received` in the order of the
-  // source ranks. Both are contiguous and have the same width and dtype.
-  virtual void start(const at::Tensor& received, const at::Tensor& sent, const std::vector<int64_t>& recv_rows) = 0;
+  // source ranks. Both are contiguous and have the same width and dtype. Returns a number for `wait`.
+  // `has_own_rows`: `received` has the rows that stay on this rank already, and those of `sent` are not read.
+  virtual size_t start(
+      const at::Tensor& received,
+      const at::Tensor& sent,
+      const std::vector<int64_t>& recv_rows,
+      bool has_own_rows = false) = 0;
+  // Waits for one of the transfers that were started.
+  virtual void wait(size_t transfer) = 0;
   // Waits for everything started. The exchange ends here.
   virtual void finish() = 0;
+  // This rank in the group.
+  virtual int64_t rank() const = 0;
   // Aborts an exchange that this rank cannot finish, and reports the reason to the peers.
   virtual void abort(const std::string& why) = 0;
   // After `confirm`: per rank, how much later than this rank it entered the exchange, in ns; 0 if earlier. Between

@@ -85,6 +85,30 @@ void check_payloads(
   }
 }
 
+void check_grid_plan(const char* op, const PlanTensors& rail, const PlanTensors& node) {
+  check_plan(op, rail);
+  check_plan(op, node);
+  check_tensor(
+      op,
+      "send_row",
+      node.send_row,
+      {rail.recv_map.size(0), rail.num_topk()},
+      rail.send_row,
+      {", one row per row that this rank relays", ": pass the plan as torch_ep.plan returned it"});
+}
+
+// The backends of a rail and of a node.
+std::pair<std::shared_ptr<Backend>, std::shared_ptr<Backend>> find_backends(
+    OpKind op,
+    c10::string_view rail_name,
+    const PlanTensors& rail,
+    c10::string_view node_name,
+    const PlanTensors& node) {
+  return {
+      find_backend(op, rail_name, rail.world_size(), rail.send_row),
+      find_backend(op, node_name, node.world_size(), node.send_row)};
+}
+
 Quantize quantize_of(const char* op, std::string_view name) {
   constexpr std::array<std::string_view, 4> names{"", "fp8", "fp8_pow2", "fp8_ue8m0"};
   const auto found = std::find(names.begin(), names.end(), name);
@@ -313,6 +337,119 @@ at::Tensor combine_weighted(
   });
   return linked(
       op, group_name, [&] { return std::get<0>(backend->combine(plan, y, row_weights, std::nullopt, std::nullopt)); });
+}
+
+Payloads dispatch_grid(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::dispatch;
+  const PlanTensors rail_plan{rail_send_row, rail_send_counts, rail_recv_counts, rail_recv_map, false};
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto [rail, node] = checked(op, rail_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_grid_plan(name_of(op), rail_plan, plan);
+    check_payloads(
+        name_of(op),
+        "x",
+        x,
+        rail_send_row.size(0),
+        kTokens,
+        topk_weights,
+        dims_of(rail_send_row),
+        kTokenSlots,
+        scales,
+        rail_send_row);
+    check_row_type(name_of(op), "x", x);
+    return find_backends(op, rail_name, rail_plan, group_name, plan);
+  });
+  return rail->dispatch_on_grid({*rail, rail_plan, rail_name}, {*node, plan, group_name}, x, topk_weights, scales);
+}
+
+Payloads combine_grid(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::combine;
+  const PlanTensors rail_plan{rail_send_row, rail_send_counts, rail_recv_counts, rail_recv_map, false};
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto [rail, node] = checked(op, group_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_grid_plan(name_of(op), rail_plan, plan);
+    check_payloads(
+        name_of(op),
+        "y",
+        y,
+        recv_map.size(0),
+        kRows,
+        topk_weights,
+        dims_of(recv_map),
+        kReturnedWeights,
+        scales,
+        send_row);
+    check_sum_type(name_of(op), "y", y);
+    if (scales) {
+      check_sum_type(name_of(op), "scales", *scales);
+    }
+    return find_backends(op, rail_name, rail_plan, group_name, plan);
+  });
+  return rail->combine_on_grid(
+      {*rail, rail_plan, rail_name}, {*node, plan, group_name}, y, std::nullopt, topk_weights, scales);
+}
+
+at::Tensor combine_grid_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::combine;
+  const PlanTensors rail_plan{rail_send_row, rail_send_counts, rail_recv_counts, rail_recv_map, false};
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto [rail, node] = checked(op, group_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_grid_plan(name_of(op), rail_plan, plan);
+    check_tensor(name_of(op), "y", y, {recv_map.size(0), "hidden"}, send_row, kRows);
+    check_sum_type(name_of(op), "y", y);
+    check_tensor(name_of(op), "row_weights", row_weights, {recv_map.size(0)}, send_row, kRowWeights);
+    check_sum_type(name_of(op), "row_weights", row_weights);
+    return find_backends(op, rail_name, rail_plan, group_name, plan);
+  });
+  return std::get<0>(rail->combine_on_grid(
+      {*rail, rail_plan, rail_name}, {*node, plan, group_name}, y, row_weights, std::nullopt, std::nullopt));
 }
 
 LowLatencyRows low_latency_dispatch(

@@ -61,6 +61,56 @@ at::Tensor combine_weighted(
     c10::string_view group_name,
     const std::optional<at::Tensor>& after);
 
+Payloads dispatch_grid(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+Payloads combine_grid(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+at::Tensor combine_grid_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& rail_send_row,
+    const at::Tensor& rail_send_counts,
+    const at::Tensor& rail_recv_counts,
+    const at::Tensor& rail_recv_map,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view rail_name,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
 LowLatencyRows low_latency_dispatch(
     const at::Tensor& x,
     const at::Tensor& topk_idx,

@@ -64,6 +64,22 @@ TORCH_LIBRARY(ep, m) {
       "combine.weighted(Tensor y, Tensor row_weights, Tensor send_row, Tensor send_counts, Tensor recv_counts, "
       "Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // The same on a grid of nodes: by a plan among the ranks of a rail, then by one inside the node.
+  m.def(
+      "dispatch.grid(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor rail_send_row, Tensor rail_send_counts, "
+      "Tensor rail_recv_counts, Tensor rail_recv_map, Tensor send_row, Tensor send_counts, Tensor recv_counts, "
+      "Tensor recv_map, str layout, str rail_name, str group_name, Tensor? after=None) -> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine.grid(Tensor y, Tensor? topk_weights, Tensor? scales, Tensor rail_send_row, Tensor rail_send_counts, "
+      "Tensor rail_recv_counts, Tensor rail_recv_map, Tensor send_row, Tensor send_counts, Tensor recv_counts, "
+      "Tensor recv_map, str layout, str rail_name, str group_name, Tensor? after=None) -> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine.grid_weighted(Tensor y, Tensor row_weights, Tensor rail_send_row, Tensor rail_send_counts, "
+      "Tensor rail_recv_counts, Tensor rail_recv_map, Tensor send_row, Tensor send_counts, Tensor recv_counts, "
+      "Tensor recv_map, str layout, str rail_name, str group_name, Tensor? after=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
 
   // For decoding: no plan, static shapes, inference only. `quantize`: '' for none. The halves are joined by `status`
   // ([2, world_size]: rows from each rank, wait_ns) and `in_flight` ([world_size * max_tokens_per_rank, bytes per wire
@@ -126,6 +142,9 @@ void implement(torch::Library& m) {
   m.impl("dispatch", &ep::dispatch);
   m.impl("combine", &ep::combine);
   m.impl("combine.weighted", &ep::combine_weighted);
+  m.impl("dispatch.grid", &ep::dispatch_grid);
+  m.impl("combine.grid", &ep::combine_grid);
+  m.impl("combine.grid_weighted", &ep::combine_grid_weighted);
   m.impl("low_latency_dispatch", &ep::low_latency_dispatch);
   m.impl("low_latency_dispatch_send", &ep::low_latency_dispatch_send);
   m.impl("low_latency_dispatch_recv", &ep::low_latency_dispatch_recv);
