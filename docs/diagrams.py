@@ -573,7 +573,9 @@ def grid_diagram() -> Drawing:
     d.arrow(650, 140, 650, 188, color=GREEN_LINE)
     d.text(222, 169, "2. relay", color=GREEN_LINE)
     d.text(662, 169, "2. relay", color=GREEN_LINE)
-    d.text(20, 290, "One row crosses the network for the experts on ranks 2 and 3. One level would send two.", color=MUTED)
+    d.text(
+        20, 290, "One row crosses the network for the experts on ranks 2 and 3. One level would send two.", color=MUTED
+    )
     d.text(20, 310, "combine goes back: ranks 2 and 3 are summed on rank 2, which sends one row.", color=MUTED)
     return d
 

@@ -166,7 +166,7 @@ def check_results(rank: int, world_size: int, seed: int) -> list[str]:
         mode, plans = draw_mode(rng, case)
         compare = Comparison()
         plan = torch_ep.plan(case.topk_idx()[rank], case.num_experts, **mode.arguments())
-        for field in plan._fields[:-2]:
+        for field in plan._fields[:8]:
             compare.expect(field, getattr(plan, field), getattr(plans[rank], field))
         check_dispatch(rng, rank, case, plan, plans, compare)
         check_combine(rng, rank, case, plan, plans, compare)

@@ -21,8 +21,8 @@ except ImportError as error:
         "does not load: install torch_ep again"
     ) from error
 from . import meta, nn, ops, reference  # noqa: F401
+from .checkpointing import EXCHANGES, checkpoint_contexts, save_exchanges
 from .comm import Communicator, active_ranks, destroy, init, mask_ranks, reset
-from .dynamic import mark_tokens
 from .low_latency import (
     InFlightCombine,
     InFlightDispatch,
@@ -37,8 +37,8 @@ from .low_latency import (
 )
 from .ops import combine, dispatch, plan
 from .plan import Layout, Plan
-from .recompute import EXCHANGES, checkpoint_contexts, save_exchanges
-from .routing import from_sentinel, to_sentinel
+from .sentinel import from_sentinel, to_sentinel
+from .token_counts import mark_tokens
 
 __version__ = "0.1.0"
 

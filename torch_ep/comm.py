@@ -486,7 +486,7 @@ def _why_not_nvlink(process: dist.ProcessGroup | None, world_size: int, limits: 
         return f"its buffers need every limit, and {', '.join(missing)} is not given"
     num_topk, num_experts = limits["num_topk"] or 0, limits["num_experts"] or 0
     if num_topk > _MAX_TOPK:
-        return f"it takes at most {_MAX_TOPK} experts a token, and num_topk is {num_topk}"
+        return f"it takes at most {_MAX_TOPK} experts per token, and num_topk is {num_topk}"
     if num_experts % world_size:
         return f"num_experts = {num_experts} is no multiple of the {world_size} ranks"
     most_experts = torch.ops.ep._nvlink_most_experts(world_size)

@@ -253,16 +253,31 @@ def _relay(
     }
 
 
+def _check_rail(op: str, name: str, rail: Any) -> Plan:
+    """Checks a rail before the exchange inside the node, which comes first or at the same time."""
+    check_type(op, name, rail, Plan, "a torch_ep.Plan or None")
+    check_tensors(op, {f"{name}.send_row": rail.send_row, f"{name}.send_counts": rail.send_counts})
+    check_str(op, f"{name}.group_name", rail.group_name, "to be a str")
+    if rail.group_name not in communicators:
+        refuse(
+            RuntimeError,
+            f"{op}: expected an initialized group, got group '{rail.group_name}': call torch_ep.init with "
+            "ranks_per_node on every rank first",
+        )
+    return rail
+
+
 def _of_node(op: str, statistics: Any, rail: Plan, in_node: Any = None) -> LowLatencyStatistics | None:
     """The counters of the ranks of this rank's node. `in_node`: what has the number of experts of the node."""
     if statistics is None:
         return None
-    num_nodes, node = rail.send_counts.shape[0], communicators[rail.group_name].rank
+    communicator = communicators[rail.group_name]
+    num_nodes = communicator.world_size
     if in_node is not None:
-        ranks_per_node = communicators[in_node.group_name].world_size
+        _, ranks_per_node = resolve(in_node.group_name)
         num_experts, device = num_nodes * in_node.num_experts, rail.send_counts.device
         _check_statistics(op, statistics, num_experts, num_nodes * ranks_per_node, device)
-    return statistics._replace(wait_ns=statistics.wait_ns.view(num_nodes, -1)[node])
+    return statistics._replace(wait_ns=statistics.wait_ns.view(num_nodes, -1)[communicator.rank])
 
 
 @reports_to_peers("ep::low_latency_dispatch", 5, "group")
@@ -360,8 +375,10 @@ def low_latency_combine(
         ValueError, TypeError, RuntimeError, torch.distributed.DistError: as `low_latency_dispatch`.
     """
     if isinstance(plan, LowLatencyPlan) and plan.rail is not None:
-        of_node = _of_node("ep::low_latency_combine", statistics, plan.rail, plan)
-        return combine(low_latency_combine(y, plan._replace(rail=None), statistics=of_node, after=after), plan.rail)
+        op = "ep::low_latency_combine"
+        rail = _check_rail(op, "plan.rail", plan.rail)
+        of_node = _of_node(op, statistics, rail, plan)
+        return combine(low_latency_combine(y, plan._replace(rail=None), statistics=of_node, after=after), rail)
     arguments = _check_combine_arguments(y, plan, statistics, after)
     out, wait_ns = torch.ops.ep.low_latency_combine(*arguments, after)
     if statistics is not None:
@@ -471,7 +488,8 @@ def low_latency_dispatch_recv(
     """The second half of `low_latency_dispatch`. Collective; returns and raises as the whole operator does."""
     op = "ep::low_latency_dispatch_recv"
     if isinstance(in_flight, InFlightDispatch) and in_flight.rail is not None:
-        of_node = _of_node(op, statistics, in_flight.rail, in_flight)
+        rail = _check_rail(op, "in_flight.rail", in_flight.rail)
+        of_node = _of_node(op, statistics, rail, in_flight)
         received, plan = low_latency_dispatch_recv(in_flight._replace(rail=None), statistics=of_node)
         return received, plan._replace(rail=in_flight.rail)
     _check_in_flight(op, in_flight, InFlightDispatch, statistics)
@@ -492,7 +510,8 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
     Args, Raises: as `low_latency_combine`.
     """
     if isinstance(plan, LowLatencyPlan) and plan.rail is not None:
-        return low_latency_combine_send(y, plan._replace(rail=None), after=after)._replace(rail=plan.rail)
+        rail = _check_rail("ep::low_latency_combine", "plan.rail", plan.rail)
+        return low_latency_combine_send(y, plan._replace(rail=None), after=after)._replace(rail=rail)
     arguments = _check_combine_arguments(y, plan, None, after)
     *_, num_experts, world_size, group_name = arguments
     status, data = torch.ops.ep.low_latency_combine_send(*arguments, after)
@@ -512,8 +531,9 @@ def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLaten
     """The second half of `low_latency_combine`. Collective; returns and raises as the whole operator does."""
     op = "ep::low_latency_combine_recv"
     if isinstance(in_flight, InFlightCombine) and in_flight.rail is not None:
-        of_node = _of_node(op, statistics, in_flight.rail, in_flight)
-        return combine(low_latency_combine_recv(in_flight._replace(rail=None), statistics=of_node), in_flight.rail)
+        rail = _check_rail(op, "in_flight.rail", in_flight.rail)
+        of_node = _of_node(op, statistics, rail, in_flight)
+        return combine(low_latency_combine_recv(in_flight._replace(rail=None), statistics=of_node), rail)
     _check_in_flight(op, in_flight, InFlightCombine, statistics)
     *arguments, _ = in_flight
     out, wait_ns = torch.ops.ep.low_latency_combine_recv(*arguments)

@@ -74,7 +74,9 @@ _ROW_WEIGHTS = _ShapeOf(
     ", one per row of the dispatch",
     ": pass the weights that it returned in layout expert_major",
 )
-_RETURNED_WEIGHTS = _ShapeOf(", as dispatch returned the weights", ": pass these, or others in their places")
+_RETURNED_WEIGHTS = _ShapeOf(
+    ", as dispatch returned the weights", ": pass these, or others in their places; to weigh rows pass row_weights="
+)
 _TOKENS_OF_X = _ShapeOf(", one row per token of x", ": pass the topk_idx of these tokens")
 _ENTRIES = _ShapeOf(", one per entry of topk_idx", ": pass the weights of that topk_idx")
 _LOW_LATENCY_ROWS = _ShapeOf(

@@ -392,12 +392,12 @@ CASES = {
     "combine-strides": combine("expected contiguous y, got strides [0, 0]", y=torch.ones(()).expand(5, 4), fake=False),
     "combine-weights": combine(
         "expected topk_weights of shape [5], as dispatch returned the weights, got [5, 2]"
-        ": pass these, or others in their places",
+        ": pass these, or others in their places; to weigh rows pass row_weights=",
         topk_weights=torch.ones(5, 2),
     ),
     "combine-weights-rank_major": combine(
         "expected topk_weights of shape [3, 2], as dispatch returned the weights, got [3]"
-        ": pass these, or others in their places",
+        ": pass these, or others in their places; to weigh rows pass row_weights=",
         plan_layout="rank_major",
         y=torch.ones(3, 4),
         topk_weights=torch.ones(3),
@@ -1036,7 +1036,7 @@ REASONS = {
         {"hidden": 8, "num_experts": 4},
         "its buffers need every limit, and max_tokens_per_rank, num_topk is not given",
     ),
-    "topk": (True, True, {**LIMITS, "num_topk": 33}, "it takes at most 32 experts a token, and num_topk is 33"),
+    "topk": (True, True, {**LIMITS, "num_topk": 33}, "it takes at most 32 experts per token, and num_topk is 33"),
     "other-gpu": (True, True, LIMITS, "torch_ep was not built for this GPU"),
 }
 

@@ -88,3 +88,10 @@ def test_every_rank_names_a_rank_of_a_lost_host(tmp_path: Path) -> None:
         assert f"for rank {1 - rank // 2}, not heard of since" in message, message
         assert f"are global ranks [{rank % 2}, {rank % 2 + 2}]" in message, message
         assert (tmp_path / f"again {rank}").exists()
+
+
+def test_messages_and_memory_are_as_computed() -> None:
+    """What `growth.py` prints for thousands of ranks, counted on four."""
+    done = run_script("growth.py", "--check", "4")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "4 processes: messages and memory as computed" in done.stdout

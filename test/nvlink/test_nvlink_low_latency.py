@@ -151,7 +151,7 @@ def test_random_cases(name: str, batch: int) -> None:
 
 
 def every_kind(world_size: int) -> list[Case]:
-    """Each width with each type and quantization, as far as there is room; experts a token and all else in turn."""
+    """Each width with each type and quantization, as far as there is room; experts per token and all else in turn."""
     tokens = (6, 0, 8, 1)[:world_size]
     cases = []
     for hidden in (8, 128, 144, 1000, *low_latency_cases.WIDE):
@@ -194,7 +194,7 @@ def test_data_that_begins_anywhere(name: str) -> None:
 
 
 def full(world_size: int) -> list[Case]:
-    """As many tokens as there is room for, and as many experts a token and a rank."""
+    """As many tokens as there is room for, and as many experts per token and per rank."""
     limit = limits(world_size)
     most, num_local = limit["low_latency_tokens"], limit["num_experts"] // world_size
     return [

@@ -103,6 +103,15 @@ bool is_connected_to_all(std::string group_name) {
   return is_connected(group_name);
 }
 
+// Messages and bytes sent since the ranks connected, and bytes of headers held.
+std::vector<int64_t> traffic_of(std::string group_name) {
+  const auto comm = guess_communicator(group_name);
+  TORCH_CHECK(
+      comm && comm->group_name == group_name, "torch_ep: expected an initialized group, got '", group_name, "'");
+  const auto& traffic = comm->channel->traffic();
+  return {traffic.messages, traffic.bytes, comm->channel->header_bytes()};
+}
+
 void set_init_hint(std::string hint) {
   hint_at_init(hint);
 }
@@ -118,6 +127,7 @@ TORCH_LIBRARY_FRAGMENT(ep, m) {
   m.def("_is_connected(str group_name) -> bool", &is_connected_to_all);
   m.def("_orphaned() -> str[]", &orphaned_communicators);
   m.def("_hint_at_init(str hint) -> ()", &set_init_hint);
+  m.def("_traffic(str group_name) -> int[]", &traffic_of);
   m.def("_destroy(str group_name) -> ()", &destroy);
 }
 

@@ -267,6 +267,8 @@ void Channel::send_headers(const std::function<void(int, Header&)>& fill, Deadli
     fill(peer, header);
     header.arrived = Header::kArrived;
     auto work = post_send(outboxes_[sequence & 1][peer], peer, kHeaderTag);
+    ++traffic_.messages;
+    traffic_.bytes += sizeof(Header);
     sends.pending_.push_back({peer, work, work ? Transfers::State::pending : Transfers::State::done});
   }
 }
@@ -298,6 +300,8 @@ void Channel::send_rows(const at::Tensor& rows, const std::vector<int64_t>& coun
     const int peer = (rank_ + step) % world_size_;
     if (counts[peer] > 0) {
       auto work = post_send(rows.narrow(0, begin[peer], counts[peer]), peer, kRowsTag);
+      ++traffic_.messages;
+      traffic_.bytes += counts[peer] * rows.size(1) * static_cast<int64_t>(rows.element_size());
       transfers.pending_.push_back({peer, work, work ? Transfers::State::pending : Transfers::State::lost});
     }
   }

@@ -111,6 +111,13 @@ class Channel {
   Channel& operator=(const Channel&) = delete;
 
   int64_t sequence() const { return sequence_; }
+  // What this rank has sent to its peers.
+  struct Traffic {
+    int64_t messages = 0, bytes = 0;
+  };
+  const Traffic& traffic() const { return traffic_; }
+  // Bytes of the headers that this rank holds.
+  int64_t header_bytes() const { return inboxes_.numel() + outboxes_.numel(); }
   // Why it is closed; empty while it is open.
   const std::string& closed() const { return closed_; }
   // Whether this process was forked from the process that connected.
@@ -161,6 +168,7 @@ class Channel {
   const int rank_, world_size_;
   const int64_t pid_;
   int64_t sequence_ = 0;  // exchanges begun
+  Traffic traffic_;
   std::string closed_;
   std::timed_mutex mutex_;
   std::atomic<std::thread::id> owner_{};  // thread of the exchange in progress

@@ -110,7 +110,9 @@ constexpr ShapeOf kRows{
 constexpr ShapeOf kRowWeights{
     ", one per row of the dispatch",
     ": pass the weights that it returned in layout expert_major"};
-constexpr ShapeOf kReturnedWeights{", as dispatch returned the weights", ": pass these, or others in their places"};
+constexpr ShapeOf kReturnedWeights{
+    ", as dispatch returned the weights",
+    ": pass these, or others in their places; to weigh rows pass row_weights="};
 constexpr ShapeOf kTokensOfX{", one row per token of x", ": pass the topk_idx of these tokens"};
 constexpr ShapeOf kEntries{", one per entry of topk_idx", ": pass the weights of that topk_idx"};
 constexpr ShapeOf kLowLatencyRows{
