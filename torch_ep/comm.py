@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import grid as grids
 from . import rendezvous, symmetric
-from .grid import agree, flat_group_of, grid_of_mesh, make_grid, ranks_per_node_of
+from .grid import agree, flat_group_of, make_flat_group, make_grid, ranks_per_node_of
 
 __all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
@@ -235,7 +236,6 @@ def init(
         return _init_grid(group, ranks_per_node, max_relay_rows, arguments)
     group_name, world_size = resolve(group)
     process = process_group(group_name) if world_size > 1 else None
-    _forget_grid(group_name)
     try:
         _check_arguments(arguments)
     except (TypeError, ValueError) as error:
@@ -249,6 +249,7 @@ def init(
         has_connected = _agree(process, timeout, arguments)
         if not has_connected and _arguments_of.get(group_name) == (process, arguments):
             return communicators[group_name]
+        _forget_grid(group_name)
     elif group is None and not (dist.is_available() and dist.is_initialized()):
         torch.ops.ep._hint_at_init(
             ". (torch_ep.init was called before torch.distributed.init_process_group, where there was no group yet: "
@@ -288,10 +289,9 @@ def _init_grid(
     """`init` of a group as a grid of nodes."""
     is_valid = isinstance(arguments["timeout"], timedelta)  # else `_check_arguments` raises
     timeout = _init_timeout(arguments["timeout"]) if is_valid else _MAX_REPORT
-    grid = None
+    mesh_size = None
     if isinstance(group, DeviceMesh) and group.ndim == 2:
-        grid = grid_of_mesh(group, timeout)
-        process = grid.flat
+        process, mesh_size = make_flat_group(group, timeout), group.mesh.shape[1]
     else:
         group_name, world_size = resolve(group)
         if world_size == 1:
@@ -301,10 +301,9 @@ def _init_grid(
     # Ranks leave their connections together: one that passes no ranks_per_node waits for the others on them.
     if torch.ops.ep._is_connected(name):
         torch.ops.ep._report_failure("torch_ep.init", name, "it was called with ranks_per_node or a mesh of nodes")
-    _destroy(name)
     try:
         _check_arguments(arguments)
-        _check_grid(process.size(), None if grid is None else grid.node.size(), ranks_per_node, max_relay_rows)
+        _check_grid(process.size(), mesh_size, ranks_per_node, max_relay_rows)
         _refuse_fake(process)
     except (TypeError, ValueError, RuntimeError) as error:
         with suppress(dist.DistError):
@@ -312,21 +311,18 @@ def _init_grid(
         raise
     all_arguments = {**arguments, "ranks_per_node": ranks_per_node, "max_relay_rows": max_relay_rows}
     hosts = agree(process, all_arguments, timeout)
-    reason = "a DeviceMesh"
-    if grid is None:
-        assert ranks_per_node is not None
-        if ranks_per_node == "auto":
-            ranks_per_node, reason = ranks_per_node_of(hosts)
-        else:
-            reason = "asked for"
-            if ranks_per_node in (1, process.size()):
-                reason = "one rank per node" if ranks_per_node == 1 else "one node"
-                ranks_per_node = None
-        if ranks_per_node is None:
-            communicator = init(process, **arguments)
-            communicators[name] = communicator._replace(reason=f"no grid: {reason}; {communicator.reason}")
-            return communicators[name]
-        grid = make_grid(process, ranks_per_node, timeout)
+    _destroy(name)
+    size: Any = mesh_size if ranks_per_node is None else ranks_per_node
+    reason = "asked for" if mesh_size is None else "a DeviceMesh"
+    if size == "auto":
+        size, reason = ranks_per_node_of(hosts)
+    elif size in (1, process.size()):
+        size, reason = None, "one rank per node" if size == 1 else "one node"
+    if size is None:
+        communicator = init(process, **arguments)
+        communicators[name] = communicator._replace(reason=f"no grid: {reason}; {communicator.reason}")
+        return communicators[name]
+    grid = make_grid(process, size, timeout)
     num_nodes = grid.rail.size()
     if max_relay_rows is None and arguments["max_tokens_per_rank"] is not None:
         max_relay_rows = num_nodes * arguments["max_tokens_per_rank"]
@@ -356,7 +352,7 @@ def _init_grid(
         rail=rail,
         node=node,
     )
-    _arguments_of[name] = (process, arguments)
+    _arguments_of[name] = (process, {**all_arguments, "ranks_per_node": size})  # `reset` has no mesh
     return communicators[name]
 
 
@@ -637,9 +633,9 @@ def reset(group: Group = None) -> None:
     if group_name in _virtual:
         raise RuntimeError("torch_ep.reset: virtual ranks have no store to agree through: make new ones")
     process, arguments = _arguments_of[group_name]
-    if communicator.rail is not None and communicator.node is not None:
-        for level in (communicator.node, communicator.rail):
-            reset(level.group_name)
+    if communicator.rail is not None:
+        # Both levels connect anew, and all ranks learn whether they have: half a grid is of no use.
+        init(process, **arguments)
         return
     if communicator.backend == "nvlink":
         epoch = torch.ops.ep._settle_nvlink(group_name)
@@ -720,6 +716,7 @@ def _forget_orphans() -> None:
     for group_name in [name for name, communicator in communicators.items() if communicator.rail is not None]:
         if not _is_current(group_name):
             _destroy(group_name)
+    grids.forget_orphans()
 
 
 def _is_current(group_name: str) -> bool:

@@ -20,22 +20,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import rendezvous
 
-__all__ = ["Grid", "agree", "flat_group_of", "grid_of_mesh", "make_grid", "ranks_per_node_of"]
+__all__ = ["Grid", "agree", "flat_group_of", "forget_orphans", "make_flat_group", "make_grid", "ranks_per_node_of"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Grid(NamedTuple):
-    """The process groups of this rank."""
+    """The process groups of this rank. A rail and a node have groups of their own, which only torch_ep uses."""
 
     flat: dist.ProcessGroup
     rail: dist.ProcessGroup
     node: dist.ProcessGroup
 
 
-# Grids are kept, since torch keeps every process group until the program destroys it.
+# Grids are kept until their flat group is gone: making groups is collective, and `torch_ep.destroy` is local.
 _grids: dict[tuple[str, int], Grid] = {}  # by flat group and ranks per node
-_grids_of_meshes: dict[tuple[str, str], Grid] = {}  # by rail and node
+_flat_groups: dict[tuple[str, str], tuple[dist.ProcessGroup, ...]] = {}  # by a mesh's groups: these, and the flat one
 
 
 def host_name() -> str:
@@ -49,24 +49,38 @@ def _names(mesh: DeviceMesh) -> tuple[str, str]:
 
 
 def flat_group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group of all ranks of a two-dimensional mesh; None before `grid_of_mesh`."""
-    grid = _grids_of_meshes.get(_names(mesh))
-    return None if grid is None else grid.flat
+    """The group of all ranks of a two-dimensional mesh; None before `make_flat_group`."""
+    found = _flat_groups.get(_names(mesh))
+    return None if found is None else found[-1]
 
 
-def grid_of_mesh(mesh: DeviceMesh, timeout: timedelta) -> Grid:
-    """The grid of a mesh of dimensions (node, position in the node). Collective at first."""
-    names, rail, node = _names(mesh), mesh.get_group(0), mesh.get_group(1)
-    grid = _grids_of_meshes.get(names)
-    if grid is None or (grid.rail, grid.node) != (rail, node):
+def make_flat_group(mesh: DeviceMesh, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh of dimensions (node, position in the node). Collective at first."""
+    names, dimensions = _names(mesh), (mesh.get_group(0), mesh.get_group(1))
+    found = _flat_groups.get(names)
+    if found is None or found[:2] != dimensions or not _exists(found[2]):
         ranks = mesh.mesh.flatten().tolist()
         if ranks != sorted(ranks):
             raise ValueError(
                 "torch_ep.init: expected a DeviceMesh of ascending ranks, (node, position in the node), got "
                 f"{mesh.mesh.tolist()}"
             )
-        grid = _grids_of_meshes[names] = Grid(_new_group(ranks, rail, timeout), rail, node)
-    return grid
+        found = _flat_groups[names] = (*dimensions, _new_group(ranks, dimensions[0], timeout))
+    return found[2]
+
+
+def _exists(group: dist.ProcessGroup) -> bool:
+    return group in dist.distributed_c10d._world.pg_map
+
+
+def forget_orphans() -> None:
+    """Destroys the groups of rails and nodes whose flat group is gone."""
+    for key, grid in list(_grids.items()):
+        if not _exists(grid.flat):
+            del _grids[key]
+            for group in (grid.rail, grid.node):
+                if _exists(group):
+                    dist.destroy_process_group(group)
 
 
 def _new_group(ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:

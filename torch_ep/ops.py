@@ -307,6 +307,8 @@ def _grid_args(op: str, plan: Plan) -> tuple:
     check_type(op, "plan.rail", plan.rail, Plan, "a torch_ep.Plan")
     *rail, _, rail_name = _plan_args(op, plan.rail)  # type: ignore[arg-type]
     *node, layout, group_name = _plan_args(op, plan)
+    if rail_name == group_name:
+        refuse(ValueError, f"{op}: expected plan.rail of another group than the plan's, got group '{group_name}' twice")
     return *rail, *node, layout, rail_name, group_name
 
 

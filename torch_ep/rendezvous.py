@@ -106,7 +106,8 @@ def all_gather(
         deadline = time.monotonic() + timeout.total_seconds()
         try:
             store.wait(keys, timeout)
-            entries = [json.loads(store.get(key)) for key in keys]
+            # A rank that failed before has left an empty value, and writes the next one after it comes here.
+            entries = [json.loads(store.get(key) or b"null") for key in keys]
         except Exception:
             entries = []
         while entries and not all(entries) and time.monotonic() < deadline:  # a rank that timed out earlier may retry

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.harness import PATIENCE, random_topk, same_bits, seeded, world
+from support.harness import PATIENCE, random_topk, same_bits, seeded, short_timeout, world
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
@@ -452,6 +452,82 @@ def test_a_bad_argument_of_one_rank_reaches_all(case: str) -> None:
     for rank in (0, 2, 3):
         assert messages[rank].startswith("DistError: "), messages
         assert reason[:30] in messages[rank], messages
+
+
+def _levels_of_one_rank(rank: int, world_size: int) -> str:
+    """Rank 1 combines inside its node alone, on one level: its node's other rank would take parts for whole rows."""
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2)
+    plan = torch_ep.plan(random_topk(5, 3, 8, seeded(rank), 0), 8)
+    rows = torch.ones(plan.num_rows, WIDE)
+    message = _message(torch_ep.combine, rows, plan._replace(rail=None) if rank == 1 else plan)
+    _equals_layer_of_one_rank(rank, world_size)
+    return message
+
+
+def test_levels_of_one_rank_alone() -> None:
+    messages = world(4).run(_levels_of_one_rank)
+    assert all("expected the same levels and parts" in message for message in messages), messages
+    assert "on rank 0" in messages[2] and "on rank 1" in messages[2]  # global ranks, also in another node
+
+
+def _working_grid_stays(rank: int, world_size: int) -> list[str]:
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2)
+    messages = [
+        _message(torch_ep.init, timeout=PATIENCE, ranks_per_node=2, hidden=-1),
+        _message(torch_ep.init, timeout=PATIENCE, ranks_per_node=2, hidden=-1 if rank == 2 else None),
+    ]
+    _equals_layer_of_one_rank(rank, world_size)
+    torch_ep.init(timeout=PATIENCE)
+    messages.append(_message(torch_ep.init, timeout=PATIENCE, max_relay_rows=4))
+    idx = random_topk(4, 2, 8, seeded(rank), 0)
+    torch_ep.plan(idx, 8)
+    return messages
+
+
+def test_a_bad_argument_of_init_leaves_the_group_as_it_is() -> None:
+    for rank, (all_ranks, one_rank, flat) in enumerate(world(4).run(_working_grid_stays)):
+        own = "ValueError: torch_ep.init: expected a positive hidden or None, got -1"
+        assert all_ranks == own
+        assert one_rank == own if rank == 2 else "rank 2 failed before" in one_rank
+        assert "expected ranks_per_node with max_relay_rows, got None" in flat
+
+
+def _groups_of_a_mesh(rank: int, world_size: int) -> list[str]:
+    """Its dimensions, as groups of their own, and another grid."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
+    torch_ep.init(mesh["local"], timeout=PATIENCE, max_tokens_per_rank=9)
+    torch_ep.init(mesh, timeout=PATIENCE, max_tokens_per_rank=4)
+    torch_ep.init(timeout=PATIENCE, ranks_per_node=2, max_tokens_per_rank=20)
+    idx = torch.zeros(9, 1, dtype=torch.int64)
+    messages = [_message(torch_ep.plan, idx, 8, mesh), _message(torch_ep.plan, idx, 8, None)]
+    torch_ep.destroy(mesh)
+    messages += [_message(torch_ep.plan, idx, 8, mesh["local"]), _message(torch_ep.plan, idx, 8, None)]
+    torch_ep.destroy(mesh["local"])
+    torch_ep.init(timeout=PATIENCE)
+    return messages
+
+
+def test_a_grid_leaves_other_groups_alone() -> None:
+    for messages in world(4).run(_groups_of_a_mesh):
+        assert "expected at most max_tokens_per_rank = 4 tokens, got 9" in messages[0]
+        assert messages[1:] == ["nothing raised"] * 3
+
+
+def _reset_after_a_late_rank(rank: int, world_size: int) -> str:
+    torch_ep.init(timeout=short_timeout(), ranks_per_node=2)
+    idx = random_topk(4, 2, 8, seeded(rank), 0)
+    message = _message(torch_ep.plan, idx, 8) if rank != 1 else ""
+    dist.barrier()
+    torch_ep.reset()
+    _equals_layer_of_one_rank(rank, world_size)
+    torch_ep.init(timeout=PATIENCE)
+    return message
+
+
+def test_reset_after_a_rank_that_did_not_come() -> None:
+    messages = world(4).run(_reset_after_a_late_rank)
+    for rank in (0, 2, 3):
+        assert messages[rank].startswith("DistError") and "rank 1" in messages[rank], messages
 
 
 def _bad_init(rank: int, world_size: int, connected: bool) -> list[str]:

@@ -95,7 +95,8 @@ bool init_communicator(const std::string& group_name, const std::string& connect
       .max_hidden = options.hidden.value_or(kNoLimit),
       .max_topk = options.num_topk.value_or(kNoLimit),
       .max_experts = options.num_experts.value_or(kNoLimit),
-      .rank_note = note_of(options.global_ranks)});
+      .rank_note = note_of(options.global_ranks),
+      .global_ranks = options.global_ranks});
   const std::vector<Agreed> agreed{
       {"max_tokens_per_rank", options.max_tokens_per_rank.value_or(kNoLimit)},
       {"hidden", options.hidden.value_or(kNoLimit)},

@@ -26,15 +26,6 @@ constexpr milliseconds kReportTime{2000};
 // How often a wait for the device runs signal handlers and polls the peers.
 constexpr milliseconds kDeviceTick{100};
 
-std::string list_ranks(const std::vector<int>& ranks) {
-  std::ostringstream out;
-  out << (ranks.size() == 1 ? "rank " : "ranks ");
-  for (size_t i = 0; i < ranks.size(); ++i) {
-    out << (i ? ", " : "") << ranks[i];
-  }
-  return out.str();
-}
-
 // Note [One verdict]
 // A header holds only the rows between its sender and its receiver: the counts of all pairs would be W numbers per
 // header and W squared per rank. But every rank must detect a disagreement between any two ranks. So a header also
@@ -110,6 +101,23 @@ Exchange::Exchange(
   });
 }
 
+int64_t Exchange::shown(int rank) const {
+  return is_linked(comm_->group_name) ? comm_->global_ranks[rank] : rank;
+}
+
+std::string Exchange::list_ranks(const std::vector<int>& ranks) const {
+  std::ostringstream out;
+  out << (ranks.size() == 1 ? "rank " : "ranks ");
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    out << (i ? ", " : "") << shown(ranks[i]);
+  }
+  return out.str();
+}
+
+std::string Exchange::rank_note() const {
+  return is_linked(comm_->group_name) ? "" : comm_->rank_note;
+}
+
 Exchange::~Exchange() {
   close("an error between the start and the end of exchange " + std::to_string(sequence_));
 }
@@ -119,7 +127,7 @@ void Exchange::check_closed() const {
   if (!why.empty()) {
     std::ostringstream message;
     message << name_of(op_) << ": group '" << comm_->group_name << "' is closed since an exchange on it failed on rank "
-            << comm_->rank << ": call torch_ep.reset(group) on every rank. The failure was: " << why;
+            << shown(comm_->rank) << ": call torch_ep.reset(group) on every rank. The failure was: " << why;
     C10_THROW_ERROR(DistError, message.str());
   }
 }
@@ -148,13 +156,13 @@ std::vector<int64_t> Exchange::confirm() {
   // All ranks come to the same verdict, so no rank sends rows: the channel stays open.
   const auto disagree = [&] {
     is_over_ = true;
-    C10_THROW_ERROR(DistError, message.str() + comm_->rank_note);
+    C10_THROW_ERROR(DistError, message.str() + rank_note());
   };
 
   for (int peer = 0; peer < world_size; ++peer) {
     if (peer != rank && headers[peer].state == Header::kFailed) {
       const auto& text = headers[peer].message;
-      message << "rank " << peer << " failed before exchange " << sequence_ << ": "
+      message << "rank " << shown(peer) << " failed before exchange " << sequence_ << ": "
               << std::string(text.data(), strnlen(text.data(), text.size()));
       disagree();
     }
@@ -162,9 +170,9 @@ std::vector<int64_t> Exchange::confirm() {
   for (int peer = 0; peer < world_size; ++peer) {
     const auto& h = headers[peer];
     if (peer != rank && (h.op != static_cast<int64_t>(op_) || h.sequence != sequence_)) {
-      message << "ranks issued different sequences of operators on group '" << comm_->group_name << "': rank " << rank
-              << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << peer << " in "
-              << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence
+      message << "ranks issued different sequences of operators on group '" << comm_->group_name << "': rank "
+              << shown(rank) << " is in " << name_of(op_) << " (exchange " << sequence_ << "), rank " << shown(peer)
+              << " in " << name_of(static_cast<OpKind>(h.op)) << " (exchange " << h.sequence
               << "): call the same operators in the same order on every rank";
       disagree();
     }
@@ -182,7 +190,7 @@ std::vector<int64_t> Exchange::confirm() {
                                      : std::to_string(value);
         };
         message << "expected the same " << agreed_[i].name << " on every rank, got " << show(agreed_[i].value)
-                << " on rank " << rank << " and " << show(theirs) << " on rank " << peer;
+                << " on rank " << shown(rank) << " and " << show(theirs) << " on rank " << shown(peer);
         disagree();
       }
     }
@@ -197,8 +205,8 @@ std::vector<int64_t> Exchange::confirm() {
   }
   const auto check_pair = [&](int from, int to, int64_t sends, int64_t expects) {
     if (expects != Header::kUnknown && expects != sends) {
-      message << "expected the same plan on every rank, got one by which " << expects << " rows go from rank " << from
-              << " to rank " << to << ", where rank " << from << " sends " << sends;
+      message << "expected the same plan on every rank, got one by which " << expects << " rows go from rank "
+              << shown(from) << " to rank " << shown(to) << ", where rank " << shown(from) << " sends " << sends;
       disagree();
     }
   };
@@ -229,7 +237,7 @@ std::vector<int64_t> Exchange::confirm() {
           ": expected 0 to 2**31 - 1 rows from each rank, got ",
           recv_rows[peer],
           " from rank ",
-          peer);
+          shown(peer));
     }
   });
   return recv_rows;
@@ -336,7 +344,7 @@ void Exchange::fail(Phase phase, const Failure& failure, const std::string& caus
 
   std::ostringstream message;
   std::vector<int> blamed;
-  message << name_of(op_) << ": rank " << rank;
+  message << name_of(op_) << ": rank " << shown(rank);
   const auto where = [&]() -> std::ostringstream& {
     message << "exchange " << sequence_ << " of group '" << comm_->group_name << "' ("
             << (phase == Phase::headers ? "headers" : "rows") << ", timeout " << comm_->timeout.count() << " ms)";
@@ -361,7 +369,7 @@ void Exchange::fail(Phase phase, const Failure& failure, const std::string& caus
   if (!cause.empty()) {
     message << " (" << cause.substr(0, cause.find('\n')) << ")";
   }
-  message << comm_->rank_note << ". To go on with all ranks, call torch_ep.reset(group) on each of them";
+  message << rank_note() << ". To go on with all ranks, call torch_ep.reset(group) on each of them";
   close(message.str(), blamed);
   C10_THROW_ERROR(DistError, message.str());
 }

@@ -56,6 +56,11 @@ class Exchange final : public RowExchange {
     at::Tensor output, input;                    // alive until the transfer ends
   };
 
+  // A rank as errors name it: on a rail or in a node by its global rank, since these errors travel to other groups.
+  int64_t shown(int rank) const;
+  std::string list_ranks(const std::vector<int>& ranks) const;
+  // What an error ends with.
+  std::string rank_note() const;
   void await_device(const c10::intrusive_ptr<c10d::Work>& work);
   void check_closed() const;
   void close(const std::string& why, const std::vector<int>& blamed = {});

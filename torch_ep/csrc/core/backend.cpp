@@ -125,6 +125,10 @@ void unlink_group(const std::string& group_name) {
   unlink(group_name);
 }
 
+bool is_linked(const std::string& group_name) {
+  return link_of(group_name).has_value();
+}
+
 bool is_second_exchange(OpKind op, const std::string& group_name) {
   const auto link = link_of(group_name);
   const bool is_combine = op == OpKind::combine || op == OpKind::low_latency_combine;

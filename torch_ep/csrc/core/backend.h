@@ -127,6 +127,7 @@ void check_group(OpKind op, const std::string& group_name, int64_t world_size);
 void link_groups(const std::string& rail, const std::string& node);
 // A name without a link is not an error.
 void unlink_group(const std::string& group_name);
+bool is_linked(const std::string& group_name);
 // Whether `op` exchanges over this group after it has exchanged over the linked group.
 bool is_second_exchange(OpKind op, const std::string& group_name);
 // Reports a failure in `op` on this group to the ranks of the linked group, if there is one.

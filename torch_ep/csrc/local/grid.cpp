@@ -111,8 +111,8 @@ Payloads ComposedBackend::dispatch_on_grid(
   }
   constexpr auto op = OpKind::dispatch;
   const auto& kernels = permute_kernels(x);
-  const auto agreed = agreed_of(x, topk_weights, scales);
   const auto cut = cut_columns(x);
+  const auto agreed = agreed_of(x, topk_weights, scales, static_cast<int64_t>(cut.size()) + 1);
   const int64_t relay_rows = node.plan.send_row.size(0), rows = node.plan.recv_map.size(0);
 
   // The rail: rows arrive in `relayed`, one transfer per part. A plan with a capacity relays another number of rows.
@@ -220,8 +220,8 @@ Payloads ComposedBackend::combine_on_grid(
   }
   constexpr auto op = OpKind::combine;
   const auto& kernels = permute_kernels(y);
-  const auto agreed = agreed_of(y, topk_weights, scales);
   const auto cut = cut_columns(y);
+  const auto agreed = agreed_of(y, topk_weights, scales, static_cast<int64_t>(cut.size()) + 1);
   const int64_t relay_rows = node.plan.send_row.size(0), rows = node.plan.recv_map.size(0);
 
   // The node: this rank's rows are reduced to one per (relay row, rank) and arrive in `returned`.

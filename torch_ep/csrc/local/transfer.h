@@ -79,14 +79,16 @@ inline void check_plan_values(
 inline std::vector<Agreed> agreed_of(
     const at::Tensor& rows,
     const std::optional<at::Tensor>& topk_weights,
-    const std::optional<at::Tensor>& scales) {
+    const std::optional<at::Tensor>& scales,
+    int64_t parts = 1) {
   return {
       {"hidden", rows.size(1)},
       {"dtype", static_cast<int64_t>(rows.scalar_type()), true},
       {"bytes of topk_weights per token", bytes_per_row(topk_weights)},
       {"bytes of scales per token", bytes_per_row(scales)},
       {"dtype of topk_weights", dtype_of(topk_weights), true},
-      {"dtype of scales", dtype_of(scales), true}};
+      {"dtype of scales", dtype_of(scales), true},
+      {"levels and parts (1: one level)", parts}};
 }
 
 inline at::Tensor allocate_new(at::IntArrayRef sizes, const at::TensorOptions& options) {
