@@ -301,6 +301,7 @@ def _init_grid(
     # Ranks leave their connections together: one that passes no ranks_per_node waits for the others on them.
     if torch.ops.ep._is_connected(name):
         torch.ops.ep._report_failure("torch_ep.init", name, "it was called with ranks_per_node or a mesh of nodes")
+        _destroy(name)
     try:
         _check_arguments(arguments)
         _check_grid(process.size(), mesh_size, ranks_per_node, max_relay_rows)
