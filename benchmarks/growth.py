@@ -4,7 +4,8 @@
     python benchmarks/growth.py --check 4 8 16     # counts messages and bytes in real processes on the CPU first
 
 One call each of plan, dispatch (with weights) and combine (with row weights), expert_major, backend c10d. Between peers
-that have no rows for each other only headers travel; the table has the most messages that there can be.
+that have no rows for each other only headers travel; the table has the most messages that there can be. In a check all
+peers have rows for each other, so that counts must be equal to what is computed.
 """
 
 from __future__ import annotations
@@ -58,6 +59,17 @@ def grid(world_size: int, ranks_per_node: int) -> Growth:
     return sums._replace(most_messages=sums.headers + GRID_ROW_MESSAGES * sums.connections)
 
 
+def row_bytes(plan: torch_ep.Plan, rank: int) -> int:
+    """Bytes of rows that one level sends in plan, dispatch and combine, without those of this rank itself."""
+
+    def to_others(counts: torch.Tensor) -> int:
+        return int(counts.sum() - counts[rank])
+
+    experts = weights = 4 * TOPK  # int32, float32
+    row = 4 * HIDDEN
+    return to_others(plan.send_counts) * (experts + weights + row) + to_others(plan.recv_counts) * row
+
+
 def count(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Any) -> None:
     """One rank of a check. Rank 0 sends the differences between what was counted and what is computed."""
     torch.set_num_threads(1)
@@ -85,13 +97,19 @@ def count(rank: int, ranks: int, port: int, args: argparse.Namespace, results: A
         plan = torch_ep.plan(topk_idx, num_experts, on)
         rows, weights = torch_ep.dispatch(x, plan, topk_weights=scores)
         torch_ep.combine(rows, plan, row_weights=weights)
-        messages, _, held = (traffic(names) - before * torch.tensor([1, 1, 0])).tolist()
-        # A peer without rows gets headers alone.
-        least, most = int(over_ranks(-messages)), int(over_ranks(messages))
-        if most > computed.most_messages or -least < computed.headers:
-            problems.append(f"{ranks} ranks: counted {-least} to {most} messages, computed {computed}")
-        if held != computed.held_bytes:
-            problems.append(f"{ranks} ranks: {held} bytes of headers held, computed {computed.held_bytes}")
+        messages, sent, held = (traffic(names) - before * torch.tensor([1, 1, 0])).tolist()
+        if plan.rail is None:
+            payload = row_bytes(plan, rank)
+        else:
+            payload = row_bytes(plan.rail, rank // ranks_per_node) + row_bytes(plan, rank % ranks_per_node)
+        for what, counted, expected in (
+            ("messages", messages, computed.most_messages),
+            ("bytes sent", sent, computed.header_bytes + payload),
+            ("bytes of headers held", held, computed.held_bytes),
+        ):
+            most = int(over_ranks(abs(counted - expected)))
+            if most > 0:
+                problems.append(f"{ranks} ranks: {what} differ from what is computed by up to {most}")
     if rank == 0:
         results.send(problems)
     dist.barrier()
@@ -110,7 +128,7 @@ def main() -> None:
         (problems,) = run_ranks(count, ranks, args)
         if problems:
             sys.exit("\n".join(problems))
-        print(f"{ranks} processes: messages and memory as computed")
+        print(f"{ranks} processes: messages, bytes and memory as computed")
     rows = []
     print(f"{'ranks':>6} {'':8}" + "".join(f"{name.replace('_', ' '):>15}" for name in Growth._fields))
     world_size = 16

@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gpu
 import torch
 import torch.distributed as dist
 from cases import BaselineExpertMajor, BaselinePairs, Inputs, Side, random_inputs
@@ -37,10 +38,26 @@ from tqdm import tqdm
 import torch_ep
 
 RESULTS = Path(__file__).parent / "results"
-SIDES = {
-    "two levels": "torch_ep on a grid of nodes",
-    "flat": "torch_ep, all ranks alike",
-    "baseline": "all_to_all_single",
+SIDES = ("two levels", "flat", "baseline")
+
+
+class Setting(NamedTuple):
+    """What depends on the device."""
+
+    hidden: int
+    experts: int
+    dtype: torch.dtype
+    c10d_backend: str
+    baseline: Callable[[Inputs], Side]
+    synchronize: Callable[[], None]
+    hardware: Callable[[], dict[str, Any]]
+
+
+SETTINGS = {
+    "cpu": Setting(1024, 64, torch.float32, "gloo", BaselineExpertMajor, lambda: None, PLATFORMS["cpu"].hardware),
+    "cuda": Setting(
+        7168, 256, torch.bfloat16, "cpu:gloo,cuda:nccl", BaselinePairs, torch.cuda.synchronize, gpu.hardware
+    ),
 }
 WARM_UP = 2
 # From here to the end of a simulation that hangs.
@@ -49,7 +66,7 @@ LIMIT_S = 1800.0
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--device", choices=list(PLATFORMS), help="default: cuda if there is a GPU per rank, else cpu")
+    p.add_argument("--device", choices=list(SETTINGS), help="default: cuda if there is a GPU per rank, else cpu")
     p.add_argument("--tokens", type=positive, nargs="+", default=[256, 1024, 4096], help="per rank (%(default)s)")
     p.add_argument("--hidden", type=positive, help="elements per token (default: 1024; on GPUs 7168)")
     p.add_argument("--topk", type=positive, default=8, help="experts per token (default: %(default)s)")
@@ -170,28 +187,27 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     """One rank, started by torchrun."""
     local_ranks = int(os.environ["LOCAL_WORLD_SIZE"])
     device_name = args.device or ("cuda" if torch.cuda.device_count() >= local_ranks else "cpu")
-    platform = PLATFORMS[device_name]
-    device = platform.device(int(os.environ["LOCAL_RANK"]))
+    setting = SETTINGS[device_name]
+    device = torch.device("cpu")
     if device_name == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, cores() // local_ranks))
-    dist.init_process_group("gloo" if device_name == "cpu" else "cpu:gloo,cuda:nccl")
+    dist.init_process_group(setting.c10d_backend)
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    nodes = world_size // local_ranks
     torch.set_grad_enabled(False)
-    hidden, experts = (
-        args.hidden or (1024, 7168)[device_name == "cuda"],
-        args.experts or (64, 256)[device_name == "cuda"],
-    )
+    hidden, experts = args.hidden or setting.hidden, args.experts or setting.experts
     limits = {"max_tokens_per_rank": max(args.tokens), "hidden": hidden, "num_topk": args.topk, "num_experts": experts}
     flat = dist.new_group()
     torch_ep.init(flat, **limits, backend="c10d")
     communicator = torch_ep.init(ranks_per_node=local_ranks, **limits)
-    if communicator.rail is None:
+    if communicator.rail is None or communicator.node is None:
         sys.exit(f"expected several nodes of several ranks: {communicator.reason}")
     results: dict[str, Any] = {
         **environment("multi_node.py", arguments),
-        "nodes": world_size // local_ranks,
+        "nodes": nodes,
         "ranks_per_node": local_ranks,
         "hidden": hidden,
         "topk": args.topk,
@@ -199,7 +215,7 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
         "backends": communicator.reason,
         "symmetric_bytes": communicator.symmetric_bytes,
         "network": args.rate or ("not limited" if args.simulate else "of the cluster"),
-        "hardware": platform.hardware(),
+        "hardware": setting.hardware(),
         "rows": [],
     }
     if rank == 0:
@@ -207,24 +223,17 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     total = len(args.tokens) * (WARM_UP + args.iterations)
     with tqdm(total=total, unit="call", disable=True if rank else None) as bar:
         for tokens in args.tokens:
-            inputs = random_inputs(
-                rank, tokens, hidden, args.topk, experts, (torch.float32, torch.bfloat16)[device_name == "cuda"], device
-            )
+            inputs = random_inputs(rank, tokens, hidden, args.topk, experts, setting.dtype, device)
             if args.node_limit:
                 scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(rank))
-                nodes = world_size // local_ranks
                 limited = torch_ep.nn.group_limited_topk(scores, args.topk, nodes, min(nodes, args.node_limit))
                 inputs = inputs._replace(topk_idx=limited.to(device))
-            hand = BaselineExpertMajor(inputs) if device_name == "cpu" else BaselinePairs(inputs)
-            calls = {"two levels": Whole(inputs, None), "flat": Whole(inputs, flat), "baseline": partial(by_hand, hand)}
+            hand = partial(by_hand, setting.baseline(inputs))
+            calls = {"two levels": Whole(inputs, None), "flat": Whole(inputs, flat), "baseline": hand}
             check_equal(calls)
             on_paper = torch.tensor(float(paper_bytes(inputs, None, local_ranks)))
-            node = dist.new_group(
-                [*range(rank - rank % local_ranks, rank - rank % local_ranks + local_ranks)],
-                use_local_synchronization=True,
-            )
-            dist.all_reduce(on_paper, group=node)
-            row = {"tokens": tokens, **measure(calls, args, platform.synchronize, bar)}
+            dist.all_reduce(on_paper, group=torch_ep.comm.process_group(communicator.node.group_name))
+            row = {"tokens": tokens, **measure(calls, args, setting.synchronize, bar)}
             row["paper_bytes_per_node"] = int(over_ranks(on_paper.item()))
             results["rows"].append(row)
             if rank == 0:

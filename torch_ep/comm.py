@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import grid as grids
 from . import rendezvous, symmetric
-from .grid import agree, flat_group_of, make_flat_group, make_grid, ranks_per_node_of
+from .grid import destroy_orphans, flat_group_of, gather_hosts, make_flat_group, make_grid, ranks_per_node_of
 
 __all__ = ["Communicator", "Group", "active_ranks", "destroy", "init", "mask_ranks", "reset"]
 
@@ -308,10 +307,10 @@ def _init_grid(
         _refuse_fake(process)
     except (TypeError, ValueError, RuntimeError) as error:
         with suppress(dist.DistError):
-            agree(process, {}, _MAX_REPORT, failure=str(error))
+            gather_hosts(process, {}, _MAX_REPORT, failure=str(error))
         raise
     all_arguments = {**arguments, "ranks_per_node": ranks_per_node, "max_relay_rows": max_relay_rows}
-    hosts = agree(process, all_arguments, timeout)
+    hosts = gather_hosts(process, all_arguments, timeout)
     _destroy(name)
     size: Any = mesh_size if ranks_per_node is None else ranks_per_node
     reason = "asked for" if mesh_size is None else "a DeviceMesh"
@@ -717,7 +716,7 @@ def _forget_orphans() -> None:
     for group_name in [name for name, communicator in communicators.items() if communicator.rail is not None]:
         if not _is_current(group_name):
             _destroy(group_name)
-    grids.forget_orphans()
+    destroy_orphans()
 
 
 def _is_current(group_name: str) -> bool:

@@ -2,7 +2,7 @@
 
     rank = node * ranks_per_node + position in the node
 
-A node is a set of ranks that reach each other fast, usually one host. A rail is the set of ranks that have the same
+A node is a set of ranks with fast links, usually one host. A rail is the set of ranks that have the same
 position in their nodes. Every rank is in one node and on one rail.
 """
 
@@ -20,7 +20,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import rendezvous
 
-__all__ = ["Grid", "agree", "flat_group_of", "forget_orphans", "make_flat_group", "make_grid", "ranks_per_node_of"]
+__all__ = [
+    "Grid",
+    "destroy_orphans",
+    "flat_group_of",
+    "gather_hosts",
+    "make_flat_group",
+    "make_grid",
+    "ranks_per_node_of",
+]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -73,7 +81,7 @@ def _exists(group: dist.ProcessGroup) -> bool:
     return group in dist.distributed_c10d._world.pg_map
 
 
-def forget_orphans() -> None:
+def destroy_orphans() -> None:
     """Destroys the groups of rails and nodes whose flat group is gone."""
     for key, grid in list(_grids.items()):
         if not _exists(grid.flat):
@@ -89,7 +97,7 @@ def _new_group(ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta
     return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
 
 
-def agree(
+def gather_hosts(
     process: dist.ProcessGroup, arguments: Mapping[str, Any], timeout: timedelta, *, failure: str | None = None
 ) -> list[str]:
     """Checks that all ranks call `init` with the same arguments. Returns each rank's host. Collective.

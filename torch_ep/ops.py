@@ -42,10 +42,11 @@ def plan(
         topk_idx: [num_tokens, num_topk] int32 or int64, contiguous: the experts of each token, all different, -1 for
             none; num_topk up to 65535. Ranks may hold different numbers of tokens, zero included.
         num_experts: experts over all ranks, a multiple of the world size, at most 2**24.
-        group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group. With no
-            process group, or one rank, nothing is communicated.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, a group's name, or None for the default group; or the
+            two-dimensional DeviceMesh of a grid of nodes. With no process group, or one rank, nothing is communicated.
         layout: "rank_major": one row per (token, rank), ordered by source rank, then token. "expert_major": one row
-            per (token, local expert), grouped by expert, inside a group by source rank, then token.
+            per (token, local expert), grouped by expert, inside a group by source rank, then token. On a grid of nodes
+            the order of sources is (position in the node, node).
         capacity: rows of the result, at most 2**31 - 1, so that the graph's shapes are static. Overflow
             rows, the last in the order of the layout, are dropped and counted in `num_dropped`. None: all received
             rows.
@@ -126,11 +127,24 @@ def _plan_args(op: str, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor, str
     return plan.send_row, plan.send_counts, plan.recv_counts, recv_map, plan.layout, plan.group_name
 
 
+def _operator_args(op: str, plan: Plan) -> tuple:
+    """The fields of a plan as the operator for it takes them, on one level or on two, checked."""
+    args = _plan_args(op, plan)
+    if plan.rail is None:
+        return args
+    check_type(op, "plan.rail", plan.rail, Plan, "a torch_ep.Plan or None")
+    *rail, _, rail_name = _plan_args(op, plan.rail)
+    *node, layout, group_name = args
+    if rail_name == group_name:
+        refuse(ValueError, f"{op}: expected plan.rail of another group than the plan's, got group '{group_name}' twice")
+    return *rail, *node, layout, rail_name, group_name
+
+
 def _check_dispatch_arguments(x: Any, plan: Any, topk_weights: Any, scales: Any, after: Any) -> tuple:
     """The arguments of ep::dispatch."""
     op = "ep::dispatch"
     check_tensors(op, {"x": x}, {"topk_weights": topk_weights, "scales": scales, "after": after})
-    return x, topk_weights, scales, *_plan_args(op, plan), after
+    return x, topk_weights, scales, *_operator_args(op, plan), after
 
 
 def _check_combine_arguments(y: Any, plan: Any, row_weights: Any, topk_weights: Any, after: Any) -> tuple:
@@ -138,10 +152,10 @@ def _check_combine_arguments(y: Any, plan: Any, row_weights: Any, topk_weights: 
     op = "ep::combine"
     check_tensors(op, {"y": y}, {"row_weights": row_weights, "topk_weights": topk_weights, "after": after})
     if row_weights is None:
-        return y, topk_weights, None, *_plan_args(op, plan), after
+        return y, topk_weights, None, *_operator_args(op, plan), after
     if topk_weights is not None:
         refuse(ValueError, f"{op}: expected row_weights or topk_weights, got both")
-    return y, row_weights, *_plan_args(op, plan), after
+    return y, row_weights, *_operator_args(op, plan), after
 
 
 @overload
@@ -194,11 +208,9 @@ def dispatch(
         got = _C.dispatch(x, Plan, plan, topk_weights, scales, after)
         if got is not None:
             return got
-    if isinstance(plan, Plan) and plan.rail is not None:
-        rows, weights, row_scales = _dispatch_on_grid(x, plan, topk_weights, scales, after)
-    else:
-        arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
-        rows, weights, row_scales = torch.ops.ep.dispatch(*arguments)
+    arguments = _check_dispatch_arguments(x, plan, topk_weights, scales, after)
+    op = torch.ops.ep.dispatch if plan.rail is None else torch.ops.ep.dispatch.grid
+    rows, weights, row_scales = op(*arguments)
     results = (rows, *(t for t in (weights, row_scales) if t is not None))
     return results if len(results) > 1 else rows
 
@@ -247,13 +259,12 @@ def combine(
             got = None if topk_weights is not None else _C.combine_weighted(y, Plan, plan, row_weights, after)
         if got is not None:
             return got
-    if isinstance(plan, Plan) and plan.rail is not None:
-        tokens, weights = _combine_on_grid(y, plan, row_weights, topk_weights, after)
-        return tokens if weights is None else (tokens, weights)
     arguments = _check_combine_arguments(y, plan, row_weights, topk_weights, after)
     if row_weights is not None:
-        return torch.ops.ep.combine.weighted(*arguments)
-    tokens, weights, _ = torch.ops.ep.combine(*arguments)
+        weighted = torch.ops.ep.combine.weighted if plan.rail is None else torch.ops.ep.combine.grid_weighted
+        return weighted(*arguments)
+    op = torch.ops.ep.combine if plan.rail is None else torch.ops.ep.combine.grid
+    tokens, weights, _ = op(*arguments)
     return tokens if weights is None else (tokens, weights)
 
 
@@ -302,36 +313,6 @@ def _plan_on_grid(
     return node_plan._replace(num_dropped=node_plan.num_dropped + rail_plan.num_dropped, rail=rail_plan)
 
 
-def _grid_args(op: str, plan: Plan) -> tuple:
-    """The fields of a plan on a grid that the operators take, checked."""
-    check_type(op, "plan.rail", plan.rail, Plan, "a torch_ep.Plan")
-    *rail, _, rail_name = _plan_args(op, plan.rail)  # type: ignore[arg-type]
-    *node, layout, group_name = _plan_args(op, plan)
-    if rail_name == group_name:
-        refuse(ValueError, f"{op}: expected plan.rail of another group than the plan's, got group '{group_name}' twice")
-    return *rail, *node, layout, rail_name, group_name
-
-
-def _dispatch_on_grid(
-    x: Tensor, plan: Plan, topk_weights: Tensor | None, scales: Tensor | None, after: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    op = "ep::dispatch"
-    check_tensors(op, {"x": x}, {"topk_weights": topk_weights, "scales": scales, "after": after})
-    return torch.ops.ep.dispatch.grid(x, topk_weights, scales, *_grid_args(op, plan), after)
-
-
-def _combine_on_grid(
-    y: Tensor, plan: Plan, row_weights: Tensor | None, topk_weights: Tensor | None, after: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    op = "ep::combine"
-    check_tensors(op, {"y": y}, {"row_weights": row_weights, "topk_weights": topk_weights, "after": after})
-    if row_weights is not None and topk_weights is not None:
-        refuse(ValueError, f"{op}: expected row_weights or topk_weights, got both")
-    if row_weights is not None:
-        return torch.ops.ep.combine.grid_weighted(y, row_weights, *_grid_args(op, plan), after), None
-    return torch.ops.ep.combine.grid(y, topk_weights, None, *_grid_args(op, plan), after)[:2]
-
-
 # Derivatives. Every formula sends all payloads in one exchange, whichever gradients are wanted and tangents given, so
 # that ranks cannot come to differ in what they exchange.
 
@@ -357,14 +338,15 @@ def _grad_after(ctx: Any, exchanged: Tensor) -> Tensor | None:
     return torch.ops.ep.zero_after(exchanged).to(ctx.after_dtype).expand(ctx.after_shape)
 
 
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
+def _names_of(plan: Sequence[Any]) -> list[str]:
+    """The layout and the names of groups among the arguments that are a plan."""
+    return [a for a in plan if isinstance(a, str)]
 
 
 def _save_plan(ctx: Any, plan: Sequence[Any], *others: Tensor) -> None:
     """Saves the arguments that are a plan, on one level or on two: tensors, then a layout and names of groups."""
-    ctx.save_for_backward(*others, *(a for a in plan if not _is_str(a)))
-    ctx.names = [a for a in plan if _is_str(a)]
+    ctx.save_for_backward(*others, *(a for a in plan if isinstance(a, Tensor)))
+    ctx.names = _names_of(plan)
 
 
 def _dispatch_op(names: Sequence[str]) -> Any:
@@ -400,10 +382,6 @@ def _dispatch_backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None, gr
 def _without_columns(rows: Tensor) -> Tensor:
     """Rows of hidden size 0, in place of rows without a derivative: their weights and scales may have one."""
     return rows.new_empty((rows.shape[0], 0), dtype=torch.float32)
-
-
-def _names_of(plan: Sequence[Any]) -> list[str]:
-    return [a for a in plan if _is_str(a)]
 
 
 def _dispatch_jvp(tangents: Sequence[Tensor | None], x: Tensor, topk_weights: Any, scales: Any, *plan: Any) -> tuple:

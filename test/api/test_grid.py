@@ -19,7 +19,7 @@ from torch_ep import reference
 
 GRIDS = [(2, 2), (3, 2), (2, 4), (4, 2)]  # nodes, ranks per node
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
-TOKENS = [13, 0, 5, 24, 1, 0, 7, 2]  # of each rank
+TOKENS = [13, 0, 5, 24, 1, 0, 7, 2]  # per rank
 NUM_TOPK, HIDDEN = 6, 7
 WIDE = 515  # rows that the two levels exchange in several parts of columns
 
@@ -510,6 +510,26 @@ def test_a_grid_leaves_other_groups_alone() -> None:
     for messages in world(4).run(_groups_of_a_mesh):
         assert "expected at most max_tokens_per_rank = 4 tokens, got 9" in messages[0]
         assert messages[1:] == ["nothing raised"] * 3
+
+
+def _groups_after_the_grid_is_gone(rank: int, world_size: int) -> list[int]:
+    def count() -> int:
+        return len(dist.distributed_c10d._world.pg_map)
+
+    counts = [count()]
+    group = dist.new_group()
+    torch_ep.init(group, timeout=PATIENCE, ranks_per_node=2)
+    counts.append(count())
+    torch_ep.destroy(group)
+    dist.destroy_process_group(group)
+    torch_ep.init(timeout=PATIENCE)
+    return [*counts, count()]
+
+
+def test_the_groups_of_rails_and_nodes_go_with_the_group_of_the_grid() -> None:
+    for before, during, after in world(4).run(_groups_after_the_grid_is_gone):
+        assert during == before + 3  # the group, a rail and a node
+        assert after == before
 
 
 def _reset_after_a_late_rank(rank: int, world_size: int) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from support.torchrun_case import HIDDEN, NUM_EXPERTS, NUM_TOPK, check_against_r
 from torch.distributed.device_mesh import init_device_mesh
 
 import torch_ep
+from torch_ep import rendezvous
 
 TIMEOUT = PATIENCE
 
@@ -248,6 +253,27 @@ def test_a_bad_argument_of_init_on_one_rank_reaches_the_others(connected: bool) 
     own = "torch_ep.init: expected a positive hidden or None, got -1"
     assert second == own
     assert first == third and f": {own}" in first and "rank 1 failed before" in first
+
+
+def test_a_rendezvous_after_a_failed_one() -> None:
+    """A rank that failed has left an empty value in the store. Rank 0 comes first, and waits for the next value."""
+    store = dist.HashStore()
+    keys = dist.PrefixStore("torch_ep/rendezvous", store)
+    keys.set("1", "")
+
+    def gather(rank: int) -> list[str]:
+        group: Any = SimpleNamespace(
+            rank=lambda: rank, size=lambda: 2, get_group_store=lambda: store, group_name="a group"
+        )
+        return rendezvous.all_gather(group, "test", str(rank), timedelta(minutes=1))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(gather, 0)
+        while not keys.check(["0"]) or not keys.get("0"):
+            time.sleep(0.01)
+        time.sleep(0.2)  # rank 0 reads the empty value; if it is later, this finds nothing, and passes
+        second = pool.submit(gather, 1)
+        assert first.result() == second.result() == ["0", "1"]
 
 
 def _late_in_a_part(rank: int, world_size: int) -> str:

@@ -93,4 +93,4 @@ def test_messages_and_memory_are_as_computed() -> None:
     """What `growth.py` prints for thousands of ranks, counted on four."""
     done = run_script("growth.py", "--check", "4")
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert "4 processes: messages and memory as computed" in done.stdout
+    assert "4 processes: messages, bytes and memory as computed" in done.stdout

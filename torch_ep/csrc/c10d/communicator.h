@@ -29,7 +29,7 @@ struct Communicator {
   int64_t max_hidden, max_topk, max_experts;
   // For errors: which global ranks the group's ranks are. "" if they are the same.
   std::string rank_note;
-  std::vector<int64_t> global_ranks;  // of each rank, in torch.distributed
+  std::vector<int64_t> global_ranks;  // in torch.distributed, by rank of the group
 };
 
 // Options of torch_ep.init, on which all ranks must agree.

@@ -51,8 +51,8 @@ class Exchange final : public RowExchange {
 
   // Rows in flight.
   struct Transfer {
-    Transfers messages;                          // of the channel
-    c10::intrusive_ptr<c10d::Work> device_work;  // of CUDA rows: of the group's own backend
+    Transfers messages;                          // of CPU rows, on the channel
+    c10::intrusive_ptr<c10d::Work> device_work;  // of CUDA rows, on the group's own backend
     at::Tensor output, input;                    // alive until the transfer ends
   };
 

@@ -613,7 +613,7 @@ class Nvlink final : public Backend {
   std::optional<LowLatencyPair> low_latency_;  // once comm_ is complete
   std::optional<c10::cuda::CUDAStream> last_stream_;
   uint32_t masked_[kRankSteps] = {};  // State::masked_by_host
-  // Of the last plan, for the error about too many tokens.
+  // The last plan's, for the error about too many tokens.
   int64_t last_tokens_ = 0, last_most_tokens_ = 0;
   std::string fatal_;
 };

@@ -54,7 +54,7 @@ LowLatencyRows LowLatencyPair::dispatch(
   set_tokens(args, rows, topk_idx, topk_weights);
   auto result = make_results(args, options, x.options());
   C10_CUDA_CHECK(launch_low_latency_dispatch(args, multiprocessors_, stream));
-  // After an exchange without tokens, so that no peer waits for this rank in vain.
+  // After an exchange without tokens, so that no peer waits until its timeout.
   check_tokens(kDispatch, x.size(0), options.max_tokens_per_rank);
   return result;
 }

@@ -97,7 +97,7 @@ __device__ void
 quantize(const Channels<T> (&channels)[kVectors], Quantize how, uint4 (&vectors)[kVectors], float (&scales)[kVectors]) {
   static_assert(kVectors <= kGroupVectors);
   const int lane = lane_id();
-  uint32_t maximum = magnitude(kMinAmax);  // of the i-th vectors, in the i-th lane of a group
+  uint32_t maximum = magnitude(kMinAmax);  // lane i of a group: the maximum of its i-th vectors
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     uint32_t most = channels[i].greatest_magnitude();

@@ -143,11 +143,11 @@ class Dispatch {
     const int lane = lane_id(), me = a_.comm.rank;
     const Layout& layout = x_.layout();
     const int wire_row_bytes = a_.format.bytes(a_.plan.num_topk);
-    // Of this lane's ranks.
+    // This lane's ranks.
     PerRank<int> to, rows_before;
     Peer peers[kRankSteps];
     PerRank<int64_t> rows_at;
-    // Of the current chunk, and of the previous one, whose flag is still to be written.
+    // The current chunk's, and the previous chunk's, whose flag is still to be written.
     Span spans[kRankSteps], unsignaled_spans[kRankSteps];
 #pragma unroll
     for (int step = 0; step < kRankSteps; ++step) {
@@ -285,7 +285,7 @@ class Dispatch {
       return;
     }
 
-    // Of each rank, this warp takes the receiver_-th chunk, then the next chunk that no warp has taken. Taking a chunk
+    // For each rank, this warp takes the receiver_-th chunk, then the next chunk that no warp has taken. Taking a chunk
     // costs almost a microsecond, so take_chunk first checks that there can be one.
     PerRank<int64_t> chunk, chunks;
     PerRank<int> next, end;  // arrived rows of the previous chunk
