@@ -269,7 +269,7 @@ def test_a_rendezvous_after_a_failed_one() -> None:
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(gather, 0)
-        while not keys.check(["0"]) or not keys.get("0"):
+        while not first.done() and not keys.check(["0"]):
             time.sleep(0.01)
         time.sleep(0.2)  # rank 0 reads the empty value; if it is later, this finds nothing, and passes
         second = pool.submit(gather, 1)
