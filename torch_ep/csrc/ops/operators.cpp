@@ -85,6 +85,42 @@ void check_payloads(
   }
 }
 
+// Checks what dispatch moves. On a grid, `plan` is the rail's, which takes the tokens.
+void check_dispatch_payloads(
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const char* op = name_of(OpKind::dispatch);
+  const auto& send_row = plan.send_row;
+  check_payloads(op, "x", x, send_row.size(0), kTokens, topk_weights, dims_of(send_row), kTokenSlots, scales, send_row);
+  check_row_type(op, "x", x);
+}
+
+void check_combine_payloads(
+    const PlanTensors& plan,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  const char* op = name_of(OpKind::combine);
+  const auto& recv_map = plan.recv_map;
+  check_payloads(
+      op, "y", y, recv_map.size(0), kRows, topk_weights, dims_of(recv_map), kReturnedWeights, scales, plan.send_row);
+  check_sum_type(op, "y", y);
+  if (scales) {
+    check_sum_type(op, "scales", *scales);
+  }
+}
+
+void check_weighted_rows(const PlanTensors& plan, const at::Tensor& y, const at::Tensor& row_weights) {
+  const char* op = name_of(OpKind::combine);
+  const int64_t rows = plan.recv_map.size(0);
+  check_tensor(op, "y", y, {rows, "hidden"}, plan.send_row, kRows);
+  check_sum_type(op, "y", y);
+  check_tensor(op, "row_weights", row_weights, {rows}, plan.send_row, kRowWeights);
+  check_sum_type(op, "row_weights", row_weights);
+}
+
 void check_grid_plan(const char* op, const PlanTensors& rail, const PlanTensors& node) {
   check_plan(op, rail);
   check_plan(op, node);
@@ -277,10 +313,7 @@ Payloads dispatch(
   const auto backend = checked(op, group_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_plan(name_of(op), plan);
-    const auto num_tokens = send_row.size(0);
-    check_payloads(
-        name_of(op), "x", x, num_tokens, kTokens, topk_weights, dims_of(send_row), kTokenSlots, scales, send_row);
-    check_row_type(name_of(op), "x", x);
+    check_dispatch_payloads(plan, x, topk_weights, scales);
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
   return linked(op, group_name, [&] { return backend->dispatch(plan, x, topk_weights, scales); });
@@ -302,13 +335,7 @@ Payloads combine(
   const auto backend = checked(op, group_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_plan(name_of(op), plan);
-    const auto num_rows = recv_map.size(0);
-    check_payloads(
-        name_of(op), "y", y, num_rows, kRows, topk_weights, dims_of(recv_map), kReturnedWeights, scales, send_row);
-    check_sum_type(name_of(op), "y", y);
-    if (scales) {
-      check_sum_type(name_of(op), "scales", *scales);
-    }
+    check_combine_payloads(plan, y, topk_weights, scales);
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
   return linked(op, group_name, [&] { return backend->combine(plan, y, std::nullopt, topk_weights, scales); });
@@ -329,10 +356,7 @@ at::Tensor combine_weighted(
   const auto backend = checked(op, group_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_plan(name_of(op), plan);
-    check_tensor(name_of(op), "y", y, {recv_map.size(0), "hidden"}, send_row, kRows);
-    check_sum_type(name_of(op), "y", y);
-    check_tensor(name_of(op), "row_weights", row_weights, {recv_map.size(0)}, send_row, kRowWeights);
-    check_sum_type(name_of(op), "row_weights", row_weights);
+    check_weighted_rows(plan, y, row_weights);
     return find_backend(op, group_name, plan.world_size(), send_row);
   });
   return linked(
@@ -361,18 +385,7 @@ Payloads dispatch_grid(
   const auto [rail, node] = checked(op, rail_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_grid_plan(name_of(op), rail_plan, plan);
-    check_payloads(
-        name_of(op),
-        "x",
-        x,
-        rail_send_row.size(0),
-        kTokens,
-        topk_weights,
-        dims_of(rail_send_row),
-        kTokenSlots,
-        scales,
-        rail_send_row);
-    check_row_type(name_of(op), "x", x);
+    check_dispatch_payloads(rail_plan, x, topk_weights, scales);
     return find_backends(op, rail_name, rail_plan, group_name, plan);
   });
   return rail->dispatch_on_grid({*rail, rail_plan, rail_name}, {*node, plan, group_name}, x, topk_weights, scales);
@@ -400,21 +413,7 @@ Payloads combine_grid(
   const auto [rail, node] = checked(op, group_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_grid_plan(name_of(op), rail_plan, plan);
-    check_payloads(
-        name_of(op),
-        "y",
-        y,
-        recv_map.size(0),
-        kRows,
-        topk_weights,
-        dims_of(recv_map),
-        kReturnedWeights,
-        scales,
-        send_row);
-    check_sum_type(name_of(op), "y", y);
-    if (scales) {
-      check_sum_type(name_of(op), "scales", *scales);
-    }
+    check_combine_payloads(plan, y, topk_weights, scales);
     return find_backends(op, rail_name, rail_plan, group_name, plan);
   });
   return rail->combine_on_grid(
@@ -442,10 +441,7 @@ at::Tensor combine_grid_weighted(
   const auto [rail, node] = checked(op, group_name, [&] {
     plan.expert_major = is_expert_major(name_of(op), layout);
     check_grid_plan(name_of(op), rail_plan, plan);
-    check_tensor(name_of(op), "y", y, {recv_map.size(0), "hidden"}, send_row, kRows);
-    check_sum_type(name_of(op), "y", y);
-    check_tensor(name_of(op), "row_weights", row_weights, {recv_map.size(0)}, send_row, kRowWeights);
-    check_sum_type(name_of(op), "row_weights", row_weights);
+    check_weighted_rows(plan, y, row_weights);
     return find_backends(op, rail_name, rail_plan, group_name, plan);
   });
   return std::get<0>(rail->combine_on_grid(
