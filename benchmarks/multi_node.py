@@ -207,15 +207,17 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
         sys.exit(f"expected several nodes of several ranks: {communicator.reason}")
     results: dict[str, Any] = {
         **environment("multi_node.py", arguments),
-        "nodes": nodes,
-        "ranks_per_node": local_ranks,
-        "hidden": hidden,
-        "topk": args.topk,
-        "experts": experts,
-        "backends": communicator.reason,
-        "symmetric_bytes": communicator.symmetric_bytes,
-        "network": args.rate or ("not limited" if args.simulate else "of the cluster"),
         "hardware": setting.hardware(),
+        "settings": {
+            "nodes": nodes,
+            "ranks_per_node": local_ranks,
+            "hidden": hidden,
+            "topk": args.topk,
+            "experts": experts,
+            "backends": communicator.reason,
+            "symmetric_bytes": communicator.symmetric_bytes,
+            "network": args.rate or ("not limited" if args.simulate else "of the cluster"),
+        },
         "rows": [],
     }
     if rank == 0:

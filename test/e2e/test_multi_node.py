@@ -33,7 +33,7 @@ def simulate(tmp_path: Path, *arguments: str) -> dict:
 def test_a_row_crosses_the_network_once_per_node(tmp_path: Path, count: int) -> None:
     results = simulate(tmp_path, str(count), "--tokens", "512")
     (row,) = results["rows"]
-    assert results["nodes"] == count and results["ranks_per_node"] == 2
+    assert results["settings"]["nodes"] == count and results["settings"]["ranks_per_node"] == 2
     assert row["two levels"]["sent_bytes"] == pytest.approx(row["paper_bytes_per_node"], rel=0.03)
     # Flat, a row crosses once per rank, so that there is something to save.
     assert row["flat"]["sent_bytes"] > 1.2 * row["two levels"]["sent_bytes"]
