@@ -310,7 +310,7 @@ def _init_grid(
             gather_hosts(process, {}, _MAX_REPORT, failure=str(error))
         raise
     all_arguments = {**arguments, "ranks_per_node": ranks_per_node, "max_relay_rows": max_relay_rows}
-    hosts = gather_hosts(process, all_arguments, timeout)
+    hosts, serial = gather_hosts(process, all_arguments, timeout)
     _destroy(name)
     size: Any = mesh_size if ranks_per_node is None else ranks_per_node
     reason = "asked for" if mesh_size is None else "a DeviceMesh"
@@ -322,7 +322,7 @@ def _init_grid(
         communicator = init(process, **arguments)
         communicators[name] = communicator._replace(reason=f"no grid: {reason}; {communicator.reason}")
         return communicators[name]
-    grid = make_grid(process, size, timeout)
+    grid = make_grid(process, size, serial, timeout)
     num_nodes = grid.rail.size()
     if max_relay_rows is None and arguments["max_tokens_per_rank"] is not None:
         max_relay_rows = num_nodes * arguments["max_tokens_per_rank"]

@@ -8,14 +8,17 @@ position in their nodes. Every rank is in one node and on one rail.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import rendezvous
@@ -44,6 +47,9 @@ class Grid(NamedTuple):
 # Grids are kept until their flat group is gone: making groups is collective, and `torch_ep.destroy` is local.
 _grids: dict[tuple[str, int], Grid] = {}  # by flat group and ranks per node
 _flat_groups: dict[tuple[str, str], tuple[dist.ProcessGroup, ...]] = {}  # by a mesh's groups: these, and the flat one
+# Above the serial number of every group made here that this rank is in. Names have one: a store keeps the addresses of
+# groups that are gone, under their names.
+_next_serial = 0
 
 
 def host_name() -> str:
@@ -73,7 +79,14 @@ def make_flat_group(mesh: DeviceMesh, timeout: timedelta) -> dist.ProcessGroup:
                 "torch_ep.init: expected a DeviceMesh of ascending ranks, (node, position in the node), got "
                 f"{mesh.mesh.tolist()}"
             )
-        found = _flat_groups[names] = (*dimensions, _new_group(ranks, dimensions[0], timeout))
+        serial = _next_serial
+        for dimension in reversed(dimensions):  # then the largest of all ranks
+            serials = rendezvous.all_gather(
+                dimension, "torch_ep.init", str(serial), timeout, call="torch_ep.init with a mesh of nodes"
+            )
+            serial = max(map(int, serials))
+        name = f"torch_ep/mesh/{hashlib.sha256(str(ranks).encode()).hexdigest()}/{serial}"
+        found = _flat_groups[names] = (*dimensions, _new_group(ranks, dimensions[0], name, serial, timeout))
     return found[2]
 
 
@@ -91,16 +104,50 @@ def destroy_orphans() -> None:
                     dist.destroy_process_group(group)
 
 
-def _new_group(ranks: Sequence[int], like: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
-    """A group of these ranks alone, with the backends of `like`. Only its ranks call this."""
-    backend = dist.get_backend_config(like)
-    return dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+@contextmanager
+def _no_bound_device() -> Iterator[None]:
+    """Keeps torch from splitting a new NCCL group off the default group, which all ranks of that would have to join."""
+    default = distributed_c10d._get_default_group()
+    device = default.bound_device_id
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
+
+
+def _new_group(
+    ranks: Sequence[int], like: dist.ProcessGroup, name: str, serial: int, timeout: timedelta
+) -> dist.ProcessGroup:
+    """A group of these ranks alone, with the backends of `like`. Only its ranks call this, with a name not used before.
+
+    `torch.distributed.new_group(use_local_synchronization=True)` names a group by its ranks and by how many groups
+    this process is in: ranks of different numbers don't meet, and after a group was destroyed they read the
+    addresses of an earlier one.
+    """
+    global _next_serial
+    _next_serial = max(_next_serial, serial + 1)
+    with _no_bound_device():
+        group, _ = distributed_c10d._new_process_group_helper(
+            len(ranks),
+            list(ranks).index(dist.get_rank()),
+            list(ranks),
+            dist.Backend(dist.get_backend_config(like)),
+            distributed_c10d._get_default_store(),
+            group_name=name,  # type: ignore[arg-type] # a NewType of str
+            timeout=timeout,
+        )
+    distributed_c10d._world.pg_group_ranks[group] = {rank: index for index, rank in enumerate(ranks)}
+    return group
 
 
 def gather_hosts(
     process: dist.ProcessGroup, arguments: Mapping[str, Any], timeout: timedelta, *, failure: str | None = None
-) -> list[str]:
-    """Checks that all ranks call `init` with the same arguments. Returns each rank's host. Collective.
+) -> tuple[list[str], int]:
+    """Checks that all ranks call `init` with the same arguments. Collective.
+
+    Returns:
+        Each rank's host, and a serial number for `make_grid`.
 
     Raises:
         torch.distributed.DistError: ranks passed different arguments, or one failed, or one did not come.
@@ -109,12 +156,12 @@ def gather_hosts(
     answers = rendezvous.all_gather(
         process,
         "torch_ep.init",
-        json.dumps([host_name(), shown]),
+        json.dumps([host_name(), _next_serial, shown]),
         timeout,
         call="torch_ep.init with ranks_per_node or a mesh of nodes",
         failure=failure,
     )
-    hosts, others = zip(*map(json.loads, answers), strict=True)
+    hosts, serials, others = zip(*map(json.loads, answers), strict=True)
     for rank, other in enumerate(others):
         for name, value in other.items():
             if value != others[0][name]:
@@ -122,7 +169,7 @@ def gather_hosts(
                     f"torch_ep.init: expected the same {name} on every rank, got {others[0][name]} on rank 0 and "
                     f"{value} on rank {rank}"
                 )
-    return list(hosts)
+    return list(hosts), max(serials)
 
 
 def ranks_per_node_of(hosts: Sequence[str]) -> tuple[int | None, str]:
@@ -140,14 +187,19 @@ def ranks_per_node_of(hosts: Sequence[str]) -> tuple[int | None, str]:
     return sizes[0], f"{len(sizes)} hosts of {sizes[0]} ranks"
 
 
-def make_grid(process: dist.ProcessGroup, ranks_per_node: int, timeout: timedelta) -> Grid:
-    """The grid of a group. Collective at first."""
+def make_grid(process: dist.ProcessGroup, ranks_per_node: int, serial: int, timeout: timedelta) -> Grid:
+    """The grid of a group. Collective at first, with the same serial number on every rank."""
     key = process.group_name, ranks_per_node
     grid = _grids.get(key)
     if grid is None or grid.flat != process:
         ranks, rank = dist.get_process_group_ranks(process), process.rank()
-        first = rank - rank % ranks_per_node
-        node = _new_group(ranks[first : first + ranks_per_node], process, timeout)
-        rail = _new_group(ranks[rank % ranks_per_node :: ranks_per_node], process, timeout)
+        number, position = divmod(rank, ranks_per_node)
+        node, rail = (
+            _new_group(members, process, f"torch_ep/{process.group_name}/{name}/{serial}", serial, timeout)
+            for name, members in (
+                (f"node{number}", ranks[number * ranks_per_node : (number + 1) * ranks_per_node]),
+                (f"rail{position}", ranks[position::ranks_per_node]),
+            )
+        )
         grid = _grids[key] = Grid(process, rail, node)
     return grid

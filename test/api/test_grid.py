@@ -581,6 +581,36 @@ def test_ranks_that_disagree_in_init(connected: bool) -> None:
         assert messages[3].startswith("DistError: ")
 
 
+def _rows_return(group: Any) -> None:
+    x = torch.arange(16.0).view(8, 2)
+    plan = torch_ep.plan(torch.arange(8)[:, None], 8, group)
+    torch.testing.assert_close(torch_ep.combine(torch_ep.dispatch(x, plan), plan), x)
+
+
+def _in_more_groups_than_others(rank: int, world_size: int) -> None:
+    groups = [dist.new_group([0, 1]), dist.new_group([0, 1, 2])]
+    for _ in range(3):
+        group = dist.new_group()
+        torch_ep.init(group, timeout=PATIENCE, ranks_per_node=2)
+        _rows_return(group)
+        torch_ep.destroy(group)
+        dist.destroy_process_group(group)
+        mesh = init_device_mesh("cpu", (2, 2))
+        torch_ep.init(mesh, timeout=PATIENCE)
+        _rows_return(mesh)
+        torch_ep.destroy(mesh)
+        for dimension in range(2):
+            dist.destroy_process_group(mesh.get_group(dimension))
+    for group in groups:
+        if group is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(group)
+
+
+def test_grids_are_made_whatever_other_groups_a_rank_is_in() -> None:
+    """Also where groups of the same ranks were there before, whose addresses the store still has."""
+    world(4).run(_in_more_groups_than_others)
+
+
 def _relay_overflow(rank: int, world_size: int) -> list[Any]:
     """All tokens of both nodes come to node 0, whose relays have room for 5 rows."""
     torch_ep.init(timeout=PATIENCE, ranks_per_node=2, max_relay_rows=5)
