@@ -23,6 +23,7 @@ except ImportError as error:
 from . import meta, nn, ops, reference  # noqa: F401
 from .checkpointing import EXCHANGES, checkpoint_contexts, save_exchanges
 from .comm import Communicator, active_ranks, destroy, init, mask_ranks, reset
+from .halves import InFlightRows, combine_recv, combine_send, dispatch_recv, dispatch_send, order_after
 from .low_latency import (
     InFlightCombine,
     InFlightDispatch,
@@ -44,7 +45,7 @@ __version__ = "0.1.0"
 
 # Plans hold tensors and plain values only, so `torch.load(weights_only=True)` may construct them.
 torch.serialization.add_safe_globals(
-    [InFlightCombine, InFlightDispatch, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
+    [InFlightCombine, InFlightDispatch, InFlightRows, LowLatencyPlan, LowLatencyStatistics, Plan, nn.RouterStats]
 )
 
 # Torch caches compiled graphs by graph and arguments, not by the code of fakes and gradient formulas. The tag keeps
@@ -64,6 +65,7 @@ __all__ = [
     "Communicator",
     "InFlightCombine",
     "InFlightDispatch",
+    "InFlightRows",
     "Layout",
     "LowLatencyPlan",
     "LowLatencyStatistics",
@@ -71,8 +73,12 @@ __all__ = [
     "active_ranks",
     "checkpoint_contexts",
     "combine",
+    "combine_recv",
+    "combine_send",
     "destroy",
     "dispatch",
+    "dispatch_recv",
+    "dispatch_send",
     "from_sentinel",
     "init",
     "low_latency_combine",
@@ -84,6 +90,7 @@ __all__ = [
     "mark_tokens",
     "mask_ranks",
     "nn",
+    "order_after",
     "plan",
     "reference",
     "reset",

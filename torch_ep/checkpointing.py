@@ -30,6 +30,11 @@ EXCHANGES = (
     torch.ops.ep.dispatch.grid,
     torch.ops.ep.combine.grid,
     torch.ops.ep.combine.grid_weighted,
+    torch.ops.ep.dispatch_send.default,
+    torch.ops.ep.dispatch_recv.default,
+    torch.ops.ep.combine_send.default,
+    torch.ops.ep.combine_send.weighted,
+    torch.ops.ep.combine_recv.default,
     # Inference only: a frozen layer may run these during training.
     torch.ops.ep.low_latency_dispatch.default,
     torch.ops.ep.low_latency_dispatch_send.default,

@@ -623,6 +623,8 @@ def reset(group: Group = None) -> None:
     """
     group_name, world_size = resolve(group)
     communicator = communicators.get(group_name)
+    for level in (communicator and communicator.rail, communicator and communicator.node, None):
+        torch.ops.ep._drop_in_flight(group_name if level is None else level.group_name)
     if communicator is None:
         if world_size == 1:
             return

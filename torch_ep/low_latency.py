@@ -416,14 +416,14 @@ def _check_matrix(op: str, name: str, t: Tensor, shape: str, origin: str) -> Non
         )
 
 
-def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any) -> None:
+def _check_in_flight(op: str, in_flight: Any, kind: type, statistics: Any, after: Any) -> None:
     check_type(op, "in_flight", in_flight, kind, f"a torch_ep.{kind.__name__}")
     tensors = {
         "in_flight.status": in_flight.status,
         "in_flight.data": in_flight.data,
         "in_flight.topk_idx": in_flight.topk_idx,
     }
-    check_tensors(op, tensors)
+    check_tensors(op, tensors, {"after": after})
     _check_matrix(op, "in_flight.topk_idx", in_flight.topk_idx, "num_tokens, num_topk", "tuple as the send")
     check_type(op, "in_flight.dtype", in_flight.dtype, torch.dtype, "a torch.dtype")
     check_str(op, "in_flight.group_name", in_flight.group_name, "to be a str")
@@ -483,19 +483,35 @@ def low_latency_dispatch_send(
 
 
 def low_latency_dispatch_recv(
-    in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None
+    in_flight: InFlightDispatch, *, statistics: LowLatencyStatistics | None = None, after: Tensor | None = None
 ) -> tuple[Any, LowLatencyPlan]:
-    """The second half of `low_latency_dispatch`. Collective; returns and raises as the whole operator does."""
+    """The second half of `low_latency_dispatch`. Collective; returns and raises as the whole operator does.
+
+    Args:
+        in_flight: what the send returned.
+        statistics: as for the whole operator.
+        after: any tensor that must exist before this half waits, such as the result of the work that overlaps.
+    """
     op = "ep::low_latency_dispatch_recv"
     if isinstance(in_flight, InFlightDispatch) and in_flight.rail is not None:
         rail = _check_rail(op, "in_flight.rail", in_flight.rail)
         of_node = _of_node(op, statistics, rail, in_flight)
-        received, plan = low_latency_dispatch_recv(in_flight._replace(rail=None), statistics=of_node)
+        received, plan = low_latency_dispatch_recv(in_flight._replace(rail=None), statistics=of_node, after=after)
         return received, plan._replace(rail=in_flight.rail)
-    _check_in_flight(op, in_flight, InFlightDispatch, statistics)
+    _check_in_flight(op, in_flight, InFlightDispatch, statistics, after)
     status, data, topk_idx, hidden, dtype, quantize, num_experts, max_tokens_per_rank, world_size, name, _ = in_flight
     fields = torch.ops.ep.low_latency_dispatch_recv(
-        status, data, hidden, dtype, topk_idx.shape[1], quantize, num_experts, max_tokens_per_rank, world_size, name
+        status,
+        data,
+        hidden,
+        dtype,
+        topk_idx.shape[1],
+        quantize,
+        num_experts,
+        max_tokens_per_rank,
+        world_size,
+        name,
+        after,
     )
     return _dispatched(fields, topk_idx, num_experts, name, statistics)
 
@@ -527,16 +543,25 @@ def low_latency_combine_send(y: Tensor, plan: LowLatencyPlan, *, after: Tensor |
     )
 
 
-def low_latency_combine_recv(in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None) -> Tensor:
-    """The second half of `low_latency_combine`. Collective; returns and raises as the whole operator does."""
+def low_latency_combine_recv(
+    in_flight: InFlightCombine, *, statistics: LowLatencyStatistics | None = None, after: Tensor | None = None
+) -> Tensor:
+    """The second half of `low_latency_combine`. Collective; returns and raises as the whole operator does.
+
+    Args:
+        in_flight: what the send returned.
+        statistics: as for the whole operator.
+        after: any tensor that must exist before this half waits, such as the result of the work that overlaps.
+    """
     op = "ep::low_latency_combine_recv"
     if isinstance(in_flight, InFlightCombine) and in_flight.rail is not None:
         rail = _check_rail(op, "in_flight.rail", in_flight.rail)
         of_node = _of_node(op, statistics, rail, in_flight)
-        return combine(low_latency_combine_recv(in_flight._replace(rail=None), statistics=of_node), rail)
-    _check_in_flight(op, in_flight, InFlightCombine, statistics)
+        sums = low_latency_combine_recv(in_flight._replace(rail=None), statistics=of_node, after=after)
+        return combine(sums, rail)
+    _check_in_flight(op, in_flight, InFlightCombine, statistics, after)
     *arguments, _ = in_flight
-    out, wait_ns = torch.ops.ep.low_latency_combine_recv(*arguments)
+    out, wait_ns = torch.ops.ep.low_latency_combine_recv(*arguments, after)
     if statistics is not None:
         statistics.wait_ns.add_(wait_ns)
     return out

@@ -434,6 +434,68 @@ def _combine_weighted(
     return y.new_empty(send_row.shape[0], y.shape[1])
 
 
+def _ticket(like: Tensor) -> Tensor:
+    return like.new_empty(1, dtype=torch.float64)
+
+
+@_fake("ep::dispatch_send")
+def _dispatch_send(
+    x: Tensor, topk_weights: Tensor | None, scales: Tensor | None, *plan: Any, after: Tensor | None = None
+) -> Tensor:
+    _dispatch(x, topk_weights, scales, *plan)
+    return _ticket(x)
+
+
+@_fake("ep::combine_send")
+def _combine_send(
+    y: Tensor, topk_weights: Tensor | None, scales: Tensor | None, *plan: Any, after: Tensor | None = None
+) -> Tensor:
+    _combine(y, topk_weights, scales, *plan)
+    return _ticket(y)
+
+
+@_fake("ep::combine_send.weighted")
+def _combine_send_weighted(y: Tensor, row_weights: Tensor, *plan: Any, after: Tensor | None = None) -> Tensor:
+    _combine_weighted(y, row_weights, *plan)
+    return _ticket(y)
+
+
+def _received(
+    op: str,
+    ticket: Tensor,
+    plan: tuple,
+    rows: Size,
+    weights_shape: Sequence[Size],
+    hidden: Size,
+    dtype: torch.dtype,
+    weights_dtype: torch.dtype | None,
+    scales_columns: Size | None,
+    scales_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _check_plan_tensors(op, *plan)
+    _check_tensor(op, "ticket", ticket, (1,), plan[0], _IN_FLIGHT)
+    _check_type(op, "ticket", ticket, (torch.float64,))
+    return (
+        ticket.new_empty((rows, hidden), dtype=dtype),
+        None if weights_dtype is None else ticket.new_empty(weights_shape, dtype=weights_dtype),
+        None if scales_columns is None else ticket.new_empty((rows, scales_columns), dtype=scales_dtype),
+    )
+
+
+@_fake("ep::dispatch_recv")
+def _dispatch_recv(ticket: Tensor, *arguments: Any, after: Tensor | None = None) -> tuple:
+    plan, types = arguments[:6], arguments[6:11]
+    recv_map = plan[3]
+    return _received("ep::dispatch_recv", ticket, plan, recv_map.shape[0], recv_map.shape, *types)
+
+
+@_fake("ep::combine_recv")
+def _combine_recv(ticket: Tensor, *arguments: Any, after: Tensor | None = None) -> tuple:
+    plan, types = arguments[:6], arguments[6:11]
+    send_row = plan[0]
+    return _received("ep::combine_recv", ticket, plan, send_row.shape[0], send_row.shape, *types)
+
+
 _RELAYED = _ShapeOf(", one row per row that this rank relays", ": pass the plan as torch_ep.plan returned it")
 
 
@@ -679,6 +741,7 @@ def _low_latency_dispatch_recv(
     max_tokens_per_rank: int,
     world_size: int,
     group_name: str,
+    after: Tensor | None = None,
 ) -> tuple:
     op = "ep::low_latency_dispatch_recv"
     _check_quantize(op, quantize)
@@ -762,6 +825,7 @@ def _low_latency_combine_recv(
     num_experts: int,
     world_size: int,
     group_name: str,
+    after: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     op = "ep::low_latency_combine_recv"
     _check_tensor(op, "topk_idx", topk_idx, ("num_tokens", "num_topk"), status, _IN_FLIGHT)

@@ -429,24 +429,29 @@ def _weigh_backward(rows: Tensor, y: Tensor, row_weights: Tensor, is_filled: Ten
     return grad_y, products.sum(1).to(row_weights.dtype)
 
 
+def _weigh_backward_in_blocks(rows: Tensor, y: Tensor, row_weights: Tensor, is_filled: Tensor) -> tuple[Tensor, Tensor]:
+    """`_weigh_backward`, which may overwrite `rows`."""
+    arguments = (rows, y, row_weights, is_filled)
+    block_bytes = _CPU_BLOCK_BYTES if rows.is_cpu else _DEVICE_BLOCK_BYTES
+    # A compiler fuses the formula, and a second derivative needs all of it. Else it goes by blocks, in place.
+    if type(rows) is not Tensor or torch.is_grad_enabled() or rows.nbytes <= block_bytes:
+        return _weigh_backward(*arguments)
+    # No allocation outlives its block: a surviving one would fragment the heap and prevent its reuse.
+    grad_y, grad_weights = rows, rows.new_empty(rows.shape[0], dtype=row_weights.dtype)
+    num_blocks = min(rows.nbytes // block_bytes, max(1, rows.shape[0] // 2))
+    blocks = [t.tensor_split(num_blocks) for t in (grad_y, grad_weights, *arguments)]
+    for grad_y_block, grad_weights_block, *block in zip(*blocks, strict=True):
+        for into, value in zip((grad_y_block, grad_weights_block), _weigh_backward(*block), strict=True):
+            into.copy_(value)
+    return grad_y, grad_weights
+
+
 def _combine_weighted_backward(ctx: Any, grad: Tensor) -> tuple:
     y, row_weights, *tensors = ctx.saved_tensors
     rows, _, _ = _dispatch_op(ctx.names)(_contiguous(grad), None, None, *tensors, *ctx.names)
     grad_after = _grad_after(ctx, rows)
-    arguments = (rows, y, row_weights, _is_filled(tensors[-1], ctx.names[0]))
-    block_bytes = _CPU_BLOCK_BYTES if rows.is_cpu else _DEVICE_BLOCK_BYTES
-    # A compiler fuses the formula, and a second derivative needs all of it. Else it goes by blocks, in place.
-    if type(rows) is not Tensor or torch.is_grad_enabled() or rows.nbytes <= block_bytes:
-        grad_y, grad_weights = _weigh_backward(*arguments)
-    else:
-        # No allocation outlives its block: a surviving one would fragment the heap and prevent its reuse.
-        grad_y, grad_weights = rows, rows.new_empty(rows.shape[0], dtype=row_weights.dtype)
-        num_blocks = min(rows.nbytes // block_bytes, max(1, rows.shape[0] // 2))
-        blocks = [t.tensor_split(num_blocks) for t in (grad_y, grad_weights, *arguments)]
-        for grad_y_block, grad_weights_block, *block in zip(*blocks, strict=True):
-            for into, value in zip((grad_y_block, grad_weights_block), _weigh_backward(*block), strict=True):
-                into.copy_(value)
-    return grad_y, grad_weights, *[None] * (len(tensors) + len(ctx.names)), grad_after
+    grads = _weigh_backward_in_blocks(rows, y, row_weights, _is_filled(tensors[-1], ctx.names[0]))
+    return *grads, *[None] * (len(tensors) + len(ctx.names)), grad_after
 
 
 def _combine_weighted_jvp(tangents: Sequence[Tensor], y: Tensor, row_weights: Tensor, *plan: Any) -> Tensor:

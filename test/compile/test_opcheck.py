@@ -41,6 +41,15 @@ OPS = (
     ep.grouped_mm.default,
     ep.grouped_mm.transpose,
 )
+# opcheck repeats a call with the same arguments: more exchanges in flight than may be, and tickets used twice. See
+# test/compile/test_halves.py.
+HALVES = (
+    ep.dispatch_send.default,
+    ep.dispatch_recv.default,
+    ep.combine_send.default,
+    ep.combine_send.weighted,
+    ep.combine_recv.default,
+)
 NUM_EXPERTS, NUM_TOPK, HIDDEN, CAPACITY, MAX_TOKENS = 6, 3, 5, 16, 7
 LOW_LATENCY_HIDDEN = {"cpu": HIDDEN, "cuda": 16}  # nvlink has rows of a multiple of 16 bytes only
 
@@ -350,13 +359,13 @@ def test_compiled_code_accepts_as_many_rows_as_can_arrive(device: str, world_siz
     assert rows == bound
 
 
-every_op = pytest.mark.parametrize("op", OPS, ids=str)
+every_op = pytest.mark.parametrize("op", (*OPS, *HALVES), ids=str)
 
 
 def test_every_operator_is_checked_here() -> None:
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ep::")]
     public = {name for name in names if not name.startswith("ep::_")}
-    assert public == {op.name() for op in OPS}
+    assert public == {op.name() for op in (*OPS, *HALVES)}
 
 
 @every_op

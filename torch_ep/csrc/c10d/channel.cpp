@@ -166,10 +166,14 @@ Channel::Channel(c10::intrusive_ptr<c10d::Backend> gloo, int rank, int world_siz
 
 Channel::~Channel() {
   if (!is_forked()) {
-    close("torch_ep.destroy was called there, or its process ended", {}, /*in_exchange=*/false);
+    leave();
   } else {
     gloo_.release();  // its threads exist only in the parent
   }
+}
+
+void Channel::leave() noexcept {
+  close("torch_ep.destroy was called there, or its process ended", {}, /*in_exchange=*/false);
 }
 
 bool Channel::is_forked() const {

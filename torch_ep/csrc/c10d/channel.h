@@ -144,6 +144,8 @@ class Channel {
   // For waits outside the channel: runs signal handlers and polls for an abort of a peer.
   std::optional<Failure> check_peers();
 
+  // Closes all connections between exchanges: this rank leaves the group.
+  void leave() noexcept;
   // Sends failure notes and closes all connections. Does nothing if it is already closed.
   void close(const std::string& why, const std::vector<int>& blamed = {}, bool in_exchange = true) noexcept;
 

@@ -1,6 +1,7 @@
 #include "c10d/communicator.h"
 
 #include "c10d/exchange.h"
+#include "core/in_flight.h"
 
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
@@ -137,6 +138,7 @@ bool is_connected(const std::string& group_name) {
 }
 
 void destroy_communicator(const std::string& group_name) {
+  drop_in_flight(group_name);
   // Destroyed after the lock is released: the destructor closes the channel to the peers.
   std::shared_ptr<Communicator> last;
   std::lock_guard<std::mutex> lock(registry_mutex);

@@ -61,7 +61,7 @@ Exchange::Exchange(
     : comm_(std::move(comm)),
       group_(c10d::resolve_process_group(comm_->group_name)),
       op_(op),
-      entry_(*comm_->channel),
+      entry_(std::in_place, *comm_->channel),
       send_rows_(std::move(send_rows)),
       expected_rows_(recv_rows),
       agreed_(agreed),
@@ -119,6 +119,10 @@ std::string Exchange::rank_note() const {
 }
 
 Exchange::~Exchange() {
+  if (!entry_) {
+    comm_->channel->leave();
+    return;
+  }
   close("an error between the start and the end of exchange " + std::to_string(sequence_));
 }
 
@@ -299,6 +303,15 @@ void Exchange::finish() {
   }
   transfers_.clear();
   is_over_ = true;
+}
+
+void Exchange::resume() {
+  entry_.emplace(*comm_->channel);
+  deadline_ = steady_clock::now() + comm_->timeout;
+  if (!comm_->channel->closed().empty()) {
+    is_over_ = true;
+    check_closed();
+  }
 }
 
 // The group's own backend moves these rows, and does not receive failure notes: poll for them.

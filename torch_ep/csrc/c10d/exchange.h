@@ -43,6 +43,8 @@ class Exchange final : public RowExchange {
       bool has_own_rows) override;
   void wait(size_t transfer) override;
   void finish() override;
+  void suspend() override { entry_.reset(); }
+  void resume() override;
 
   void abort(const std::string& why) override { close(why); }
 
@@ -69,7 +71,7 @@ class Exchange final : public RowExchange {
   std::shared_ptr<Communicator> comm_;
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   OpKind op_;
-  Channel::Entry entry_;
+  std::optional<Channel::Entry> entry_;  // empty while suspended
   int64_t sequence_ = 0;
   std::vector<int64_t> send_rows_, expected_rows_;
   std::vector<Agreed> agreed_;

@@ -51,6 +51,23 @@ void report_to_group(OpKind op, const std::string& group, const std::string& fai
 
 }  // namespace
 
+std::unique_ptr<Arrival> Backend::dispatch_send(
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  return std::make_unique<ArrivedPayloads>(dispatch(plan, x, topk_weights, scales));
+}
+
+std::unique_ptr<Arrival> Backend::combine_send(
+    const PlanTensors& plan,
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& row_weights,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  return std::make_unique<ArrivedPayloads>(combine(plan, y, row_weights, topk_weights, scales));
+}
+
 Payloads Backend::dispatch_on_grid(
     const GridLevel& rail,
     const GridLevel& node,

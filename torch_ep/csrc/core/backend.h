@@ -2,6 +2,7 @@
 // nothing outside a backend's folder asks which one runs.
 #pragma once
 
+#include "core/in_flight.h"
 #include "core/types.h"
 
 #include <memory>
@@ -37,6 +38,19 @@ class Backend {
       const std::optional<at::Tensor>& row_weights,
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) = 0;
+
+  // The first halves of dispatch and combine: see Note [In flight]. By default they wait for the results.
+  virtual std::unique_ptr<Arrival> dispatch_send(
+      const PlanTensors& plan,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
+  virtual std::unique_ptr<Arrival> combine_send(
+      const PlanTensors& plan,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales);
 
   // dispatch and combine on two levels: see Note [Linked groups]. By default one level follows the other.
   // `rail.backend` is this backend.

@@ -60,73 +60,215 @@ PlanResult ComposedBackend::plan(const at::Tensor& topk_idx, const PlanOptions& 
       recv_plan.num_dropped};
 }
 
-Payloads ComposedBackend::dispatch(
-    const PlanTensors& plan,
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& topk_weights,
-    const std::optional<at::Tensor>& scales) {
-  Transfer transfer(*this, OpKind::dispatch, plan, x, agreed_of(x, topk_weights, scales));
-  return transfer.run([&] { return dispatch_payloads(transfer, plan, x, topk_weights, scales); });
-}
+namespace {
 
-Payloads ComposedBackend::dispatch_payloads(
-    Transfer& transfer,
-    const PlanTensors& plan,
-    const at::Tensor& x,
-    const std::optional<at::Tensor>& topk_weights,
-    const std::optional<at::Tensor>& scales) {
-  const auto& kernels = permute_kernels(x);
-  const int64_t out_rows = sum(transfer.out_rows), in_rows = sum(transfer.in_rows);
-  const int64_t rows = plan.recv_map.size(0);
-  // With one rank, rank_major rows are the wire rows: they are the result.
-  const bool is_result = world_size_ == 1 && !plan.expert_major;
-  auto wire_x =
-      kernels.pack_rows(x, plan.send_row, out_rows, is_result ? Allocate(allocate_new) : allocator(WireBuffer::send));
-  std::optional<at::Tensor> wire_weights, wire_scales;
-  if (topk_weights) {
-    wire_weights = kernels.pack_slots(*topk_weights, plan.send_row, out_rows);
-  }
-  if (scales) {
-    wire_scales = kernels.pack_rows(*scales, plan.send_row, out_rows, allocate_new);
-  }
-  transfer.confirm();
+// A plan that outlives the operator's arguments.
+struct OwnedPlan {
+  explicit OwnedPlan(const PlanTensors& plan)
+      : send_row(plan.send_row),
+        send_counts(plan.send_counts),
+        recv_counts(plan.recv_counts),
+        recv_map(plan.recv_map),
+        expert_major(plan.expert_major) {}
 
-  const auto start = [&](at::Tensor& wire, const Allocate& allocate) {
-    if (plan.expert_major || rows <= in_rows) {
-      wire = transfer.start(wire, allocate);
+  int64_t num_topk() const { return send_row.size(1); }
+
+  at::Tensor send_row, send_counts, recv_counts, recv_map;
+  bool expert_major;
+};
+
+}  // namespace
+
+// A dispatch whose rows are being transferred.
+class ComposedBackend::Dispatch final : public Arrival {
+ public:
+  // `is_whole`: the exchange ends in the same operator, so that it can use the buffers that the backend keeps.
+  Dispatch(
+      ComposedBackend& backend,
+      const PlanTensors& plan,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales,
+      bool is_whole)
+      : kernels_(permute_kernels(x)),
+        plan_(plan),
+        transfer_(backend, OpKind::dispatch, plan, x, agreed_of(x, topk_weights, scales)) {
+    const auto allocator_of = [&](WireBuffer which) {
+      return is_whole ? backend.allocator(which) : Allocate(allocate_new);
+    };
+    transfer_.run([&] {
+      const int64_t out_rows = sum(transfer_.out_rows);
+      // With one rank, rank_major rows are the wire rows: they are the result.
+      const bool is_result = backend.world_size_ == 1 && !plan.expert_major;
+      rows_ = kernels_.pack_rows(
+          x, plan.send_row, out_rows, is_result ? Allocate(allocate_new) : allocator_of(WireBuffer::send));
+      if (topk_weights) {
+        weights_ = kernels_.pack_slots(*topk_weights, plan.send_row, out_rows);
+      }
+      if (scales) {
+        scales_ = kernels_.pack_rows(*scales, plan.send_row, out_rows, allocate_new);
+      }
+      transfer_.confirm();
+      start(rows_, plan.expert_major ? allocator_of(WireBuffer::recv) : Allocate(allocate_new));
+      if (weights_) {
+        start(*weights_, allocate_new);
+      }
+      if (scales_) {
+        start(*scales_, allocate_new);
+      }
+    });
+  }
+
+  void suspend() { transfer_.suspend(); }
+
+  Payloads receive() override {
+    transfer_.resume();
+    return finish();
+  }
+
+  Payloads finish() {
+    return transfer_.run([&] {
+      transfer_.finish();
+      Payloads result{finish_rows(rows_), std::nullopt, std::nullopt};
+      if (weights_) {
+        std::get<1>(result) =
+            plan_.expert_major ? kernels_.expand_slots(*weights_, plan_.recv_map) : finish_rows(*weights_);
+      }
+      if (scales_) {
+        std::get<2>(result) = finish_rows(*scales_);
+      }
+      return result;
+    });
+  }
+
+ private:
+  // Starts to send `wire`, then sets it to the tensor that receives.
+  void start(at::Tensor& wire, const Allocate& allocate) {
+    const int64_t in_rows = sum(transfer_.in_rows), rows = plan_.recv_map.size(0);
+    if (plan_.expert_major || rows <= in_rows) {
+      wire = transfer_.start(wire, allocate);
       return;
     }
     // rank_major: rows arrive in the result itself, so only its tail has to be zeroed.
     auto result = with_rows(wire, rows);
     result.narrow(0, in_rows, rows - in_rows).zero_();
-    transfer.start_into(result, wire);
+    transfer_.start_into(result, wire);
     wire = result;
-  };
-  start(wire_x, plan.expert_major ? allocator(WireBuffer::recv) : Allocate(allocate_new));
-  if (wire_weights) {
-    start(*wire_weights, allocate_new);
   }
-  if (wire_scales) {
-    start(*wire_scales, allocate_new);
-  }
-  transfer.finish();
 
-  const auto finish_rows = [&](const at::Tensor& wire) {
-    if (plan.expert_major) {
-      return kernels.expand_rows(wire, plan.recv_map, plan.num_topk());
+  at::Tensor finish_rows(const at::Tensor& wire) const {
+    if (plan_.expert_major) {
+      return kernels_.expand_rows(wire, plan_.recv_map, plan_.num_topk());
     }
+    const int64_t rows = plan_.recv_map.size(0);
     return rows < wire.size(0) ? wire.narrow(0, 0, rows).clone() : wire;
-  };
-  Payloads result{finish_rows(wire_x), std::nullopt, std::nullopt};
-  if (wire_weights) {
-    std::get<1>(result) =
-        plan.expert_major ? kernels.expand_slots(*wire_weights, plan.recv_map) : finish_rows(*wire_weights);
   }
-  if (wire_scales) {
-    std::get<2>(result) = finish_rows(*wire_scales);
-  }
-  return result;
+
+  const PermuteKernels& kernels_;
+  const OwnedPlan plan_;
+  Transfer transfer_;
+  at::Tensor rows_;
+  std::optional<at::Tensor> weights_, scales_;
+};
+
+Payloads ComposedBackend::dispatch(
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  return Dispatch(*this, plan, x, topk_weights, scales, true).finish();
 }
+
+std::unique_ptr<Arrival> ComposedBackend::dispatch_send(
+    const PlanTensors& plan,
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  if (world_size_ == 1) {
+    return Backend::dispatch_send(plan, x, topk_weights, scales);
+  }
+  auto sent = std::make_unique<Dispatch>(*this, plan, x, topk_weights, scales, false);
+  sent->suspend();
+  return sent;
+}
+
+// A combine whose rows are being transferred.
+class ComposedBackend::Combine final : public Arrival {
+ public:
+  // `is_whole`: as for Dispatch.
+  Combine(
+      ComposedBackend& backend,
+      const PlanTensors& plan,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales,
+      bool is_whole)
+      : kernels_(permute_kernels(y)),
+        send_row_(plan.send_row),
+        transfer_(backend, OpKind::combine, plan, y, agreed_of(y, topk_weights, scales)) {
+    const auto allocator_of = [&](WireBuffer which) {
+      return is_whole ? backend.allocator(which) : Allocate(allocate_new);
+    };
+    transfer_.run([&] {
+      const int64_t wire_rows = sum(transfer_.out_rows);
+      if (wire_rows > plan.recv_map.size(0)) {
+        // Rows were dropped. The headers bound their number, so allocate memory for them only after all ranks agree.
+        transfer_.confirm();
+      }
+      const auto wire_y = wire_of(kernels_, plan, y, row_weights, wire_rows, allocator_of(WireBuffer::send));
+      std::optional<at::Tensor> wire_weights, wire_scales;
+      if (topk_weights) {
+        wire_weights = plan.expert_major
+                           ? kernels_.return_slots(*topk_weights, plan.recv_map, wire_rows, plan.num_topk())
+                           : fit_rows(*topk_weights, wire_rows);
+      }
+      if (scales) {
+        wire_scales = wire_of(kernels_, plan, *scales, std::nullopt, wire_rows, allocate_new);
+      }
+      // A first half has read its arguments when it returns, so it sends none of them in place.
+      const auto own = [&](const at::Tensor& wire, const at::Tensor& argument) {
+        return !is_whole && wire.is_alias_of(argument) ? wire.clone() : wire;
+      };
+      transfer_.confirm();
+      returned_ = transfer_.start(own(wire_y, y), allocator_of(WireBuffer::recv));
+      if (wire_weights) {
+        weights_ = transfer_.start(own(*wire_weights, *topk_weights));
+      }
+      if (wire_scales) {
+        scales_ = transfer_.start(own(*wire_scales, *scales));
+      }
+    });
+  }
+
+  void suspend() { transfer_.suspend(); }
+
+  Payloads receive() override {
+    transfer_.resume();
+    return finish();
+  }
+
+  Payloads finish() {
+    return transfer_.run([&] {
+      transfer_.finish();
+      Payloads result{kernels_.sum_rows(returned_, send_row_), std::nullopt, std::nullopt};
+      if (weights_) {
+        std::get<1>(result) = kernels_.gather_slots(*weights_, send_row_);
+      }
+      if (scales_) {
+        std::get<2>(result) = kernels_.sum_rows(*scales_, send_row_);
+      }
+      return result;
+    });
+  }
+
+ private:
+  const PermuteKernels& kernels_;
+  const at::Tensor send_row_;
+  Transfer transfer_;
+  at::Tensor returned_;
+  std::optional<at::Tensor> weights_, scales_;
+};
 
 Payloads ComposedBackend::combine(
     const PlanTensors& plan,
@@ -134,50 +276,21 @@ Payloads ComposedBackend::combine(
     const std::optional<at::Tensor>& row_weights,
     const std::optional<at::Tensor>& topk_weights,
     const std::optional<at::Tensor>& scales) {
-  Transfer transfer(*this, OpKind::combine, plan, y, agreed_of(y, topk_weights, scales));
-  return transfer.run([&] { return combine_payloads(transfer, plan, y, row_weights, topk_weights, scales); });
+  return Combine(*this, plan, y, row_weights, topk_weights, scales, true).finish();
 }
 
-Payloads ComposedBackend::combine_payloads(
-    Transfer& transfer,
+std::unique_ptr<Arrival> ComposedBackend::combine_send(
     const PlanTensors& plan,
     const at::Tensor& y,
     const std::optional<at::Tensor>& row_weights,
     const std::optional<at::Tensor>& topk_weights,
     const std::optional<at::Tensor>& scales) {
-  const auto& kernels = permute_kernels(y);
-  const int64_t wire_rows = sum(transfer.out_rows);
-  if (wire_rows > plan.recv_map.size(0)) {
-    // Rows were dropped. The headers bound their number, so allocate memory for them only after all ranks agree.
-    transfer.confirm();
+  if (world_size_ == 1) {
+    return Backend::combine_send(plan, y, row_weights, topk_weights, scales);
   }
-  const auto wire_y = wire_of(kernels, plan, y, row_weights, wire_rows, allocator(WireBuffer::send));
-  std::optional<at::Tensor> wire_weights, wire_scales;
-  if (topk_weights) {
-    wire_weights = plan.expert_major ? kernels.return_slots(*topk_weights, plan.recv_map, wire_rows, plan.num_topk())
-                                     : fit_rows(*topk_weights, wire_rows);
-  }
-  if (scales) {
-    wire_scales = wire_of(kernels, plan, *scales, std::nullopt, wire_rows, allocate_new);
-  }
-  transfer.confirm();
-  const auto returned_y = transfer.start(wire_y, allocator(WireBuffer::recv));
-  std::optional<at::Tensor> returned_weights, returned_scales;
-  if (wire_weights) {
-    returned_weights = transfer.start(*wire_weights);
-  }
-  if (wire_scales) {
-    returned_scales = transfer.start(*wire_scales);
-  }
-  transfer.finish();
-  Payloads result{kernels.sum_rows(returned_y, plan.send_row), std::nullopt, std::nullopt};
-  if (returned_weights) {
-    std::get<1>(result) = kernels.gather_slots(*returned_weights, plan.send_row);
-  }
-  if (returned_scales) {
-    std::get<2>(result) = kernels.sum_rows(*returned_scales, plan.send_row);
-  }
-  return result;
+  auto sent = std::make_unique<Combine>(*this, plan, y, row_weights, topk_weights, scales, false);
+  sent->suspend();
+  return sent;
 }
 
 }  // namespace ep

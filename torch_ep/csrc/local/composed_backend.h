@@ -34,6 +34,18 @@ class ComposedBackend : public Backend {
       const std::optional<at::Tensor>& topk_weights,
       const std::optional<at::Tensor>& scales) override;
 
+  std::unique_ptr<Arrival> dispatch_send(
+      const PlanTensors& plan,
+      const at::Tensor& x,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override;
+  std::unique_ptr<Arrival> combine_send(
+      const PlanTensors& plan,
+      const at::Tensor& y,
+      const std::optional<at::Tensor>& row_weights,
+      const std::optional<at::Tensor>& topk_weights,
+      const std::optional<at::Tensor>& scales) override;
+
   // On the CPU, both levels work on columns of the rows by turns: one's transfer overlaps the other's work.
   Payloads dispatch_on_grid(
       const GridLevel& rail,
@@ -103,6 +115,8 @@ class ComposedBackend : public Backend {
 
  private:
   class Transfer;
+  class Dispatch;
+  class Combine;
 
   template <class F>
   auto reported(OpKind op, const F& f) {
@@ -114,19 +128,6 @@ class ComposedBackend : public Backend {
     }
   }
   void check_limit(OpKind op, const char* name, int64_t limit, int64_t got) const;
-  Payloads dispatch_payloads(
-      Transfer& transfer,
-      const PlanTensors& plan,
-      const at::Tensor& x,
-      const std::optional<at::Tensor>& topk_weights,
-      const std::optional<at::Tensor>& scales);
-  Payloads combine_payloads(
-      Transfer& transfer,
-      const PlanTensors& plan,
-      const at::Tensor& y,
-      const std::optional<at::Tensor>& row_weights,
-      const std::optional<at::Tensor>& topk_weights,
-      const std::optional<at::Tensor>& scales);
   Allocate allocator(WireBuffer which);
 
   struct LowLatencySizes;

@@ -34,6 +34,10 @@ class RowExchange {
   virtual void wait(size_t transfer) = 0;
   // Waits for everything started. The exchange ends here.
   virtual void finish() = 0;
+  // Between these, other exchanges may run while the rows that were started travel. After `resume`, the waits have the
+  // whole timeout. Throws if the group was closed meanwhile.
+  virtual void suspend() = 0;
+  virtual void resume() = 0;
   // This rank in the group.
   virtual int64_t rank() const = 0;
   // Aborts an exchange that this rank cannot finish, and reports the reason to the peers.

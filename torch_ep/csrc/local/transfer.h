@@ -174,6 +174,10 @@ class ComposedBackend::Transfer {
     }
   }
 
+  // Between these, other exchanges may run.
+  void suspend() { exchange_->suspend(); }
+  void resume() { exchange_->resume(); }
+
   template <class F>
   auto run(const F& f) {
     return exchange_ ? exchange_->run(f) : f();

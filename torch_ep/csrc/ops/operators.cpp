@@ -145,6 +145,40 @@ std::pair<std::shared_ptr<Backend>, std::shared_ptr<Backend>> find_backends(
       find_backend(op, node_name, node.world_size(), node.send_row)};
 }
 
+ArrivalShape shape_of(
+    int64_t rows,
+    const at::Tensor& sent,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales) {
+  ArrivalShape shape{rows, sent.size(1), sent.scalar_type(), std::nullopt, std::nullopt, std::nullopt};
+  if (topk_weights) {
+    shape.weights_dtype = topk_weights->scalar_type();
+  }
+  if (scales) {
+    shape.scales_columns = scales->size(1);
+    shape.scales_dtype = scales->scalar_type();
+  }
+  return shape;
+}
+
+// The second half of dispatch and combine.
+Payloads receive(
+    OpKind op,
+    const at::Tensor& ticket,
+    PlanTensors plan,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const ArrivalShape& shape) {
+  const auto name = std::string(name_of(op)) + "_recv";
+  plan.expert_major = is_expert_major(name.c_str(), layout);
+  check_plan(name.c_str(), plan);
+  check_tensor(name.c_str(), "ticket", ticket, {1}, plan.send_row, kInFlight);
+  TORCH_CHECK_TYPE(
+      ticket.scalar_type() == at::kDouble, name, ": expected ticket of dtype Double, got ", ticket.scalar_type());
+  const auto arrival = take_in_flight(op, group_name, ticket, shape);
+  return linked(op, group_name, [&] { return arrival->receive(); });
+}
+
 Quantize quantize_of(const char* op, std::string_view name) {
   constexpr std::array<std::string_view, 4> names{"", "fp8", "fp8_pow2", "fp8_ue8m0"};
   const auto found = std::find(names.begin(), names.end(), name);
@@ -363,6 +397,120 @@ at::Tensor combine_weighted(
       op, group_name, [&] { return std::get<0>(backend->combine(plan, y, row_weights, std::nullopt, std::nullopt)); });
 }
 
+at::Tensor dispatch_send(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::dispatch;
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto backend = checked(op, group_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_plan(name_of(op), plan);
+    check_dispatch_payloads(plan, x, topk_weights, scales);
+    check_may_send(op, group_name);
+    return find_backend(op, group_name, plan.world_size(), send_row);
+  });
+  auto arrival = linked(op, group_name, [&] { return backend->dispatch_send(plan, x, topk_weights, scales); });
+  return add_in_flight(
+      op, group_name, std::move(arrival), shape_of(recv_map.size(0), x, topk_weights, scales), x.device());
+}
+
+Payloads dispatch_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    int64_t hidden,
+    at::ScalarType dtype,
+    std::optional<at::ScalarType> weights_dtype,
+    std::optional<int64_t> scales_columns,
+    std::optional<at::ScalarType> scales_dtype,
+    const std::optional<at::Tensor>& /*after*/) {
+  const PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const ArrivalShape shape{recv_map.size(0), hidden, dtype, weights_dtype, scales_columns, scales_dtype};
+  return receive(OpKind::dispatch, ticket, plan, layout, group_name, shape);
+}
+
+at::Tensor combine_send(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::combine;
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto backend = checked(op, group_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_plan(name_of(op), plan);
+    check_combine_payloads(plan, y, topk_weights, scales);
+    check_may_send(op, group_name);
+    return find_backend(op, group_name, plan.world_size(), send_row);
+  });
+  auto arrival =
+      linked(op, group_name, [&] { return backend->combine_send(plan, y, std::nullopt, topk_weights, scales); });
+  return add_in_flight(
+      op, group_name, std::move(arrival), shape_of(send_row.size(0), y, topk_weights, scales), y.device());
+}
+
+at::Tensor combine_send_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
+  constexpr auto op = OpKind::combine;
+  PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const auto backend = checked(op, group_name, [&] {
+    plan.expert_major = is_expert_major(name_of(op), layout);
+    check_plan(name_of(op), plan);
+    check_weighted_rows(plan, y, row_weights);
+    check_may_send(op, group_name);
+    return find_backend(op, group_name, plan.world_size(), send_row);
+  });
+  auto arrival =
+      linked(op, group_name, [&] { return backend->combine_send(plan, y, row_weights, std::nullopt, std::nullopt); });
+  return add_in_flight(
+      op, group_name, std::move(arrival), shape_of(send_row.size(0), y, std::nullopt, std::nullopt), y.device());
+}
+
+Payloads combine_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    int64_t hidden,
+    at::ScalarType dtype,
+    std::optional<at::ScalarType> weights_dtype,
+    std::optional<int64_t> scales_columns,
+    std::optional<at::ScalarType> scales_dtype,
+    const std::optional<at::Tensor>& /*after*/) {
+  const PlanTensors plan{send_row, send_counts, recv_counts, recv_map, false};
+  const ArrivalShape shape{send_row.size(0), hidden, dtype, weights_dtype, scales_columns, scales_dtype};
+  return receive(OpKind::combine, ticket, plan, layout, group_name, shape);
+}
+
 Payloads dispatch_grid(
     const at::Tensor& x,
     const std::optional<at::Tensor>& topk_weights,
@@ -496,7 +644,8 @@ LowLatencyRows low_latency_dispatch_recv(
     int64_t num_experts,
     int64_t max_tokens_per_rank,
     int64_t world_size,
-    c10::string_view group_name) {
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
   constexpr const char* op = "ep::low_latency_dispatch_recv";
   const LowLatencyOptions options{quantize_of(op, quantize), num_experts, num_topk, max_tokens_per_rank, hidden, dtype};
   check_sizes(op, {num_experts, num_topk, max_tokens_per_rank, world_size});
@@ -554,7 +703,8 @@ LowLatencySums low_latency_combine_recv(
     at::ScalarType dtype,
     int64_t num_experts,
     int64_t world_size,
-    c10::string_view group_name) {
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& /*after*/) {
   constexpr const char* op = "ep::low_latency_combine_recv";
   check_topk_idx(op, topk_idx, {"num_tokens", "num_topk"}, status, kInFlight);
   check_topk(op, topk_idx.size(1));

@@ -61,6 +61,72 @@ at::Tensor combine_weighted(
     c10::string_view group_name,
     const std::optional<at::Tensor>& after);
 
+// The halves: see Note [In flight] in core/in_flight.h.
+at::Tensor dispatch_send(
+    const at::Tensor& x,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+Payloads dispatch_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    int64_t hidden,
+    at::ScalarType dtype,
+    std::optional<at::ScalarType> weights_dtype,
+    std::optional<int64_t> scales_columns,
+    std::optional<at::ScalarType> scales_dtype,
+    const std::optional<at::Tensor>& after);
+
+at::Tensor combine_send(
+    const at::Tensor& y,
+    const std::optional<at::Tensor>& topk_weights,
+    const std::optional<at::Tensor>& scales,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+at::Tensor combine_send_weighted(
+    const at::Tensor& y,
+    const at::Tensor& row_weights,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
+
+Payloads combine_recv(
+    const at::Tensor& ticket,
+    const at::Tensor& send_row,
+    const at::Tensor& send_counts,
+    const at::Tensor& recv_counts,
+    const at::Tensor& recv_map,
+    c10::string_view layout,
+    c10::string_view group_name,
+    int64_t hidden,
+    at::ScalarType dtype,
+    std::optional<at::ScalarType> weights_dtype,
+    std::optional<int64_t> scales_columns,
+    std::optional<at::ScalarType> scales_dtype,
+    const std::optional<at::Tensor>& after);
+
 Payloads dispatch_grid(
     const at::Tensor& x,
     const std::optional<at::Tensor>& topk_weights,
@@ -143,7 +209,8 @@ LowLatencyRows low_latency_dispatch_recv(
     int64_t num_experts,
     int64_t max_tokens_per_rank,
     int64_t world_size,
-    c10::string_view group_name);
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
 
 LowLatencySums low_latency_combine(
     const at::Tensor& y,
@@ -173,7 +240,8 @@ LowLatencySums low_latency_combine_recv(
     at::ScalarType dtype,
     int64_t num_experts,
     int64_t world_size,
-    c10::string_view group_name);
+    c10::string_view group_name,
+    const std::optional<at::Tensor>& after);
 
 at::Tensor zero_after(const at::Tensor& dep);
 

@@ -24,6 +24,10 @@ void unlink_group(std::string group_name) {
   ep::unlink_group(group_name);
 }
 
+void drop_in_flight(std::string group_name) {
+  ep::drop_in_flight(group_name);
+}
+
 void force_aten(bool on) {
   ep::force_aten = on;
 }
@@ -81,6 +85,30 @@ TORCH_LIBRARY(ep, m) {
       "Tensor recv_map, str layout, str rail_name, str group_name, Tensor? after=None) -> Tensor",
       {at::Tag::pt2_compliant_tag});
 
+  // The halves: the ticket is that of an exchange in flight. What arrives is stated again, since fakes need it.
+  m.def(
+      "dispatch_send(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor send_row, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "dispatch_recv(Tensor ticket, Tensor send_row, Tensor send_counts, Tensor recv_counts, Tensor recv_map, "
+      "str layout, str group_name, SymInt hidden, ScalarType dtype, ScalarType? weights_dtype, SymInt? scales_columns, "
+      "ScalarType? scales_dtype, Tensor? after=None) -> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine_send(Tensor y, Tensor? topk_weights, Tensor? scales, Tensor send_row, Tensor send_counts, "
+      "Tensor recv_counts, Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine_send.weighted(Tensor y, Tensor row_weights, Tensor send_row, Tensor send_counts, Tensor recv_counts, "
+      "Tensor recv_map, str layout, str group_name, Tensor? after=None) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "combine_recv(Tensor ticket, Tensor send_row, Tensor send_counts, Tensor recv_counts, Tensor recv_map, "
+      "str layout, str group_name, SymInt hidden, ScalarType dtype, ScalarType? weights_dtype, SymInt? scales_columns, "
+      "ScalarType? scales_dtype, Tensor? after=None) -> (Tensor, Tensor?, Tensor?)",
+      {at::Tag::pt2_compliant_tag});
+
   // For decoding: no plan, static shapes, inference only. `quantize`: '' for none. The halves are joined by `status`
   // ([2, world_size]: rows from each rank, wait_ns) and `in_flight` ([world_size * max_tokens_per_rank, bytes per wire
   // row]; nvlink keeps the data elsewhere and leaves it undefined).
@@ -97,7 +125,8 @@ TORCH_LIBRARY(ep, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "low_latency_dispatch_recv(Tensor status, Tensor in_flight, SymInt hidden, ScalarType dtype, int num_topk, "
-      "str quantize, int num_experts, int max_tokens_per_rank, int world_size, str group_name) -> (Tensor rows, "
+      "str quantize, int num_experts, int max_tokens_per_rank, int world_size, str group_name, Tensor? after=None) -> "
+      "(Tensor rows, "
       "Tensor? scales, Tensor tokens_per_expert, Tensor source_offsets, Tensor recv_pair, Tensor recv_row, "
       "Tensor row_weights, Tensor wait_ns)",
       {at::Tag::pt2_compliant_tag});
@@ -111,7 +140,7 @@ TORCH_LIBRARY(ep, m) {
       {at::Tag::pt2_compliant_tag});
   m.def(
       "low_latency_combine_recv(Tensor status, Tensor in_flight, Tensor topk_idx, SymInt hidden, ScalarType dtype, "
-      "int num_experts, int world_size, str group_name) -> (Tensor out, Tensor wait_ns)",
+      "int num_experts, int world_size, str group_name, Tensor? after=None) -> (Tensor out, Tensor wait_ns)",
       {at::Tag::pt2_compliant_tag});
 
   // A zero of shape [] that depends on `dep`: with it, a backward keeps the order that `after` sets in the forward.
@@ -130,6 +159,7 @@ TORCH_LIBRARY(ep, m) {
   m.def("_report_failure(str op, str group_name, str failure) -> ()", &report_failure);
   m.def("_link_groups(str rail, str node) -> ()", &link_groups);
   m.def("_unlink_group(str group_name) -> ()", &unlink_group);
+  m.def("_drop_in_flight(str group_name) -> ()", &drop_in_flight);
   m.def("_force_aten(bool on) -> ()", &force_aten);
   m.def("_force_parts(bool on) -> ()", &force_parts);
 }
@@ -142,6 +172,11 @@ void implement(torch::Library& m) {
   m.impl("dispatch", &ep::dispatch);
   m.impl("combine", &ep::combine);
   m.impl("combine.weighted", &ep::combine_weighted);
+  m.impl("dispatch_send", &ep::dispatch_send);
+  m.impl("dispatch_recv", &ep::dispatch_recv);
+  m.impl("combine_send", &ep::combine_send);
+  m.impl("combine_send.weighted", &ep::combine_send_weighted);
+  m.impl("combine_recv", &ep::combine_recv);
   m.impl("dispatch.grid", &ep::dispatch_grid);
   m.impl("combine.grid", &ep::combine_grid);
   m.impl("combine.grid_weighted", &ep::combine_grid_weighted);
