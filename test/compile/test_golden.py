@@ -32,11 +32,13 @@ def text(gm: GraphModule) -> str:
     return re.sub(r";  [^;\n]* = None$", "", normalize_gm(gm.print_readable(print_output=False)), flags=re.MULTILINE)
 
 
-def graphs_of(layout: str, count: int = 5, device: str = "cpu") -> tuple[str, str, str]:
+def graphs_of(layout: str, count: int = 5, device: str = "cpu", overlap: int = 0) -> tuple[str, str, str]:
     """Dynamo, forward, backward of a layer in the default group."""
     torch._dynamo.reset()
     backend = AotEagerAndRecordGraphs()
-    layer = torch_ep.nn.MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOPK, layout=layout, normalize=False, device=device)
+    layer = torch_ep.nn.MoE(
+        HIDDEN, INTERMEDIATE, EXPERTS, TOPK, layout=layout, normalize=False, overlap=overlap, device=device
+    )
     x = torch.randn(count, HIDDEN, requires_grad=True, device=device)
     y, stats = torch.compile(layer, fullgraph=True, backend=backend)(x)
     (y.sum() + stats.aux_loss).backward()
@@ -321,6 +323,74 @@ class GraphModule(torch.nn.Module):
         )
 
 
+class TestHalves(TestCase):
+    maxDiff = None
+
+    def test_operators(self) -> None:
+        graphs = graphs_of("expert_major", overlap=2)
+        dynamo, forward, backward = (only_operators(graph) for graph in graphs)
+        self.assertExpectedInline(dynamo, """\
+plan = torch.ops.ep.plan(value, 4, 'expert_major', 1, 1, '', None, None)
+last: "f64[1]" = torch.ops.ep.dispatch_send(value_1, value_2, None, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', None)
+plan_1 = torch.ops.ep.plan(value_3, 4, 'expert_major', 1, 1, '', None, last)
+last_1: "f64[1]" = torch.ops.ep.dispatch_send(value_4, value_5, None, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', last)
+dispatch_recv = torch.ops.ep.dispatch_recv(last, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', 8, torch.float32, torch.float32, None, None, last_1)
+grouped_mm: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_gate_proj_, offsets)
+grouped_mm_1: "f32[u0, 4]" = torch.ops.ep.grouped_mm(rows, l_self_parameters_up_proj_, offsets)
+value_6: "f32[u0, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets)
+last_2: "f64[1]" = torch.ops.ep.combine_send.weighted(value_6, weights_2, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', None)
+dispatch_recv_1 = torch.ops.ep.dispatch_recv(last_1, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', 8, torch.float32, torch.float32, None, None, last_2)
+grouped_mm_3: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_proj_, offsets_1)
+grouped_mm_4: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_proj_, offsets_1)
+value_7: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner_1, l_self_parameters_down_proj_, offsets_1)
+last_3: "f64[1]" = torch.ops.ep.combine_send.weighted(value_7, weights_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
+combine_recv = torch.ops.ep.combine_recv(last_2, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', 8, torch.float32, None, None, None, last_3)
+combine_recv_1 = torch.ops.ep.combine_recv(last_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', 8, torch.float32, None, None, None, tokens_2)""")
+        self.assertExpectedInline(forward, """\
+plan = torch.ops.ep.plan.default(slice_3, 4, 'expert_major', 1, 1, '')
+dispatch_send: "f64[1]" = torch.ops.ep.dispatch_send.default(slice_1, slice_5, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
+plan_1 = torch.ops.ep.plan.default(slice_4, 4, 'expert_major', 1, 1, '', None, dispatch_send)
+dispatch_send_1: "f64[1]" = torch.ops.ep.dispatch_send.default(slice_2, slice_6, None, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', dispatch_send)
+dispatch_recv = torch.ops.ep.dispatch_recv.default(dispatch_send, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, torch.float32, None, None, dispatch_send_1)
+grouped_mm: "f32[u0, 4]" = torch.ops.ep.grouped_mm.default(getitem_16, primals_3, getitem_6)
+grouped_mm_1: "f32[u0, 4]" = torch.ops.ep.grouped_mm.default(getitem_16, primals_4, getitem_6)
+grouped_mm_2: "f32[u0, 8]" = torch.ops.ep.grouped_mm.default(mul_14, primals_5, getitem_6)
+combine_send: "f64[1]" = torch.ops.ep.combine_send.weighted(grouped_mm_2, getitem_17, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
+dispatch_recv_1 = torch.ops.ep.dispatch_recv.default(dispatch_send_1, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, torch.float32, None, None, combine_send)
+grouped_mm_3: "f32[u1, 4]" = torch.ops.ep.grouped_mm.default(getitem_19, primals_3, getitem_13)
+grouped_mm_4: "f32[u1, 4]" = torch.ops.ep.grouped_mm.default(getitem_19, primals_4, getitem_13)
+grouped_mm_5: "f32[u1, 8]" = torch.ops.ep.grouped_mm.default(mul_28, primals_5, getitem_13)
+combine_send_1: "f64[1]" = torch.ops.ep.combine_send.weighted(grouped_mm_5, getitem_20, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '')
+combine_recv = torch.ops.ep.combine_recv.default(combine_send, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, None, None, None, combine_send_1)
+combine_recv_1 = torch.ops.ep.combine_recv.default(combine_send_1, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, None, None, None, getitem_22)""")
+        self.assertExpectedInline(backward, """\
+dispatch_send_2: "f64[1]" = torch.ops.ep.dispatch_send.default(slice_8, None, None, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '')
+zero_after: "f64[]" = torch.ops.ep.zero_after.default(dispatch_send_2)
+dispatch_send_3: "f64[1]" = torch.ops.ep.dispatch_send.default(add_45, None, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
+zero_after_1: "f64[]" = torch.ops.ep.zero_after.default(dispatch_send_3)
+dispatch_recv_2 = torch.ops.ep.dispatch_recv.default(add_46, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, None, None, None)
+grouped_mm_6: "f32[u1, 4]" = torch.ops.ep.grouped_mm.default(where, transpose, getitem_13)
+grouped_mm_7: "f32[4, 4, 8]" = torch.ops.ep.grouped_mm.transpose(mul_28, where, getitem_13)
+grouped_mm_8: "f32[u1, 8]" = torch.ops.ep.grouped_mm.default(mul_35, transpose_1, getitem_13)
+grouped_mm_9: "f32[4, 8, 4]" = torch.ops.ep.grouped_mm.transpose(getitem_19, mul_35, getitem_13)
+grouped_mm_10: "f32[u1, 8]" = torch.ops.ep.grouped_mm.default(silu_backward, transpose_2, getitem_13)
+grouped_mm_11: "f32[4, 8, 4]" = torch.ops.ep.grouped_mm.transpose(getitem_19, silu_backward, getitem_13)
+combine_send_2: "f64[1]" = torch.ops.ep.combine_send.default(add_47, sum_5, None, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '')
+zero_after_2: "f64[]" = torch.ops.ep.zero_after.default(combine_send_2)
+dispatch_recv_3 = torch.ops.ep.dispatch_recv.default(add_48, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, None, None, None)
+grouped_mm_12: "f32[u0, 4]" = torch.ops.ep.grouped_mm.default(where_2, transpose, getitem_6)
+grouped_mm_13: "f32[4, 4, 8]" = torch.ops.ep.grouped_mm.transpose(mul_14, where_2, getitem_6)
+grouped_mm_14: "f32[u0, 8]" = torch.ops.ep.grouped_mm.default(mul_39, transpose_1, getitem_6)
+grouped_mm_15: "f32[4, 8, 4]" = torch.ops.ep.grouped_mm.transpose(getitem_16, mul_39, getitem_6)
+grouped_mm_16: "f32[u0, 8]" = torch.ops.ep.grouped_mm.default(silu_backward_1, transpose_2, getitem_6)
+grouped_mm_17: "f32[4, 8, 4]" = torch.ops.ep.grouped_mm.transpose(getitem_16, silu_backward_1, getitem_6)
+combine_send_3: "f64[1]" = torch.ops.ep.combine_send.default(add_51, sum_6, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
+zero_after_3: "f64[]" = torch.ops.ep.zero_after.default(combine_send_3)
+combine_recv_2 = torch.ops.ep.combine_recv.default(add_53, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, torch.float32, None, None)
+zero_after_4: "f32[]" = torch.ops.ep.zero_after.default(getitem_34)
+combine_recv_3 = torch.ops.ep.combine_recv.default(add_54, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, torch.float32, None, None)""")
+
+
 class TestTwoRanks(TestCase):
     """The group's name and size are in the graph as constants; sizes of other ranks are not."""
 
@@ -341,8 +411,8 @@ dispatch_1 = torch.ops.ep.dispatch(rows, weights_2, None, send_row_1, send_count
 grouped_mm: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_gate_proj_, offsets_1)
 grouped_mm_1: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_up_proj_, offsets_1)
 value: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner, l_self_parameters_down_proj_, offsets_1)
-done: "f32[u0, 8]" = torch.ops.ep.combine.weighted(value, weights_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
-combine = torch.ops.ep.combine(done, None, None, send_row, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
+value_1: "f32[u0, 8]" = torch.ops.ep.combine.weighted(value, weights_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
+combine = torch.ops.ep.combine(value_1, None, None, send_row, send_counts, recv_counts, recv_map, 'rank_major', '0', None)""",
         )
 
     def test_aot_forward(self) -> None:
@@ -484,7 +554,7 @@ class GraphModule(torch.nn.Module):
 
         shared: "f32[5, 8]" = l_x_.relu()
 
-        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 1, '')
+        low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 1, '', None)
         rows: "f8e4m3fn[4, 6, 8]" = low_latency_dispatch_recv[0]
         scales: "f32[4, 6, 1]" = low_latency_dispatch_recv[1]
         tokens_per_expert: "i32[4]" = low_latency_dispatch_recv[2]
@@ -506,7 +576,7 @@ class GraphModule(torch.nn.Module):
         sum_1: "i64[]" = counters.sum()
         shared_1: "f32[5, 8]" = shared * sum_1
 
-        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '')
+        low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 1, '', None)
         out: "f32[5, 8]" = low_latency_combine_recv[0]
 
         add: "f32[5, 8]" = out + shared_1
@@ -584,9 +654,9 @@ low_latency_combine = torch.ops.ep.low_latency_combine.default(relu, arg1_1, get
             self.ranks[0][2],
             """\
 low_latency_dispatch_send = torch.ops.ep.low_latency_dispatch_send(l_x_, l_topk_idx_, l_weights_, 'fp8', 4, 6, 2, '0', None)
-low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0')
+low_latency_dispatch_recv = torch.ops.ep.low_latency_dispatch_recv(status, data, 8, torch.float32, 2, 'fp8', 4, 6, 2, '0', None)
 low_latency_combine_send = torch.ops.ep.low_latency_combine_send(y, l_topk_idx_, row_weights, recv_row, 4, 2, '0', shared)
-low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 2, '0')""",
+low_latency_combine_recv = torch.ops.ep.low_latency_combine_recv(status_1, data_1, l_topk_idx_, 8, torch.float32, 4, 2, '0', None)""",
         )
 
     def test_aot_of_halves(self) -> None:

@@ -3,6 +3,7 @@
 from .feed_forward import Activation, swigluoai
 from .grad_scaler import GradScaler
 from .grouped_mm import grouped_mm
+from .interleave import interleave
 from .moe import MoE
 from .router_stats import RouterStats
 from .routing import group_limited_topk
@@ -28,6 +29,7 @@ __all__ = [
     "gather_experts",
     "group_limited_topk",
     "grouped_mm",
+    "interleave",
     "mark_expert_parameters",
     "shard_experts",
     "swigluoai",

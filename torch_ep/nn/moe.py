@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..comm import Group
+from ..halves import InFlightRows, combine_recv, combine_send, dispatch_recv, dispatch_send, order_after
 from ..low_latency import LowLatencyStatistics, Quantize, low_latency_combine, low_latency_dispatch
 from ..ops import combine, dispatch, plan
 from ..plan import Layout, Plan, _recv_map
@@ -68,6 +69,11 @@ def _dequantize(rows: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Tensor:
     # Whole groups: with fewer channels, Inductor's loops for CPU leave out the last, incomplete one (torch 2.13).
     wide = F.pad(rows.float(), (0, groups * _GROUP_CHANNELS - hidden)).unflatten(-1, (groups, _GROUP_CHANNELS))
     return (wide * scales[..., None]).flatten(-2)[..., :hidden].to(dtype)
+
+
+def _in_compiled_code(after: Tensor) -> Tensor | None:
+    """An argument `after`, which eager code does not need: its gradient would cost a pass over memory."""
+    return after if torch.compiler.is_compiling() else None
 
 
 def _scale(rows: Tensor, weights: Tensor) -> Tensor:
@@ -149,6 +155,10 @@ class MoE(nn.Module):
         layout, capacity, alignment: as in `torch_ep.plan`. `capacity` is for all local experts together.
             "expert_major" fills it expert by expert, padding included: the last experts lose rows first. "rank_major"
             fills it source rank by source rank: tokens of the last ranks do, for every expert here.
+        overlap: number of chunks into which `forward` splits this rank's tokens, so that the exchanges of one chunk
+            overlap with the experts of another, and the shared expert with the first dispatch; backward too. The same
+            on every rank. `capacity` is per chunk. 0: whole exchanges of all tokens. 1: no chunks, only the shared
+            expert overlaps. docs/overlap.md says where it pays.
 
     Parameters:
         router: [num_experts, hidden].
@@ -167,6 +177,8 @@ class MoE(nn.Module):
 
     #: Parameters with a first dimension of experts, spread over the ranks.
     EXPERT_PARAMETERS: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+
+    overlap: int = 0  # in layers pickled by earlier versions
 
     router_bias: nn.Parameter | None
     selection_bias: Tensor | None
@@ -194,6 +206,7 @@ class MoE(nn.Module):
         layout: Layout = "expert_major",
         capacity: int | None = None,
         alignment: int = 1,
+        overlap: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -212,6 +225,7 @@ class MoE(nn.Module):
             group_score_topk = min(2 if selection_bias else 1, num_experts // num_expert_groups)
         check_expert_groups(_OP, num_experts, num_topk, num_expert_groups, num_topk_groups, group_score_topk)
         check_int(_OP, "shared_intermediate", shared_intermediate, 0)
+        check_int(_OP, "overlap", overlap, 0)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"{_OP}: expected score 'softmax' or 'sigmoid', got {score!r}")
         if not (experts_fn is None or callable(experts_fn)):
@@ -226,6 +240,7 @@ class MoE(nn.Module):
         self.num_expert_groups, self.num_topk_groups = num_expert_groups, num_topk_groups
         self.group_score_topk = group_score_topk
         self.layout, self.capacity, self.alignment = layout, capacity, alignment
+        self.overlap = overlap
         self._check_exchange()
 
         kwargs = {"device": device, "dtype": dtype}
@@ -448,20 +463,101 @@ class MoE(nn.Module):
         return -(-rows // self.alignment) * self.alignment
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        if self.overlap:
+            return self._forward_in_chunks(x)
         tokens = self._tokens(x)
         topk_idx, weights, aux_loss, load = self.route(tokens)
         tokens = self._payload(tokens)
-        by_rank = self.layout == "rank_major"
-        p = plan(
+        p = self._plan(topk_idx)
+        rows, row_weights = dispatch(tokens, p, topk_weights=weights)
+        y = self._experts_of_plan(rows, row_weights, p, combine)
+        stats = RouterStats(aux_loss, load, p.num_dropped)
+        return self._with_shared(y, tokens).view(x.shape), checkpointable(stats, self.router.requires_grad)
+
+    # Note [Chunks]
+    # Per chunk i: send its dispatch D(i), receive it, run the experts, send its combine C(i), receive it. The order,
+    # for three chunks:
+    #
+    #     send D(0), shared expert, send D(1), receive D(0), experts 0, send C(0),
+    #     send D(2), receive D(1), experts 1, send C(1), receive C(0),
+    #     receive D(2), experts 2, send C(2), receive C(1), receive C(2)
+    #
+    # At most two exchanges of each kind are in flight. The backward runs in the reverse order, in which receive D(i)
+    # becomes send C(i), and so on. In compiled code every step depends on the one before, forward and backward: all
+    # ranks then exchange in the same order. Eager code runs in its order, so there nothing pays for the dependences.
+
+    def _forward_in_chunks(self, x: Tensor) -> tuple[Tensor, RouterStats]:
+        tokens = self._tokens(x)
+        topk_idx, weights, aux_loss, load = self.route(tokens)
+        tokens = self._payload(tokens)
+        chunks = list(zip(*(t.tensor_split(self.overlap) for t in (tokens, topk_idx, weights)), strict=True))
+        y: list[Tensor] = []
+        in_flight = self._send(*chunks[0])
+        shared = None if self.shared_expert is None else self.shared_expert(order_after(tokens, in_flight[0]))
+        last = in_flight[0].ticket if shared is None else shared
+        num_dropped = in_flight[1].num_dropped
+        returning: tuple[InFlightRows, Plan] | None = None
+        for chunk in (*chunks[1:], None):
+            sent, p = in_flight
+            if chunk is not None:
+                in_flight = self._send(*chunk, after=_in_compiled_code(last))
+                last = in_flight[0].ticket
+                num_dropped = num_dropped + in_flight[1].num_dropped
+            rows, row_weights = dispatch_recv(sent, p, after=_in_compiled_code(last))
+            returned = self._experts_of_plan(rows, row_weights, p, combine_send)
+            last = returned.ticket
+            if returning is not None:
+                y.append(combine_recv(*returning, after=_in_compiled_code(last)))
+                last = y[-1]
+            returning = returned, p
+        assert returning is not None
+        y.append(combine_recv(*returning, after=_in_compiled_code(last) if len(y) else None))
+        whole = y[0] if len(y) == 1 else torch.cat(y)
+        whole = whole if shared is None else whole + shared
+        stats = RouterStats(aux_loss, load, num_dropped)
+        return whole.view(x.shape), checkpointable(stats, self.router.requires_grad)
+
+    def steps(self, x: Tensor) -> Generator[None, None, tuple[Tensor, RouterStats]]:
+        """`forward` as a generator, which yields where an exchange is in flight: see `interleave`. Eager code only.
+
+        Returns:
+            What `forward` returns, with `overlap` 1, by `yield from` or `interleave`.
+
+        Raises:
+            ValueError, TypeError: as `forward`.
+        """
+        tokens = self._tokens(x)
+        topk_idx, weights, aux_loss, load = self.route(tokens)
+        tokens = self._payload(tokens)
+        sent, p = self._send(tokens, topk_idx, weights)
+        yield
+        rows, row_weights = dispatch_recv(sent, p)
+        returned = self._experts_of_plan(rows, row_weights, p, combine_send)
+        yield
+        y = combine_recv(returned, p)
+        stats = RouterStats(aux_loss, load, p.num_dropped)
+        return self._with_shared(y, tokens).view(x.shape), checkpointable(stats, self.router.requires_grad)
+
+    def _plan(self, topk_idx: Tensor, after: Tensor | None = None) -> Plan:
+        return plan(
             topk_idx,
             self.num_experts,
             self.group_name,
             layout=self.layout,
             capacity=self.capacity,
-            alignment=1 if by_rank else self.alignment,
+            alignment=1 if self.layout == "rank_major" else self.alignment,
+            after=after,
         )
-        rows, row_weights = dispatch(tokens, p, topk_weights=weights)
-        if by_rank:
+
+    def _send(
+        self, tokens: Tensor, topk_idx: Tensor, weights: Tensor, *, after: Tensor | None = None
+    ) -> tuple[InFlightRows, Plan]:
+        p = self._plan(topk_idx, after)
+        return dispatch_send(tokens, p, topk_weights=weights, after=after), p
+
+    def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan, give_back: Callable) -> Any:
+        """Runs the experts, and returns their results by `give_back`: `combine` or `combine_send`."""
+        if self.layout == "rank_major":
             # A row for each rank that a token visits; its experts here are one more dispatch, among this rank alone.
             local = plan(
                 _recv_map(p),
@@ -470,18 +566,14 @@ class MoE(nn.Module):
                 capacity=self._local_capacity(),
                 alignment=self.alignment,
             )
-            expanded, expanded_weights = dispatch(rows, local, topk_weights=row_weights)
-            done = self._experts_of_plan(expanded, expanded_weights, local)
-            y = combine(done, p)
-        else:
-            y = self._experts_of_plan(rows, row_weights, p)
-        stats = RouterStats(aux_loss, load, p.num_dropped)
-        return self._with_shared(y, tokens).view(x.shape), checkpointable(stats, self.router.requires_grad)
+            expanded, expanded_weights = dispatch(rows, local, topk_weights=weights)
+            return give_back(self._apply_experts(expanded, expanded_weights, local, combine), p)
+        return self._apply_experts(rows, weights, p, give_back)
 
-    def _experts_of_plan(self, rows: Tensor, weights: Tensor, p: Plan) -> Tensor:
+    def _apply_experts(self, rows: Tensor, weights: Tensor, p: Plan, give_back: Callable) -> Any:
         if self.scale_before_experts:
-            return combine(self.experts(_scale(rows, weights), p.offsets), p)
-        return combine(self.experts(rows, p.offsets), p, row_weights=weights)
+            return give_back(self.experts(_scale(rows, weights), p.offsets), p)
+        return give_back(self.experts(rows, p.offsets), p, row_weights=weights)
 
     def _with_shared(self, y: Tensor, tokens: Tensor) -> Tensor:
         return y if self.shared_expert is None else y + self.shared_expert(tokens)
