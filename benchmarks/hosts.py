@@ -7,6 +7,7 @@ and iproute2.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import fcntl
@@ -18,11 +19,14 @@ import select
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# From here to the end of a simulation that hangs.
+_LIMIT_S = 1800.0
 CARD = "ep0"
 MASTER_ADDRESS = "10.92.0.1"
 
@@ -182,3 +186,30 @@ def run_on_hosts(names: Sequence[str], commands: Sequence[Sequence[str]], env: d
             process.kill()
     if any(codes):
         raise RuntimeError(f"expected every host to exit with 0, got {codes}")
+
+
+def add_arguments(parser: argparse.ArgumentParser, ranks_per_node: int) -> None:
+    """The arguments of `torchrun_on_simulated_hosts`, and that of the network card whose bytes are counted."""
+    parser.add_argument("--interface", help="network card whose sent bytes are counted, with one host per node")
+    local = parser.add_argument_group("hosts made of network namespaces (needs root)")
+    local.add_argument("--simulate", type=int, metavar="HOSTS", help="makes this number of hosts on this machine")
+    local.add_argument("--ranks-per-node", type=int, default=ranks_per_node, help="default: %(default)s")
+    local.add_argument("--rate", help='limit of each host, as tc takes it, such as "1gbit" (default: none)')
+    local.add_argument("--delay", type=float, default=0.0, help="seconds that a packet takes (default: none)")
+    local.add_argument("--loss", type=float, default=0.0, help="share of packets lost, such as 0.005 (default: none)")
+
+
+def torchrun_on_simulated_hosts(script: Path, arguments: Sequence[str], args: argparse.Namespace) -> None:
+    """Runs a script with these arguments by torchrun, on each of `args.simulate` hosts."""
+    root = script.resolve().parents[1]
+    with simulated_hosts(args.simulate, rate=args.rate, delay_s=args.delay, loss=args.loss) as names:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(args.simulate)]
+        torchrun += ["--nproc-per-node", str(args.ranks_per_node), "--master-addr", MASTER_ADDRESS]
+        command = [str(script.resolve()), *arguments, "--interface", CARD]
+        commands = [
+            [*torchrun, "--node-rank", str(k), "--local-addr", f"10.92.0.{k + 1}", *command]
+            for k in range(args.simulate)
+        ]
+        paths = [str(root), os.environ.get("PYTHONPATH", "")]
+        env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        run_on_hosts(names, commands, env, _LIMIT_S)

@@ -29,7 +29,7 @@ import gpu
 import torch
 import torch.distributed as dist
 from cases import BaselineExpertMajor, BaselinePairs, Inputs, Side, random_inputs
-from hosts import CARD, MASTER_ADDRESS, run_on_hosts, simulated_hosts
+from hosts import add_arguments, torchrun_on_simulated_hosts
 from platforms import PLATFORMS, cores
 from ranks import environment, over_ranks, positive, summary, write_results
 from torch import Tensor
@@ -60,8 +60,6 @@ SETTINGS = {
     ),
 }
 WARM_UP = 2
-# From here to the end of a simulation that hangs.
-LIMIT_S = 1800.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,14 +75,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--iterations", type=positive, default=15, help="timed calls per side and row (default: %(default)s)"
     )
-    p.add_argument("--interface", help="network card whose sent bytes are counted, with one host per node")
     p.add_argument("--output", type=Path, default=RESULTS / "multi_node", help="where the results go, without .json")
-    local = p.add_argument_group("hosts made of network namespaces (needs root)")
-    local.add_argument("--simulate", type=positive, metavar="HOSTS", help="makes this number of hosts on this machine")
-    local.add_argument("--ranks-per-node", type=positive, default=2, help="default: %(default)s")
-    local.add_argument("--rate", help='limit of each host, as tc takes it, such as "1gbit" (default: none)')
-    local.add_argument("--delay", type=float, default=0.0, help="seconds that a packet takes (default: none)")
-    local.add_argument("--loss", type=float, default=0.0, help="share of packets lost, such as 0.005 (default: none)")
+    add_arguments(p, ranks_per_node=2)
     return p
 
 
@@ -246,27 +238,13 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
     dist.destroy_process_group()
 
 
-def simulate(args: argparse.Namespace, arguments: list[str]) -> None:
-    with simulated_hosts(args.simulate, rate=args.rate, delay_s=args.delay, loss=args.loss) as names:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(args.simulate)]
-        torchrun += ["--nproc-per-node", str(args.ranks_per_node), "--master-addr", MASTER_ADDRESS]
-        script = [str(Path(__file__).resolve()), *arguments, "--interface", CARD]
-        commands = [
-            [*torchrun, "--node-rank", str(k), "--local-addr", f"10.92.0.{k + 1}", *script]
-            for k in range(args.simulate)
-        ]
-        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-        env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        run_on_hosts(names, commands, env, LIMIT_S)
-
-
 def main() -> None:
     arguments = sys.argv[1:]
     args = parser().parse_args(arguments)
     if "RANK" in os.environ:
         run(args, arguments)
     elif args.simulate:
-        simulate(args, arguments)
+        torchrun_on_simulated_hosts(Path(__file__), arguments, args)
     else:
         sys.exit("expected torchrun to start this on every node, or --simulate: see --help")
 

@@ -329,7 +329,9 @@ class TestHalves(TestCase):
     def test_operators(self) -> None:
         graphs = graphs_of("expert_major", overlap=2)
         dynamo, forward, backward = (only_operators(graph) for graph in graphs)
-        self.assertExpectedInline(dynamo, """\
+        self.assertExpectedInline(
+            dynamo,
+            """\
 plan = torch.ops.ep.plan(value, 4, 'expert_major', 1, 1, '', None, None)
 last: "f64[1]" = torch.ops.ep.dispatch_send(value_1, value_2, None, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', None)
 plan_1 = torch.ops.ep.plan(value_3, 4, 'expert_major', 1, 1, '', None, last)
@@ -345,8 +347,11 @@ grouped_mm_4: "f32[u1, 4]" = torch.ops.ep.grouped_mm(rows_1, l_self_parameters_u
 value_7: "f32[u1, 8]" = torch.ops.ep.grouped_mm(inner_1, l_self_parameters_down_proj_, offsets_1)
 last_3: "f64[1]" = torch.ops.ep.combine_send.weighted(value_7, weights_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', None)
 combine_recv = torch.ops.ep.combine_recv(last_2, send_row, send_counts, recv_counts, recv_map, 'expert_major', '', 8, torch.float32, None, None, None, last_3)
-combine_recv_1 = torch.ops.ep.combine_recv(last_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', 8, torch.float32, None, None, None, tokens_2)""")
-        self.assertExpectedInline(forward, """\
+combine_recv_1 = torch.ops.ep.combine_recv(last_3, send_row_1, send_counts_1, recv_counts_1, recv_map_1, 'expert_major', '', 8, torch.float32, None, None, None, tokens_2)""",
+        )
+        self.assertExpectedInline(
+            forward,
+            """\
 plan = torch.ops.ep.plan.default(slice_3, 4, 'expert_major', 1, 1, '')
 dispatch_send: "f64[1]" = torch.ops.ep.dispatch_send.default(slice_1, slice_5, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
 plan_1 = torch.ops.ep.plan.default(slice_4, 4, 'expert_major', 1, 1, '', None, dispatch_send)
@@ -362,8 +367,11 @@ grouped_mm_4: "f32[u1, 4]" = torch.ops.ep.grouped_mm.default(getitem_19, primals
 grouped_mm_5: "f32[u1, 8]" = torch.ops.ep.grouped_mm.default(mul_28, primals_5, getitem_13)
 combine_send_1: "f64[1]" = torch.ops.ep.combine_send.weighted(grouped_mm_5, getitem_20, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '')
 combine_recv = torch.ops.ep.combine_recv.default(combine_send, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, None, None, None, combine_send_1)
-combine_recv_1 = torch.ops.ep.combine_recv.default(combine_send_1, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, None, None, None, getitem_22)""")
-        self.assertExpectedInline(backward, """\
+combine_recv_1 = torch.ops.ep.combine_recv.default(combine_send_1, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, None, None, None, getitem_22)""",
+        )
+        self.assertExpectedInline(
+            backward,
+            """\
 dispatch_send_2: "f64[1]" = torch.ops.ep.dispatch_send.default(slice_8, None, None, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '')
 zero_after: "f64[]" = torch.ops.ep.zero_after.default(dispatch_send_2)
 dispatch_send_3: "f64[1]" = torch.ops.ep.dispatch_send.default(add_45, None, None, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '')
@@ -388,7 +396,8 @@ combine_send_3: "f64[1]" = torch.ops.ep.combine_send.default(add_51, sum_6, None
 zero_after_3: "f64[]" = torch.ops.ep.zero_after.default(combine_send_3)
 combine_recv_2 = torch.ops.ep.combine_recv.default(add_53, getitem_9, getitem_10, getitem_11, getitem_12, 'expert_major', '', 8, torch.float32, torch.float32, None, None)
 zero_after_4: "f32[]" = torch.ops.ep.zero_after.default(getitem_34)
-combine_recv_3 = torch.ops.ep.combine_recv.default(add_54, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, torch.float32, None, None)""")
+combine_recv_3 = torch.ops.ep.combine_recv.default(add_54, getitem_2, getitem_3, getitem_4, getitem_5, 'expert_major', '', 8, torch.float32, torch.float32, None, None)""",
+        )
 
 
 class TestTwoRanks(TestCase):
