@@ -627,10 +627,10 @@ def test_more_rows_than_a_relay_holds() -> None:
     results = world(4).run(_relay_overflow)
     assert [dropped for dropped, _, _ in results] == [3, 3, 0, 0]
     for _, message, _ in results[:2]:
-        assert "expected at most max_tokens_per_rank = 5 tokens, got 8" in message
+        assert "expected at most max_relay_rows = 5 rows from all nodes for one rank to relay, got 8" in message
     for _, message, late in results[2:]:
         assert message == "nothing raised"
-        assert "expected at most max_tokens_per_rank = 5 tokens, got 8" in late
+        assert "expected at most max_relay_rows = 5 rows from all nodes for one rank to relay, got 8" in late
 
 
 class _Layer(torch.nn.Module):

@@ -58,6 +58,16 @@ PlanResult make_plan(
   const auto backend = checked(op, group_name, [&] {
     options.expert_major = is_expert_major(name_of(op), layout);
     check_plan_arguments(topk_idx, num_experts, options.expert_major, alignment, capacity, world_size);
+    if (max_tokens_per_rank && is_second_exchange(op, std::string(group_name))) {
+      TORCH_CHECK_VALUE(
+          topk_idx.size(0) <= *max_tokens_per_rank,
+          name_of(op),
+          ": expected at most max_relay_rows = ",
+          *max_tokens_per_rank,
+          " rows from all nodes for one rank to relay, got ",
+          topk_idx.size(0),
+          ": pass a larger max_relay_rows to torch_ep.init, or a capacity to the plan, which drops rows");
+    }
     return find_backend(op, group_name, world_size, topk_idx);
   });
   return linked(op, group_name, [&] { return backend->plan(topk_idx, options); });
