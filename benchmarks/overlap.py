@@ -24,6 +24,7 @@ from cases import random_inputs
 from hosts import add_arguments, torchrun_on_simulated_hosts
 from platforms import PLATFORMS, cores
 from ranks import environment, over_ranks, positive, statistics_of, write_results
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import torch_ep
@@ -32,18 +33,21 @@ RESULTS = Path(__file__).parent / "results"
 WARM_UP = 2
 PRODUCT = 256  # rows and columns of the matrices of one piece of work
 OPS = ("dispatch", "combine")
+KINDS = ("exchange", "experts", "in flight")
+LABELS = {"exchange": "in an exchange", "experts": "in the experts", "in flight": "rows in flight"}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--tokens", type=positive, default=1024, help="per rank (default: %(default)s)")
     p.add_argument("--hidden", type=positive, default=1024, help="elements per token (default: %(default)s)")
-    p.add_argument("--intermediate", type=positive, default=512, help="of the layer's experts (default: %(default)s)")
+    p.add_argument("--intermediate", type=positive, default=128, help="of the layer's experts (default: %(default)s)")
     p.add_argument("--topk", type=positive, default=8, help="experts per token (default: %(default)s)")
     p.add_argument("--experts", type=positive, default=16, help="over all ranks (default: %(default)s)")
     p.add_argument("--overlap", type=int, nargs="+", default=[0, 1, 2, 4], help="of nn.MoE (default: %(default)s)")
     p.add_argument("--iterations", type=positive, default=15, help="timed calls of each kind (default: %(default)s)")
     p.add_argument("--output", type=Path, default=RESULTS / "overlap", help="where the results go, without .json")
+    p.add_argument("--trace", type=Path, help="also draws one step without and one with overlap, as this picture")
     add_arguments(p, ranks_per_node=1)
     return p
 
@@ -128,9 +132,53 @@ def exposed(times: dict[str, dict[str, float]]) -> float:
     return (together - max(exchange, work)) / min(exchange, work)
 
 
+def intervals(step: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
+    """(start, end) in ms of what a step does on this rank, by kind."""
+    with profile(activities=[ProfilerActivity.CPU]) as prof:
+        step()
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in prof.events() if e.name.startswith("ep::"))
+    first = min(e.time_range.start for e in prof.events())
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
+    sent: dict[str, list[float]] = {op: [] for op in OPS}
+    for start, end, name in events:
+        op, _, half = name.removeprefix("ep::").partition("_")
+        span = ((start - first) / 1e3, (end - first) / 1e3)
+        if op in OPS and half == "send":
+            sent[op].append(span[1])
+        elif op in OPS and half == "recv":
+            found["in flight"].append((sent[op].pop(0), span[0]))
+        if op in (*OPS, "plan"):
+            found["exchange"].append(span)
+        elif op == "grouped":
+            found["experts"].append(span)
+    found["step"] = [(0.0, (max(e.time_range.end for e in prof.events()) - first) / 1e3)]
+    return found
+
+
+def draw_trace(steps: dict[str, dict[str, list[tuple[float, float]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = {"exchange": "#c0504d", "experts": "#4f81bd", "in flight": "#9bbb59"}
+    figure, all_axes = pyplot.subplots(len(steps), 1, sharex=True, figsize=(9, 1.6 * len(steps) + 0.5))
+    for axes, (title, found) in zip(all_axes, steps.items(), strict=True):
+        for row, kind in enumerate(KINDS):
+            axes.broken_barh([(a, b - a) for a, b in found[kind]], (row + 0.1, 0.8), color=colors[kind])
+        axes.axvline(found["step"][0][1], color="black", linewidth=1)
+        axes.set_yticks([row + 0.5 for row in range(len(KINDS))], [LABELS[kind] for kind in KINDS])
+        axes.set_title(f"{title}: {found['step'][0][1]:.0f} ms", loc="left", fontsize=10)
+        axes.invert_yaxis()
+    all_axes[-1].set_xlabel("ms since the start of forward and backward, rank 0; the line is the end")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def run(args: argparse.Namespace, arguments: list[str]) -> None:
     """One rank, started by torchrun."""
-    torch.set_num_threads(max(1, cores() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"]) * (args.simulate or 1)
+    torch.set_num_threads(max(1, cores() // ranks_here))
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch_ep.init(max_tokens_per_rank=args.tokens)
@@ -151,6 +199,15 @@ def run(args: argparse.Namespace, arguments: list[str]) -> None:
                 times = measure(exchange_calls(op, args, rank, bar), args.iterations, bar)
                 results["rows"].append({"op": op, **times, "exposed": round(exposed(times), 3)})
         results["rows"].append({"op": "layer", **measure(layer_calls(args, rank), args.iterations, bar)})
+    if args.trace:
+        calls = layer_calls(args, rank)
+        best = min(args.overlap[1:], key=lambda n: results["rows"][-1][f"overlap {n}"]["median_us"])
+        names = {f"overlap {args.overlap[0]}": "whole exchanges", f"overlap {best}": f"overlap={best}"}
+        for name in names:
+            calls[name]()
+        steps = {title: intervals(calls[name]) for name, title in names.items()}
+        if rank == 0:
+            draw_trace(steps, args.trace)
     if rank == 0:
         print(f"{'':>10}{'whole, ms':>12}{'halves':>12}{'work':>12}{'together':>12}{'exposed':>10}")
         for row in results["rows"][: len(OPS)]:
