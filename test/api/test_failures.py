@@ -98,6 +98,43 @@ def test_the_error_names_a_rank_that_disappears(launcher: Launcher, how: str, cu
         assert f"rank {culprit} came too late to exchange" in message and "have given up waiting for it" in message
 
 
+def _dies_in_flight(r: Rank) -> list[tuple[str, str]] | None:
+    """The last rank dies once it has sent: what it has not handed to the network never arrives."""
+    num_tokens, hidden = 2048, 4096
+    plan = torch_ep.plan(topk_of(WORLD_SIZE, num_tokens), EXPERTS)
+    in_flight = torch_ep.dispatch_send(torch.ones(num_tokens, hidden), plan)
+    if r.rank == LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    answers = [attempt(lambda: torch_ep.dispatch_recv(in_flight, plan)), attempt(exchange)]
+    r.mark(f"told {r.rank}")
+    return answers
+
+
+def test_a_rank_that_dies_with_rows_in_flight_is_named(launcher: Launcher) -> None:
+    for received, again in launcher.run(_dies_in_flight, WORLD_SIZE)[:LAST]:
+        # 33 MB leave it, more than a socket holds.
+        assert received[0] == "DistError" and names(received[1], f"rank {LAST}"), received
+        assert again[0] == "DistError" and "is closed since an exchange on it failed" in again[1], again
+
+
+def _leaves_in_flight(r: Rank, how: str) -> str:
+    """Rows are in flight when the ranks leave: nothing hangs or crashes."""
+    plan = torch_ep.plan(topk_of(WORLD_SIZE, 2048), EXPERTS)
+    in_flight = torch_ep.dispatch_send(torch.ones(2048, 1024), plan)
+    if how == "destroy":
+        torch_ep.destroy()
+    if how == "destroy_process_group":
+        dist.destroy_process_group()
+        torch_ep.destroy()
+    return "" if how == "exit" else attempt(lambda: torch_ep.dispatch_recv(in_flight, plan))[1]
+
+
+@pytest.mark.parametrize("how", ["exit", "destroy", "destroy_process_group"])
+def test_ranks_may_leave_with_rows_in_flight(launcher: Launcher, how: str) -> None:
+    for message in launcher.run(_leaves_in_flight, WORLD_SIZE, how):
+        assert how == "exit" or "was in flight when the group was reset or destroyed" in message, message
+
+
 def _two_die(r: Rank) -> tuple[str, str] | None:
     if r.rank:
         os.kill(os.getpid(), signal.SIGKILL)
