@@ -64,6 +64,19 @@ def with_grad(t: Tensor, on: bool) -> Tensor:
     return t.clone().requires_grad_(on)
 
 
+def dispatch(rng: random.Random, x: Tensor, plan: torch_ep.Plan, **payloads: Any) -> Any:
+    """Whole or in halves."""
+    if rng.random() < 0.3:
+        return torch_ep.dispatch_recv(torch_ep.dispatch_send(x, plan, **payloads), plan)
+    return torch_ep.dispatch(x, plan, **payloads)
+
+
+def combine(rng: random.Random, y: Tensor, plan: torch_ep.Plan, **payloads: Any) -> Any:
+    if rng.random() < 0.3:
+        return torch_ep.combine_recv(torch_ep.combine_send(y, plan, **payloads), plan)
+    return torch_ep.combine(y, plan, **payloads)
+
+
 def check_dispatch(
     rng: random.Random, rank: int, case: Case, plan: torch_ep.Plan, plans: list[torch_ep.Plan], compare: Comparison
 ) -> None:
@@ -80,7 +93,7 @@ def check_dispatch(
     payloads = {"topk_weights": own_w} if has_weights else {}
     if has_scales:
         payloads["scales"] = scales[rank]
-    results = torch_ep.dispatch(own_x, plan, **payloads)
+    results = dispatch(rng, own_x, plan, **payloads)
     rows, *others = results if isinstance(results, tuple) else (results,)
     compare.expect("rows", rows.detach(), want_rows)
     if has_weights:
@@ -128,14 +141,14 @@ def check_combine(
         row_weights[padding(p)] = torch.nan
     own_y, own_row_w = with_grad(y[rank], has_grad), with_grad(row_w[rank], has_grad)
     if kind == "weighted":
-        sums = torch_ep.combine(own_y, plan, row_weights=own_row_w)
+        sums = combine(rng, own_y, plan, row_weights=own_row_w)
         want, want_home = reference.combine(y, plans, row_weights=row_w)[rank][0], None
     elif kind == "weights":
-        sums, home = torch_ep.combine(own_y, plan, topk_weights=w[rank])
+        sums, home = combine(rng, own_y, plan, topk_weights=w[rank])
         want, want_home = reference.combine(y, plans, topk_weights=w)[rank]
         compare.expect("weights that return", home.detach(), want_home)
     else:
-        sums = torch_ep.combine(own_y, plan)
+        sums = combine(rng, own_y, plan)
         want = reference.combine(y, plans)[rank][0]
     compare.expect(f"sums, {kind}", sums.detach(), want)
     if not has_grad:
@@ -411,6 +424,16 @@ def calls_of(a: Arguments) -> dict[str, Callable[[], tuple[Callable, dict[str, A
         in_flight = torch_ep.low_latency_combine_send(torch.ones_like(rows), p)
         return torch_ep.low_latency_combine_recv, {"in_flight": in_flight}
 
+    def half_send() -> tuple[Callable, dict[str, Any]]:
+        name, arguments = a.rng.choice((("dispatch", dispatch), ("combine", combine), ("combine", combine_weighted)))
+        return getattr(torch_ep, f"{name}_send"), arguments()[1]
+
+    def half_recv() -> tuple[Callable, dict[str, Any]]:
+        name, arguments = a.rng.choice((("dispatch", dispatch), ("combine", combine)))
+        sent = arguments()[1]
+        in_flight = getattr(torch_ep, f"{name}_send")(**sent)
+        return getattr(torch_ep, f"{name}_recv"), {"in_flight": in_flight, "plan": sent["plan"]}
+
     def grouped_mm() -> tuple[Callable, dict[str, Any]]:
         offsets = torch.tensor([1, 3], dtype=torch.int32)
         return ops.grouped_mm.default, {"a": torch.ones(3, 4), "b": torch.ones(2, 4, 5), "offsets": offsets}
@@ -426,6 +449,8 @@ def calls_of(a: Arguments) -> dict[str, Callable[[], tuple[Callable, dict[str, A
         low_latency_combine,
         low_latency_dispatch_recv,
         low_latency_combine_recv,
+        half_send,
+        half_recv,
         grouped_mm,
     )
     return {maker.__name__: maker for maker in makers}
@@ -492,6 +517,8 @@ def check_arguments(rank: int, world_size: int, seed: int) -> list[str]:
         if function in (torch_ep.plan, torch_ep.dispatch, torch_ep.combine) and rng.random() < 0.1:
             changed, arguments = "after", {**arguments, "after": rng.choice(NOT_TENSORS)}
         wrong = complaint(lambda: function(**arguments), any_number=name.endswith("recv"))
+        if name.startswith("half"):
+            torch_ep.reset()  # ends what is in flight
         if wrong is None and world_size > 1:
             wrong = None if works(rank) else "the group does not work any more"
         return [] if wrong is None else [f"{name}({changed}={brief(arguments[changed])}): {wrong}"]

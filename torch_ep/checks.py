@@ -39,7 +39,7 @@ def refuse(kind: type[Exception], message: str) -> NoReturn:
     raise first_in_dynamo(kind(message))
 
 
-def check_type(op: str, name: str, value: Any, kind: type, expected: str) -> None:
+def check_type(op: str, name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
     if not isinstance(value, kind):
         refuse(TypeError, f"{op}: expected {name} to be {expected}, got {type(value).__name__}")
 

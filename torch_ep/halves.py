@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_tensors, check_type, refuse
+from .checks import check_int, check_tensors, check_type, refuse
 from .derivatives import is_floating, register_derivatives
 from .ops import (
     _check_combine_arguments,
@@ -212,9 +212,19 @@ def _check_recv_arguments(op: str, in_flight: Any, plan: Any, after: Any) -> tup
     """The arguments of ep::dispatch_recv or ep::combine_recv."""
     check_type(op, "in_flight", in_flight, InFlightRows, f"what torch_ep.{op[4:-5]}_send returned")
     if in_flight.op != op[4:-5]:
-        refuse(ValueError, f"{op}: expected what torch_ep.{op[4:-5]}_send returned, got that of {in_flight.op}_send")
+        refuse(ValueError, f"{op}: expected what torch_ep.{op[4:-5]}_send returned, got op {str(in_flight.op)[:20]!r}")
     check_tensors(op, {"in_flight.ticket": in_flight.ticket}, {"after": after})
-    ticket, _, *types = in_flight
+    ticket, _, hidden, dtype, weights_dtype, scales_columns, scales_dtype = in_flight
+    check_type(op, "in_flight.dtype", dtype, torch.dtype, "a torch.dtype")
+    for name, value in (("weights_dtype", weights_dtype), ("scales_dtype", scales_dtype)):
+        check_type(op, f"in_flight.{name}", value, (torch.dtype, type(None)), "a torch.dtype or None")
+    types = (
+        check_int(op, "in_flight.hidden", hidden),
+        dtype,
+        weights_dtype,
+        None if scales_columns is None else check_int(op, "in_flight.scales_columns", scales_columns),
+        scales_dtype,
+    )
     return ticket, *_plan_args(op, plan), *types, after
 
 

@@ -236,7 +236,7 @@ def test_every_misuse_is_an_error_that_names_it() -> None:
             "sum": "no send has returned: pass the ticket of a send unchanged",
             "twice": "was received already, or belongs to another operator or group",
             "none": "(none in flight)",
-            "operator": "ep::combine_recv: expected what torch_ep.combine_send returned, got that of dispatch_send",
+            "operator": "ep::combine_recv: expected what torch_ep.combine_send returned, got op 'dispatch'",
             "hidden": "ep::dispatch_recv: expected hidden 7, as it was sent, got 8",
             "dtype": "expected dtype Float, as it was sent, got BFloat16",
             "weights": "expected weights_dtype None, as it was sent, got Float",
