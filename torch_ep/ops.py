@@ -473,11 +473,13 @@ def _grouped_mm_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple:
     a, b, offsets = ctx.saved_tensors
-    return (
-        torch.ops.ep.grouped_mm(grad, b.transpose(1, 2), offsets),
-        torch.ops.ep.grouped_mm.transpose(a, grad, offsets),
-        None,
-    )
+    grad_a = torch.ops.ep.grouped_mm(grad, b.transpose(1, 2), offsets)
+    if b.stride(1) == 1 and not b.is_contiguous():
+        # The transpose of a parameter [groups, n, k]: its gradient has the parameter's layout, without a copy.
+        grad_b = torch.ops.ep.grouped_mm.transpose(grad.contiguous(), a, offsets).transpose(1, 2)
+    else:
+        grad_b = torch.ops.ep.grouped_mm.transpose(a, grad, offsets)
+    return grad_a, grad_b, None
 
 
 def _grouped_mm_transpose_backward(ctx: Any, grad: Tensor) -> tuple:

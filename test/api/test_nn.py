@@ -369,6 +369,22 @@ def test_grouped_mm(device: str, name: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got[begin:end], a[begin:end] @ b[group])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_mm_of_transposed_parameters(device: str, dtype: torch.dtype) -> None:
+    """As Hugging Face keeps them, [groups, n, k]: their gradients need no copy into that layout."""
+    generator = seeded(0)
+    a = torch.randn(20, 16, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(3, 8, 16, generator=generator).to(device, dtype).requires_grad_()
+    offsets = torch.tensor([7, 7, 18], dtype=torch.int32, device=device)
+    results = []
+    for b in (weight.transpose(1, 2), weight.transpose(1, 2).contiguous()):
+        y = grouped_mm(a, b, offsets)[:18]
+        grads = torch.autograd.grad(y.float().square().sum(), (a, weight))
+        results.append((y, grads[0][:18], grads[1]))
+    torch.testing.assert_close(*results)
+    assert results[0][2].stride() == weight.stride()
+
+
 @pytest.mark.parametrize("name", GROUPS)
 def test_fallback_of_grouped_mm_and_its_transpose(device: str, name: str) -> None:
     a, b, offsets = _case(device, name, torch.float64)

@@ -18,7 +18,7 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
 
     Args:
         a: [rows, k].
-        b: [groups, k, n].
+        b: [groups, k, n], contiguous or the transpose of a contiguous tensor; else slower.
         offsets: [groups] int32: where each group of rows ends. Rows past the last group are undefined, as are their
             gradients, which reach neither b nor bias.
         bias: [groups, n]. Of the dtype of a and b.
@@ -31,7 +31,8 @@ def grouped_mm(a: Tensor, b: Tensor, offsets: Tensor, *, bias: Tensor | None = N
         # past the last group. Eight columns of ones are the 16 bytes that torch's grouped GEMM asks for.
         ones, padded = a.new_ones(a.shape[0], 8), F.pad(bias[:, None], (0, 0, 0, 7))
         return grouped_mm(a, b, offsets) + grouped_mm(ones, padded, offsets)
-    if a.dtype == torch.bfloat16 and b.is_contiguous() and b.shape[1] % 8 == 0 and b.shape[2] % 8 == 0:
+    is_dense = b.is_contiguous() or b.transpose(1, 2).is_contiguous()
+    if a.dtype == torch.bfloat16 and is_dense and b.shape[1] % 8 == 0 and b.shape[2] % 8 == 0:
         return F.grouped_mm(a, b, offs=offsets)  # bfloat16, rows of multiples of 16 bytes
     return torch.ops.ep.grouped_mm(a, b, offsets)
 
