@@ -12,10 +12,10 @@ QUICK = $(addprefix api/test_,reference.py errors.py autograd.py groups.py routi
 
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-.PHONY: help demo decode test test-quick test-gpu sanitize lint docs bench
+.PHONY: help demo decode test test-quick test-integrations test-gpu sanitize lint docs bench
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'ARGS="..." goes to the command, as in: make demo ARGS="--steps 100 --ranks 4" or make demo ARGS=--help'
 
 demo: ## train a small MoE language model on the Python standard library; results in runs/moe
@@ -29,6 +29,9 @@ test: ## run the tests, a process on each core
 
 test-quick: ## run the tests to repeat after every change: results, errors, gradients, groups
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest $(SIDE_BY_SIDE) $(addprefix test/,$(QUICK)) $(ARGS)
+
+test-integrations: ## install other frameworks, and run the tests with them on the CPU
+	@python=$$($(SETUP) test integrations) && exec "$$python" -m pytest test/integrations $(ARGS)
 
 test-gpu: ## run the tests that need a GPU, on a host that has one or several
 	@python=$$($(SETUP) test) && exec "$$python" -m pytest -m gpu -rs $(ARGS)
