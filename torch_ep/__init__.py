@@ -41,7 +41,7 @@ from .plan import Layout, Plan
 from .sentinel import from_sentinel, to_sentinel
 from .token_counts import mark_tokens
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Plans hold tensors and plain values only, so `torch.load(weights_only=True)` may construct them.
 torch.serialization.add_safe_globals(

@@ -45,7 +45,16 @@ PAGES_WITH_CODE = [
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("tutorial", "concepts", "training", "your_own_experts", "serving", "multi_node", "coming_from")
+        for name in (
+            "tutorial",
+            "concepts",
+            "training",
+            "your_own_experts",
+            "serving",
+            "multi_node",
+            "overlap",
+            "coming_from",
+        )
     ),
 ]
 
