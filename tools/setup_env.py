@@ -79,7 +79,7 @@ def extra_requirements(extra: str) -> list[str]:
 
 
 def name_of(requirement: str) -> str:
-    return re.split(r"[<>=]", requirement)[0]
+    return re.split(r"[<>=;]", requirement)[0]
 
 
 def probe(python: str, requirements: list[str]) -> tuple[dict[str, str | None], str, str]:
