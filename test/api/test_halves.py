@@ -78,8 +78,7 @@ def _halves_equal_whole(rank: int, world_size: int, ranks_per_node: int | None) 
         plan = torch_ep.plan(idx, EXPERTS, layout=layout, capacity=capacity)
         got, want = (_with_derivatives(exchanges, plan, x, w) for exchanges in (HALVES, WHOLE))
         assert all(map(same_bits, got, want)), (layout, capacity, dtype)
-    if ranks_per_node is not None:
-        torch_ep.init(timeout=PATIENCE)
+    torch_ep.init(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

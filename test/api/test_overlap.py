@@ -54,8 +54,7 @@ def _equals_plain_layers(rank: int, world_size: int, ranks_per_node: int | None)
         assert same_bits(stats.aux_loss, aux_loss) and same_bits(stats.tokens_per_expert, load)
         for ours, theirs in zip(_gradients(overlapped, x, got), _gradients(plain, x, want), strict=True):
             torch.testing.assert_close(ours, theirs)  # sums over chunks, in another order
-    if ranks_per_node is not None:
-        torch_ep.init(timeout=PATIENCE)
+    torch_ep.init(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(("world_size", "ranks_per_node"), [(2, None), (4, 2)], ids=["2 ranks", "grid"])
