@@ -28,6 +28,7 @@ __all__ = [
     "destroy_orphans",
     "flat_group_of",
     "gather_hosts",
+    "group_of_same_ranks",
     "make_flat_group",
     "make_grid",
     "ranks_per_node_of",
@@ -85,8 +86,9 @@ def make_flat_group(mesh: DeviceMesh, timeout: timedelta) -> dist.ProcessGroup:
                 dimension, "torch_ep.init", str(serial), timeout, call="torch_ep.init with a mesh of nodes"
             )
             serial = max(map(int, serials))
+        backend = dist.get_backend_config(dimensions[0])
         name = f"torch_ep/mesh/{hashlib.sha256(str(ranks).encode()).hexdigest()}/{serial}"
-        found = _flat_groups[names] = (*dimensions, _new_group(ranks, dimensions[0], name, serial, timeout))
+        found = _flat_groups[names] = (*dimensions, _new_group(ranks, backend, name, serial, timeout))
     return found[2]
 
 
@@ -116,10 +118,18 @@ def _no_bound_device() -> Iterator[None]:
         default.bound_device_id = device
 
 
-def _new_group(
-    ranks: Sequence[int], like: dist.ProcessGroup, name: str, serial: int, timeout: timedelta
-) -> dist.ProcessGroup:
-    """A group of these ranks alone, with the backends of `like`. Only its ranks call this, with a name not used before.
+def group_of_same_ranks(process: dist.ProcessGroup, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Another group of the ranks of `process`, with another backend. Collective over these ranks alone."""
+    serials = rendezvous.all_gather(
+        process, "torch_ep.init", str(_next_serial), timeout, call="another group of the ranks"
+    )
+    serial = max(map(int, serials))
+    name = f"torch_ep/{process.group_name}/{backend}/{serial}"
+    return _new_group(dist.get_process_group_ranks(process), backend, name, serial, timeout)
+
+
+def _new_group(ranks: Sequence[int], backend: str, name: str, serial: int, timeout: timedelta) -> dist.ProcessGroup:
+    """A group of these ranks alone. Only they call this, with a name not used before.
 
     `torch.distributed.new_group(use_local_synchronization=True)` names a group by its ranks and by how many groups
     this process is in: ranks of different numbers don't meet, and after a group was destroyed they read the
@@ -132,7 +142,7 @@ def _new_group(
             len(ranks),
             list(ranks).index(dist.get_rank()),
             list(ranks),
-            dist.Backend(dist.get_backend_config(like)),
+            dist.Backend(backend),
             distributed_c10d._get_default_store(),
             group_name=name,  # type: ignore[arg-type] # a NewType of str
             timeout=timeout,
@@ -193,9 +203,10 @@ def make_grid(process: dist.ProcessGroup, ranks_per_node: int, serial: int, time
     grid = _grids.get(key)
     if grid is None or grid.flat != process:
         ranks, rank = dist.get_process_group_ranks(process), process.rank()
+        backend = dist.get_backend_config(process)
         number, position = divmod(rank, ranks_per_node)
         node, rail = (
-            _new_group(members, process, f"torch_ep/{process.group_name}/{name}/{serial}", serial, timeout)
+            _new_group(members, backend, f"torch_ep/{process.group_name}/{name}/{serial}", serial, timeout)
             for name, members in (
                 (f"node{number}", ranks[number * ranks_per_node : (number + 1) * ranks_per_node]),
                 (f"rail{position}", ranks[position::ranks_per_node]),

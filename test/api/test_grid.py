@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import torch_ep
-from torch_ep import reference
+from torch_ep import grid, reference
 
 GRIDS = [(2, 2), (3, 2), (2, 4), (4, 2)]  # nodes, ranks per node
 grids = pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
@@ -589,6 +589,11 @@ def _rows_return(group: Any) -> None:
 
 def _in_more_groups_than_others(rank: int, world_size: int) -> None:
     groups = [dist.new_group([0, 1]), dist.new_group([0, 1, 2])]
+    twin = grid.group_of_same_ranks(dist.group.WORLD, "gloo", PATIENCE)
+    numbers = torch.ones(1)
+    dist.all_reduce(numbers, group=twin)
+    assert numbers.item() == world_size
+    groups.append(twin)
     for _ in range(3):
         group = dist.new_group()
         torch_ep.init(group, timeout=PATIENCE, ranks_per_node=2)
