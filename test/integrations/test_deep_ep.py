@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ from torch_ep.integrations.deep_ep import Buffer, ElasticBuffer, EPBuffer, Event
 TOKENS, HIDDEN, NUM_TOPK, LOCAL_EXPERTS = 12, 256, 4, 3
 devices = pytest.mark.parametrize("device", ["cpu", CUDA])
 sizes = pytest.mark.parametrize("world_size", [2, 4])
+# With a GPU, a group of gloo gets another one for rows, and these tests look at the group that they made.
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="expected a host without a GPU, got one with a GPU")
 
 # Names and defaults, written down from DeepEP's sources: `Buffer` of deep_ep/buffers/legacy.py at commit 189df346,
 # which equals deep_ep/buffer.py of 1.2.1 with `enable_shrink`, `use_logfmt` and the counters; `ElasticBuffer` of
@@ -878,6 +881,7 @@ def _limits(rank: int, world_size: int) -> None:
         deep_ep.init = make
 
 
+@without_gpu
 def test_limits_grow_with_the_calls() -> None:
     world(2).run(_limits)
 
@@ -895,12 +899,47 @@ def _after_another_group(rank: int, world_size: int, port: int) -> None:
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
+@without_gpu
 def test_a_group_may_have_the_name_of_one_that_is_gone() -> None:
     own = World(2)
     try:
         own.run(_after_another_group, free_port())
     finally:
         own.close()
+
+
+def _group_of_gloo_alone(rank: int, world_size: int) -> None:
+    """vLLM passes a group of gloo for rows of GPUs. Here gloo stands for NCCL."""
+    backends: list[str] = []
+    make = deep_ep.group_of_same_ranks
+
+    def make_of_gloo(group: Any, backend: str, timeout: Any) -> Any:
+        backends.append(backend)
+        return make(group, "gloo", timeout)
+
+    group = dist.new_group()
+    with mock.patch.object(torch.cuda, "is_available", lambda: False):
+        assert deep_ep._group_for_rows(group) is group
+    with (
+        mock.patch.object(deep_ep, "group_of_same_ranks", make_of_gloo),
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+    ):
+        rows = deep_ep._group_for_rows(group)
+        assert deep_ep._group_for_rows(group) is rows and rows.group_name != group.group_name
+        for fit in ("cpu:gloo,cuda:nccl", "cuda:nccl"):
+            with mock.patch.object(dist, "get_backend_config", lambda group, fit=fit: fit):
+                assert deep_ep._group_for_rows(group) is group
+    assert backends == ["cpu:gloo,cuda:nccl"]
+    assert dist.get_process_group_ranks(rows) == dist.get_process_group_ranks(group)
+    torch_ep.init(rows, timeout=PATIENCE)
+    idx = torch.tensor([[rank]])
+    plan = torch_ep.plan(idx, world_size, rows)
+    _same("rows", torch_ep.dispatch(torch.full((1, 4), rank + 1.0), plan), torch.full((1, 4), rank + 1.0))
+    torch_ep.destroy(rows)
+
+
+def test_a_group_that_cannot_move_rows_of_gpus_gets_one_that_can() -> None:
+    world(2).run(_group_of_gloo_alone)
 
 
 def _masks(rank: int, world_size: int) -> None:
@@ -915,6 +954,7 @@ def _masks(rank: int, world_size: int) -> None:
     torch_ep.destroy(group)
 
 
+@without_gpu
 def test_masks() -> None:
     world(2).run(_masks)
 
@@ -949,6 +989,7 @@ def _on_nodes(rank: int, world_size: int) -> None:
     torch_ep.destroy(group)
 
 
+@without_gpu
 def test_on_a_grid_of_nodes() -> None:
     world(4).run(_on_nodes)
 
@@ -1133,6 +1174,7 @@ MESSAGES = {
 }
 
 
+@without_gpu
 def test_every_message() -> None:
     for messages in world(2).run(_refused):
         for name, message in messages.items():

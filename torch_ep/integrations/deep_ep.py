@@ -120,7 +120,9 @@ def _require(
 
 def _group_for_rows(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """The group itself. Where that is of gloo alone and rows are on GPUs: a group of the same ranks for them."""
-    if not torch.cuda.is_available() or group.size() == 1 or torch.device("cuda") in group._device_types:
+    backends = dist.get_backend_config(group)  # as in "cpu:gloo,cuda:nccl"; "gloo" alone serves both
+    is_fit = "cuda:" in backends and "cuda:gloo" not in backends
+    if not torch.cuda.is_available() or group.size() == 1 or is_fit:
         return group
     found, rows = _groups_for_rows.get(group.group_name, (None, None))
     if rows is None or found != group:
